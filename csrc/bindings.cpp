@@ -1,0 +1,86 @@
+// dsv3._C: the native ops as Python functions. Tensors come in through DLPack's C exchange API, which also tells the
+// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/dlpack.h"
+#include "common/tensor.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using dsv3::dlpack::ExchangeApi;
+
+// The exchange table of a tensor type; the last one asked for is remembered, since a process uses one framework.
+const ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* last_type = nullptr;
+  static const ExchangeApi* last_api = nullptr;
+  if (type == last_type) return last_api;
+  const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return nullptr;
+  void* const table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (table == nullptr) throw py::error_already_set();
+  last_type = type;
+  last_api = static_cast<const ExchangeApi*>(table);
+  return last_api;
+}
+
+// What the argument caster saw last, for the stream of the call. Calls hold the GIL from casting to launch.
+const ExchangeApi* current_api = nullptr;
+
+cudaStream_t current_stream(const dsv3::Tensor& t) {
+  DSV3_CHECK(t.is_cuda(), "native ops take CUDA tensors, got a CPU tensor of shape ", t);
+  void* stream = nullptr;
+  if (current_api->current_work_stream(dsv3::dlpack::kCUDA, t.device(), &stream) != 0) throw py::error_already_set();
+  return static_cast<cudaStream_t>(stream);
+}
+
+const dsv3::Tensor& first_tensor(const dsv3::Tensor& t) { return t; }
+const dsv3::Tensor& first_tensor(const std::vector<dsv3::Tensor>& list) {
+  DSV3_CHECK(!list.empty(), "the first list of tensors is empty");
+  return list.front();
+}
+
+// Defines a Python function for `void op(Tensor first, ..., cudaStream_t)`: the stream is the framework's current one.
+template <class First, class... Args, size_t... kIndex>
+void define(py::module_& m, const char* name, void (*op)(First, Args...), std::index_sequence<kIndex...>) {
+  using All = std::tuple<First, Args...>;
+  m.def(name, [op](std::tuple_element_t<kIndex, All>... args) {
+    const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
+    op(std::move(args)..., stream);
+  });
+}
+template <class... Args>
+void define(py::module_& m, const char* name, void (*op)(Args...)) {
+  define(m, name, op, std::make_index_sequence<sizeof...(Args) - 1>{});
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+template <>
+struct type_caster<dsv3::Tensor> {
+  PYBIND11_TYPE_CASTER(dsv3::Tensor, const_name("Tensor"));
+  bool load(handle source, bool) {
+    const ExchangeApi* const api = exchange_api(Py_TYPE(source.ptr()));
+    if (api == nullptr || api->tensor_from_py_object == nullptr) return false;
+    dsv3::dlpack::Tensor view;
+    if (api->tensor_from_py_object(source.ptr(), &view) != 0) throw error_already_set();
+    current_api = api;
+    value = dsv3::Tensor(view);
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+  define(m, "rmsnorm", dsv3::rmsnorm);
+  define(m, "rmsnorm_backward", dsv3::rmsnorm_backward);
+}

@@ -1,0 +1,83 @@
+// Device side helpers: 16-byte vectors, conversions, warp and block reductions in a fixed order, programmatic launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace dsv3 {
+
+constexpr int kWarpSize = 32;
+
+// Everything that an earlier kernel of the stream wrote is visible after this (no-op without programmatic launch).
+__device__ __forceinline__ void wait_for_inputs() { cudaGridDependencySynchronize(); }
+// The next kernel of the stream may be scheduled once every block has called this; it still waits for this grid's end
+// to read.
+__device__ __forceinline__ void release_dependents() { cudaTriggerProgrammaticLaunchCompletion(); }
+
+// 16 bytes of T, held as raw words so that an array of them stays in registers.
+template <class T>
+struct alignas(16) Vec {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+template <class T>
+__device__ __forceinline__ Vec<T> load(const T* p) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  return reinterpret_cast<const Vec<T>&>(raw);
+}
+// Read once, never again: do not keep it in L1.
+template <class T>
+__device__ __forceinline__ Vec<T> load_streaming(const T* p) {
+  const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(p));
+  return reinterpret_cast<const Vec<T>&>(raw);
+}
+template <class T>
+__device__ __forceinline__ void store(T* p, const Vec<T>& v) {
+  *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+}
+template <class T>
+__device__ __forceinline__ void store_streaming(T* p, const Vec<T>& v) {
+  __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(v));
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+struct Sum {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  static constexpr float kIdentity = 0.f;
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  static constexpr float kIdentity = -INFINITY;
+};
+
+template <class Op>
+__device__ __forceinline__ float warp_reduce(float x, Op op = {}) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Every thread of the block gets the result. `scratch` holds one float a warp and may be reused after a __syncthreads.
+template <class Op, int kThreads>
+__device__ __forceinline__ float block_reduce(float x, float* scratch, Op op = {}) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  x = warp_reduce<Op>(x);
+  if constexpr (kWarps == 1) return x;
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  x = threadIdx.x % kWarpSize < kWarps ? scratch[threadIdx.x % kWarpSize] : Op::kIdentity;
+  return warp_reduce<Op>(x);
+}
+
+}  // namespace dsv3

@@ -1,0 +1,290 @@
+// RMSNorm over the last dimension, forward and backward, with the residual add of a transformer block fused into both.
+//
+//   r = x + residual (rounded to the dtype of x);  rstd_t = 1 / sqrt(mean_h r^2 + eps);  y = r * rstd * weight
+//   xhat = r * rstd;  dr = rstd * (w*dy - xhat * mean_h(w*dy*xhat)) + dr_out;  dweight = sum_t dy * xhat
+//
+// Memory-bound: forward moves x and y once (4 bytes a bf16 element; 8 with the residual), backward dy, r and dx once
+// (6; 8). A row stays in registers between the reduction and the write. In the backward a block keeps the fp32 sums of
+// dweight for its columns over all of its rows, so that only one partial row a multiprocessor reaches memory; a second,
+// small kernel adds the partial rows in order. No atomics: results do not change from run to run.
+#include "../common/launch.cuh"
+#include "../common/vector.cuh"
+#include "../ops.h"
+
+namespace dsv3 {
+namespace {
+
+struct ForwardParams {
+  void* y;
+  void* residual_out;    // null: no residual
+  float* rstd;           // [T]
+  const void* x;         // [T, H]
+  const void* residual;  // null: no residual
+  const void* weight;    // [H]
+  int hidden;
+  float eps;
+};
+
+// One block a row; thread i holds vectors i, i + kThreads, ...
+template <class T, int kThreads, int kVecs>
+__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
+  __shared__ float scratch[kThreads / kWarpSize];
+  wait_for_inputs();
+  release_dependents();
+  constexpr int kSize = Vec<T>::kSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.hidden;
+  const int vecs = p.hidden / kSize;
+
+  Vec<T> x[kVecs], residual[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    if (v >= vecs) continue;
+    x[i] = load_streaming(static_cast<const T*>(p.x) + row + v * kSize);
+    if (p.residual) residual[i] = load_streaming(static_cast<const T*>(p.residual) + row + v * kSize);
+  }
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    if (v >= vecs) continue;
+    if (p.residual) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        x[i].values[j] = from_float<T>(to_float(x[i].values[j]) + to_float(residual[i].values[j]));
+      }
+      store(static_cast<T*>(p.residual_out) + row + v * kSize, x[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum += to_float(x[i].values[j]) * to_float(x[i].values[j]);
+  }
+  const float mean = block_reduce<Sum, kThreads>(sum, scratch) / p.hidden;
+  const float rstd = rsqrtf(mean + p.eps);
+  if (threadIdx.x == 0) p.rstd[blockIdx.x] = rstd;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    if (v >= vecs) continue;
+    const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      x[i].values[j] = from_float<T>(to_float(x[i].values[j]) * rstd * to_float(weight.values[j]));
+    }
+    store(static_cast<T*>(p.y) + row + v * kSize, x[i]);
+  }
+}
+
+struct BackwardParams {
+  void* dx;               // [T, H]
+  float* partial;         // [blocks, H]
+  const void* dy;         // [T, H]
+  const void* dresidual;  // [T, H] or null: gradient of r itself, added to dx
+  const void* x;          // [T, H]: r, the normalised tensor
+  const void* weight;     // [H]
+  const float* rstd;      // [T]
+  int64_t tokens;
+  int hidden;
+};
+
+// kRows rows at a time, kRowThreads threads a row; the block walks over the rows with the stride of the grid.
+template <class T, int kRowThreads, int kRows, int kVecs>
+__global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(BackwardParams p) {
+  constexpr int kSize = Vec<T>::kSize;
+  constexpr int kRowWarps = kRowThreads / kWarpSize;
+  __shared__ float scratch[2][kRows][kRowWarps];
+  extern __shared__ float combined[];  // [H], where kRows > 1
+  wait_for_inputs();
+  release_dependents();
+  const int lane = threadIdx.x % kRowThreads;
+  const int group = threadIdx.x / kRowThreads;
+  const int vecs = p.hidden / kSize;
+
+  float dweight[kVecs][kSize] = {};
+  int phase = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.tokens;
+       first += gridDim.x * kRows, phase ^= 1) {
+    const int64_t t = first + group;
+    const bool live = t < p.tokens;
+    Vec<T> x[kVecs], dy[kVecs];
+    const float rstd = live ? p.rstd[t] : 0.f;
+    float dot = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int v = lane + i * kRowThreads;
+      if (!live || v >= vecs) continue;
+      x[i] = load_streaming(static_cast<const T*>(p.x) + t * p.hidden + v * kSize);
+      dy[i] = load_streaming(static_cast<const T*>(p.dy) + t * p.hidden + v * kSize);
+    }
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int v = lane + i * kRowThreads;
+      if (!live || v >= vecs) continue;
+      const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const float xhat = to_float(x[i].values[j]) * rstd, g = to_float(dy[i].values[j]);
+        dweight[i][j] += g * xhat;
+        dot += g * to_float(weight.values[j]) * xhat;
+      }
+    }
+    dot = warp_reduce<Sum>(dot);
+    if (lane % kWarpSize == 0) scratch[phase][group][lane / kWarpSize] = dot;
+    __syncthreads();
+    dot = 0.f;
+#pragma unroll
+    for (int w = 0; w < kRowWarps; ++w) dot += scratch[phase][group][w];
+    const float mean = dot / p.hidden;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int v = lane + i * kRowThreads;
+      if (!live || v >= vecs) continue;
+      const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+      Vec<T> residual{};
+      if (p.dresidual) residual = load_streaming(static_cast<const T*>(p.dresidual) + t * p.hidden + v * kSize);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const float xhat = to_float(x[i].values[j]) * rstd;
+        const float d = rstd * (to_float(weight.values[j]) * to_float(dy[i].values[j]) - xhat * mean);
+        x[i].values[j] = from_float<T>(p.dresidual ? d + to_float(residual.values[j]) : d);
+      }
+      store(static_cast<T*>(p.dx) + t * p.hidden + v * kSize, x[i]);
+    }
+  }
+
+  // The groups add their sums in order; the last one writes the block's row.
+  float* const row = p.partial + static_cast<int64_t>(blockIdx.x) * p.hidden;
+  for (int g = 0; g < kRows; ++g) {
+    if (g > 0) __syncthreads();
+    if (group != g) continue;
+    float* const target = g == kRows - 1 ? row : combined;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int v = lane + i * kRowThreads;
+      if (v >= vecs) continue;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) target[v * kSize + j] = dweight[i][j] + (g > 0 ? combined[v * kSize + j] : 0.f);
+    }
+  }
+}
+
+constexpr int kReduceWarps = 8;
+
+// dweight[h] = sum over the partial rows, in an order that depends on their number alone. 32 columns a block.
+__global__ void __launch_bounds__(kReduceWarps* kWarpSize)
+    reduce_kernel(float* dweight, const float* partial, int rows, int hidden) {
+  __shared__ float sums[kReduceWarps][kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int column = blockIdx.x * kWarpSize + lane;
+  wait_for_inputs();
+  release_dependents();
+  float sum = 0.f;
+  if (column < hidden) {
+#pragma unroll 8
+    for (int r = warp; r < rows; r += kReduceWarps) sum += partial[static_cast<int64_t>(r) * hidden + column];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= hidden) return;
+  for (int w = 1; w < kReduceWarps; ++w) sum += sums[w][lane];
+  dweight[column] = sum;
+}
+
+template <class T>
+void launch_forward(const ForwardParams& p, int64_t tokens, cudaStream_t stream) {
+  const int vecs = p.hidden / Vec<T>::kSize;
+  const auto run = [&](auto kernel, int threads) {
+    launch("rmsnorm", kernel, {.grid = dim3(tokens), .block = dim3(threads)}, stream, p);
+  };
+  if (vecs <= 64) return run(forward_kernel<T, 64, 1>, 64);
+  if (vecs <= 128) return run(forward_kernel<T, 128, 1>, 128);
+  if (vecs <= 256) return run(forward_kernel<T, 128, 2>, 128);
+  if (vecs <= 512) return run(forward_kernel<T, 128, 4>, 128);
+  if (vecs <= 1024) return run(forward_kernel<T, 256, 4>, 256);
+  return run(forward_kernel<T, 512, 4>, 512);
+}
+
+template <class T>
+void launch_backward(const BackwardParams& p, int blocks, cudaStream_t stream) {
+  const int vecs = p.hidden / Vec<T>::kSize;
+  const auto run = [&](auto kernel, int threads, bool combine) {
+    const size_t smem = combine ? p.hidden * sizeof(float) : 0;
+    launch("rmsnorm_backward", kernel, {.grid = dim3(blocks), .block = dim3(threads), .smem = smem}, stream, p);
+  };
+  if (vecs <= 128) return run(backward_kernel<T, 128, 8, 1>, 1024, true);
+  if (vecs <= 256) return run(backward_kernel<T, 256, 4, 1>, 1024, true);
+  if (vecs <= 512) return run(backward_kernel<T, 512, 2, 1>, 1024, true);
+  if (vecs <= 1024) return run(backward_kernel<T, 512, 2, 2>, 1024, true);
+  return run(backward_kernel<T, 512, 1, 4>, 512, false);
+}
+
+constexpr int kMaxVecs = 2048;  // vectors of 16 bytes in a row: hidden <= 16384 in bf16, 8192 in fp32
+
+template <class T>
+void check_hidden(int64_t hidden) {
+  DSV3_CHECK(hidden % Vec<T>::kSize == 0 && hidden / Vec<T>::kSize <= kMaxVecs, "hidden must be a multiple of ",
+             Vec<T>::kSize, " and at most ", kMaxVecs * Vec<T>::kSize, ", got ", hidden);
+}
+
+}  // namespace
+
+void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x, std::optional<Tensor> residual,
+             Tensor weight, double eps, cudaStream_t stream) {
+  DSV3_CHECK(x.dim() == 2, "x must be (tokens, hidden), got ", x);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  check_operand("x", x, x.dtype());
+  check_operand("y", y, x.dtype(), tokens, hidden);
+  check_operand("weight", weight, x.dtype(), hidden);
+  check_operand("rstd", rstd, Dtype::kFloat32, tokens);
+  DSV3_CHECK(residual.has_value() == residual_out.has_value(), "residual and residual_out go together");
+  if (residual) check_operand("residual", *residual, x.dtype(), tokens, hidden);
+  if (residual) check_operand("residual_out", *residual_out, x.dtype(), tokens, hidden);
+  const DeviceGuard guard(x);
+  visit_float("x", x.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    check_hidden<T>(hidden);
+    launch_forward<T>({.y = y.data<T>(),
+                       .residual_out = residual ? residual_out->data<T>() : nullptr,
+                       .rstd = rstd.data<float>(),
+                       .x = x.data<T>(),
+                       .residual = residual ? residual->data<T>() : nullptr,
+                       .weight = weight.data<T>(),
+                       .hidden = static_cast<int>(hidden),
+                       .eps = static_cast<float>(eps)},
+                      tokens, stream);
+  });
+}
+
+void rmsnorm_backward(Tensor dx, Tensor dweight, Tensor partial, Tensor dy, std::optional<Tensor> dresidual, Tensor x,
+                      Tensor weight, Tensor rstd, cudaStream_t stream) {
+  DSV3_CHECK(x.dim() == 2, "x must be (tokens, hidden), got ", x);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  check_operand("x", x, x.dtype());
+  check_operand("dy", dy, x.dtype(), tokens, hidden);
+  check_operand("dx", dx, x.dtype(), tokens, hidden);
+  check_operand("weight", weight, x.dtype(), hidden);
+  check_operand("rstd", rstd, Dtype::kFloat32, tokens);
+  check_operand("dweight", dweight, Dtype::kFloat32, hidden);
+  check_operand("partial", partial, Dtype::kFloat32, partial.size(0), hidden);
+  if (dresidual) check_operand("dresidual", *dresidual, x.dtype(), tokens, hidden);
+  const DeviceGuard guard(x);
+  const int blocks = static_cast<int>(partial.size(0));
+  visit_float("x", x.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    check_hidden<T>(hidden);
+    launch_backward<T>({.dx = dx.data<T>(),
+                        .partial = partial.data<float>(),
+                        .dy = dy.data<T>(),
+                        .dresidual = dresidual ? dresidual->data<T>() : nullptr,
+                        .x = x.data<T>(),
+                        .weight = weight.data<T>(),
+                        .rstd = rstd.data<float>(),
+                        .tokens = tokens,
+                        .hidden = static_cast<int>(hidden)},
+                       blocks, stream);
+  });
+  launch("rmsnorm_backward", reduce_kernel,
+         {.grid = dim3((hidden + kWarpSize - 1) / kWarpSize), .block = dim3(kReduceWarps * kWarpSize)}, stream,
+         dweight.data<float>(), partial.data<float>(), blocks, static_cast<int>(hidden));
+}
+
+}  // namespace dsv3

@@ -1,0 +1,112 @@
+"""RMSNorm (Zhang and Sennrich, 2019; DeepSeek-V3 report, section 2.1), with the residual add fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.grad import accumulate
+from dsv3.ops.registry import check_dtype, define, native, sm_count
+from dsv3.reference import norm as reference
+
+_MAX_VECTORS = 2048  # 16-byte vectors a row
+
+
+def _supports_row(x: Tensor) -> str | None:
+    size = 16 // x.element_size()
+    if x.shape[-1] % size or x.shape[-1] > _MAX_VECTORS * size:
+        return f"hidden {x.shape[-1]} is not a multiple of {size} up to {_MAX_VECTORS * size}"
+    return check_dtype("x", x, torch.bfloat16, torch.float32)
+
+
+def _allocate(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(0) if residual is None else torch.empty_like(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), summed, x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _launch(outputs: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
+    y, summed, rstd = outputs
+    native().rmsnorm(y, None if residual is None else summed, rstd, x, residual, weight, eps)
+
+
+def _allocate_backward(
+    dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(weight.shape, dtype=rstd.dtype)
+
+
+def _launch_backward(
+    outputs: Any, dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> None:
+    partial = x.new_empty(sm_count(x.device), x.shape[1], dtype=torch.float32)
+    native().rmsnorm_backward(*outputs, partial, dy, dresidual, x, weight, rstd)
+
+
+define(
+    "rmsnorm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    shapes="x, residual [T,H], weight [H] bf16|fp32 -> y, x+residual [T,H], rstd [T] fp32",
+    reference=reference.rmsnorm,
+    allocate=_allocate,
+    launch=_launch,
+    supports=lambda x, residual, weight, eps: (
+        _supports_row(x) or (None if weight.dtype == x.dtype else "weight and x differ in dtype")
+    ),
+)
+define(
+    "rmsnorm_backward(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    shapes="dy, dresidual, x [T,H], weight [H] bf16|fp32, rstd [T] fp32 -> dx [T,H], dweight [H] fp32",
+    reference=reference.rmsnorm_backward,
+    allocate=_allocate_backward,
+    launch=_launch_backward,
+    supports=lambda dy, dresidual, x, weight, rstd: (
+        _supports_row(x) or (None if weight.dtype == x.dtype else "weight and x differ in dtype")
+    ),
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
+        y, summed, rstd = torch.ops.dsv3.rmsnorm(x, residual, weight, eps)
+        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+        ctx.has_residual = residual is not None
+        return (y, summed) if ctx.has_residual else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dresidual: Tensor | None = None) -> Any:
+        x, weight, rstd = ctx.saved_tensors
+        if dresidual is not None:
+            dresidual = dresidual.contiguous()
+        dx, dweight = torch.ops.dsv3.rmsnorm_backward(dy.contiguous(), dresidual, x, weight, rstd)
+        return dx, dx if ctx.has_residual else None, accumulate(weight, dweight), None
+
+
+def rmsnorm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation of the rows of x, after adding a residual where one is given.
+
+    y = r / sqrt(mean_h(r^2) + eps) * weight, with r = x + residual rounded to the dtype of x; statistics in fp32.
+    Native on Hopper for bf16 and fp32, H a multiple of 16 bytes up to 32 KiB a row. The gradient of the weight is
+    summed in fp32, in a fixed order, and added to `weight.main_grad` where the parameter has one.
+
+    Args:
+        x: [T, H], contiguous.
+        weight: [H], of x's dtype for the native op.
+        eps: added to the mean square.
+        residual: [T, H] of x's dtype, or None.
+
+    Returns:
+        y [T, H]; with a residual the tuple (y, r).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(f"rmsnorm: x must be (T, H) and weight (H,), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rmsnorm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    return _RMSNorm.apply(x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps)

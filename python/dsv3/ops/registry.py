@@ -1,0 +1,151 @@
+"""How an op becomes `torch.ops.dsv3.<name>`: schema, reference, output allocation, native launch.
+
+An op runs natively where its tensors are on a Hopper GPU (compute capability 9.0) and its `supports` has no objection;
+otherwise its reference runs, on the same device. The fallback is noted once an op and reason, for `dsv3 doctor`.
+Primitives have no autograd of their own: the functions of `dsv3.ops` differentiate by calling a backward primitive.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    from dsv3 import _C
+
+    NATIVE_ERROR = ""
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    NATIVE_ERROR = str(error) if "_C" not in str(error) else "dsv3 was installed without native code"
+
+log = logging.getLogger("dsv3")
+library = torch.library.Library("dsv3", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered primitive. `shapes` describes its tensors for a reader; `native` is False for reference-only ops."""
+
+    name: str
+    schema: str
+    shapes: str
+    native: bool
+
+
+OPS: dict[str, Op] = {}
+FALLBACKS: dict[tuple[str, str], None] = {}  # (op, reason), in the order met
+_forced_references = 0
+
+
+def native() -> Any:
+    """The native module; raises RuntimeError with the reason where there is none."""
+    if _C is None:
+        raise RuntimeError(f"native ops are not available: {NATIVE_ERROR}")
+    return _C
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a CUDA device has compute capability 9.0."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Number of multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _note(name: str, reason: str) -> None:
+    if (name, reason) not in FALLBACKS:
+        FALLBACKS[name, reason] = None
+        log.info("%s runs on its reference: %s", name, reason)
+
+
+def _no_objection(*args: Any) -> str | None:
+    return None
+
+
+def define(
+    schema: str,
+    *,
+    shapes: str,
+    reference: Callable[..., Any],
+    allocate: Callable[..., Any],
+    launch: Callable[..., None] | None = None,
+    supports: Callable[..., str | None] = _no_objection,
+) -> None:
+    """Registers `dsv3::<schema>`.
+
+    Args:
+        schema: torch schema, for example "rmsnorm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)".
+        shapes: shapes and dtypes for `python -m dsv3.ops`.
+        reference: plain PyTorch implementation, called under no_grad.
+        allocate: returns the empty outputs for the arguments; also the fake kernel. None for ops that only mutate.
+        launch: launch(outputs, *args) calls the native op; None where there is no kernel yet.
+        supports: returns why the native op can not take these arguments, or None.
+    """
+    name = schema[: schema.index("(")]
+    library.define(schema)
+
+    @torch.no_grad()
+    def run_reference(*args: Any) -> Any:
+        return reference(*args)
+
+    def run_cuda(*args: Any) -> Any:
+        reason = _why_reference(args, launch, supports)
+        if reason is not None:
+            if not _forced_references:
+                _note(name, reason)
+            return run_reference(*args)
+        outputs = allocate(*args)
+        assert launch is not None
+        launch(outputs, *args)
+        return outputs
+
+    library.impl(name, run_reference, "CPU")
+    library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
+    torch.library.register_fake(f"dsv3::{name}", allocate, lib=library)
+    OPS[name] = Op(name, schema, shapes, launch is not None)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0]
+    raise AssertionError("an op without tensors")
+
+
+def _why_reference(args: tuple[Any, ...], launch: Any, supports: Callable[..., str | None]) -> str | None:
+    if _forced_references:
+        return "references are forced"
+    if _C is None:
+        return NATIVE_ERROR
+    device = _first_tensor(args).device
+    if not is_hopper(device):
+        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
+    return supports(*args)
+
+
+class ReferenceOps:
+    """Context manager that makes every op run on its reference (also the backward calls made inside it)."""
+
+    def __enter__(self) -> None:
+        global _forced_references
+        _forced_references += 1
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced_references
+        _forced_references -= 1
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> str | None:
+    """The objection of a `supports` to a dtype."""
+    return None if tensor.dtype in dtypes else f"{name} is {tensor.dtype}".replace("torch.", "")

