@@ -1,0 +1,380 @@
+"""Reading text, splitting it, token files, and the order in which they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dsv3.train.corpus import MAX_VALIDATION_SHARE, Corpus, open_corpus
+from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index, tokenize_corpus
+from dsv3.train.tokenizer import special_ids, train_tokenizer
+
+WORDS = [f"word{i % 37}" for i in range(300)]
+
+
+def texts(corpus: Corpus, split: str) -> dict[str, str]:
+    return {d.name: d.text for d in corpus.documents(split)}
+
+
+def write_folder(folder: Path, count: int = 120) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        sub = folder / f"sub{i % 3}"
+        sub.mkdir(exist_ok=True)
+        (sub / f"file{i}.py").write_text(f"# file {i}\n" + " ".join(WORDS[i : i + 60]) + "\n<|eos|> é\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return open_corpus(write_folder(tmp_path_factory.mktemp("text") / "folder"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Corpus) -> Tokenizer:
+    return train_tokenizer((d.text for d in corpus.documents("train")), 300)
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus: Corpus, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens") / "tokens"
+    tokenize_corpus(corpus, tokenizer, folder)
+    return folder
+
+
+# ---- corpus ----
+def test_standard_library() -> None:
+    corpus = open_corpus()
+    train, valid = texts(corpus, "train"), texts(corpus, "valid")
+    assert len(train) + len(valid) == corpus.num_documents > 400
+    assert not train.keys() & valid.keys()
+    assert 0.01 < len(valid) / corpus.num_documents < 0.12
+    assert sum(len(t.encode()) for t in [*train.values(), *valid.values()]) == corpus.num_bytes
+    names = [*train, *valid]
+    assert "json/decoder.py" in names
+    assert not any("site-packages" in n or n.startswith("test/") for n in names)
+    assert max(len(t.encode()) for t in valid.values()) <= MAX_VALIDATION_SHARE * corpus.num_bytes
+
+
+def test_folder_skips_and_counts(tmp_path: Path) -> None:
+    write_folder(tmp_path, 30)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "program.exe").write_bytes(b"\0\xff")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x.py").write_text("cached")
+    (tmp_path / ".hidden.py").write_text("hidden")
+    corpus = open_corpus(tmp_path)
+    assert corpus.num_documents == 30
+    assert sorted(p.name for p in corpus.skipped) == ["empty.jsonl", "empty.py", "latin1.txt"]
+
+
+def test_split_does_not_depend_on_the_place_or_the_neighbours(corpus: Corpus, tmp_path: Path) -> None:
+    moved = open_corpus(write_folder(tmp_path / "elsewhere"))
+    assert texts(moved, "valid") == texts(corpus, "valid")
+    (tmp_path / "elsewhere" / "another.py").write_text("x = 1\n")
+    assert texts(open_corpus(tmp_path / "elsewhere"), "valid").keys() - {"another.py"} == texts(corpus, "valid").keys()
+    assert 0 < len(texts(corpus, "valid")) < 20
+
+
+def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "".join(f"line {i} é\r\n" for i in range(20000))
+    path = tmp_path / "one.txt"
+    path.write_bytes(text.encode())
+    for corpus in (open_corpus(path), open_corpus(tmp_path)):
+        documents = {**texts(corpus, "train"), **texts(corpus, "valid")}
+        assert "".join(documents[n] for n in sorted(documents, key=lambda n: int(n.split(":")[1]))) == text
+        assert all(t.endswith("\r\n") for t in documents.values())
+        assert 50 < corpus.num_documents <= 101
+        assert texts(corpus, "valid")
+    (tmp_path / "two.txt").write_text("x" * 5000)
+    assert "".join(texts(open_corpus(tmp_path / "two.txt"), "train").values())
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_neither_side_of_a_split_is_empty(tmp_path: Path, count: int) -> None:
+    corpus = open_corpus(write_folder(tmp_path, count))
+    assert texts(corpus, "train")
+    assert texts(corpus, "valid")
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"text": f"text {i} \ud83d\ude42 \ud800"} for i in range(50)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n" + json.dumps({"text": ""}) + "\n")
+    corpus = open_corpus(path)
+    assert corpus.num_documents == 50
+    assert "text 7 🙂 \ufffd" in {**texts(corpus, "train"), **texts(corpus, "valid")}.values()
+    path.write_text('{"text": "a"}\n{"content": "b"}\n')
+    with pytest.raises(ValueError, match=r'data.jsonl line 2: expected a string field "text", found content'):
+        open_corpus(path)
+    path.write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(ValueError, match=r"data.jsonl line 2: expected a JSON object, found Expecting"):
+        open_corpus(path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match=r"data.parquet: reading .parquet needs pyarrow: pip install pyarrow"):
+            open_corpus(path)
+        return
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(40)] + [None, ""]}), path)
+    assert open_corpus(path).num_documents == 40
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a", "b"]}), path)
+    with pytest.raises(ValueError, match=r'expected a column "text", found content'):
+        open_corpus(path)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"expected a parquet file, found"):
+        open_corpus(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "bad.txt: expected text, found an empty file"),
+        (b"abc\xff", "bad.txt: expected UTF-8 text, found byte 0xff at 3"),
+        (b"too short", "expected at least 2 documents or 2048 characters, found 9 bytes"),
+    ],
+)
+def test_unusable_file_given_by_name(tmp_path: Path, raw: bytes, message: str) -> None:
+    (tmp_path / "bad.txt").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        open_corpus(tmp_path / "bad.txt")
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file or folder: .*nowhere"):
+        open_corpus(tmp_path / "nowhere")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match=r"expected text under .*, found none \(1 empty or non-UTF-8 files skipped\)"):
+        open_corpus(tmp_path)
+
+
+# ---- token files ----
+def test_token_file_holds_every_document(corpus: Corpus, tokenizer: Tokenizer, tokens: Path) -> None:
+    index = read_index(tokens)
+    for split in ("train", "valid"):
+        documents = texts(corpus, split)
+        ids = np.fromfile(tokens / f"{split}.bin", index.dtype)
+        starts, byte_starts = np.load(tokens / f"{split}.offsets.npy")
+        decoded = [tokenizer.decode(ids[a + 1 : b - 1], skip_special_tokens=False) for a, b in pairwise(starts)]
+        assert decoded == list(documents.values())
+        assert np.diff(byte_starts).tolist() == [len(t.encode()) for t in documents.values()]
+        assert (ids[starts[:-1]] == index.special.bos).all()
+        assert (ids == index.special.eos).sum() == len(documents)  # "<|eos|>" in the text is plain text
+        assert index.splits[split].num_tokens == len(ids)
+        assert index.splits[split].num_bytes == byte_starts[-1]
+        assert index.splits[split].largest_token == ids.max()
+
+
+def test_a_large_vocabulary_takes_four_bytes(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    large = Tokenizer.from_str(tokenizer.to_str())
+    large.add_tokens([f"<extra{i}>" for i in range(70000)])
+    assert tokenize_corpus(corpus, large, tmp_path / "large").dtype == "uint32"
+    assert TokenDataset(tmp_path / "large", 16).batch(0, 1).shape == (1, 17)
+
+
+def test_tokens_outside_the_vocabulary(tokens: Path) -> None:
+    largest = max(s.largest_token for s in read_index(tokens).splits.values())
+    assert read_index(tokens, vocab_size=largest + 1).vocab_size == 300
+    with pytest.raises(
+        ValueError, match=rf"expected tokens below the model's vocab_size {largest}, found token {largest}"
+    ):
+        TokenDataset(tokens, 16, vocab_size=largest)
+
+
+def test_tokenizing_replaces_only_token_folders(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"expected a token folder or nothing at .*mine"):
+        tokenize_corpus(corpus, tokenizer, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+    tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
+    tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tokens"]
+
+
+def test_a_failure_leaves_the_old_folder(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
+    before = (tmp_path / "tokens" / "train.bin").read_bytes()
+    gone = Corpus(corpus.root, (*corpus.files, corpus.root / "gone.py"), (), False, 1, 1, corpus.threshold, 10**9)
+    with pytest.raises(FileNotFoundError):
+        tokenize_corpus(gone, tokenizer, tmp_path / "tokens")
+    assert (tmp_path / "tokens" / "train.bin").read_bytes() == before
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def test_damaged_token_folders(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a folder made by `dsv3 tokenize`, found no .*index.json"):
+        read_index(tmp_path)
+    tokenize_corpus(corpus, tokenizer, tmp_path / "t")
+    raw = (tmp_path / "t" / "train.bin").read_bytes()
+    (tmp_path / "t" / "train.bin").write_bytes(raw[:-2])
+    with pytest.raises(ValueError, match=rf"train.bin: expected {len(raw)} bytes, found {len(raw) - 2}"):
+        TokenDataset(tmp_path / "t", 16)
+    (tmp_path / "t" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json: expected the index that `dsv3 tokenize` writes"):
+        read_index(tmp_path / "t")
+
+
+def test_split_rate_splits_some_joined_tokens(
+    corpus: Corpus, tokenizer: Tokenizer, tokens: Path, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for i in range(40):
+        (code / f"f{i}.py").write_text(f"def f{i}(x):\n    return {{x}}\n" * 20)
+    corpus = open_corpus(code)
+    tokenizer = train_tokenizer((d.text for d in corpus.documents("train")), 300)
+    counts = [
+        tokenize_corpus(corpus, tokenizer, tmp_path / f"r{rate}", split_rate=rate).splits for rate in (0.0, 0.5, 1.0)
+    ]
+    train = [c["train"].num_tokens for c in counts]
+    assert train[0] < train[1] < train[2]
+    assert (train[1] - train[0]) / (train[2] - train[0]) == pytest.approx(0.5, abs=0.1)
+    assert len({c["valid"].num_tokens for c in counts}) == 1
+    ids = np.fromfile(tmp_path / "r0.5" / "train.bin", np.uint16)
+    assert tokenizer.decode(ids) == "".join(texts(corpus, "train").values())
+
+
+# ---- reading ----
+def stream(tokens: Path) -> np.ndarray:
+    return np.fromfile(tokens / "train.bin", np.uint16)
+
+
+def test_an_epoch_reads_every_window_once(tokens: Path) -> None:
+    dataset, all_tokens = TokenDataset(tokens, 32, seed=3), stream(tokens)
+    n = dataset.windows_per_epoch
+    assert n == (len(all_tokens) - 1) // 32
+    expected = {tuple(all_tokens[i * 32 : i * 32 + 33].tolist()) for i in range(n)}
+    first, second = dataset.batch(0, n), dataset.batch(n, n)
+    for epoch in (first, second):
+        assert {tuple(row) for row in epoch.tolist()} == expected
+    assert not first.equal(second)
+    assert not first.equal(TokenDataset(tokens, 32, seed=4).batch(0, n))
+
+
+def test_reading_is_a_function_of_the_position(tokens: Path) -> None:
+    dataset = TokenDataset(tokens, 32, seed=3, fim_rate=0.5)
+    n = dataset.windows_per_epoch
+    whole = dataset.batch(0, 2 * n + 5)
+    for position, count in ((n - 2, 5), (3, 1), (2 * n, 5)):
+        assert (
+            TokenDataset(tokens, 32, seed=3, fim_rate=0.5)
+            .batch(position, count)
+            .equal(whole[position : position + count])
+        )
+
+
+def test_the_order_is_the_same_in_another_process(tokens: Path) -> None:
+    read = f"print(TokenDataset({str(tokens)!r}, 8, seed=1, fim_rate=0.3).batch(0, 20).sum(1))"
+    code = f"from dsv3.train.data import TokenDataset; {read}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str(TokenDataset(tokens, 8, seed=1, fim_rate=0.3).batch(0, 20).sum(1))
+
+
+def test_ranks_share_the_global_batch_and_the_position_is_restored(tokens: Path) -> None:
+    dataset = TokenDataset(tokens, 32)
+    alone = BatchReader(dataset)
+    ranks = [BatchReader(dataset, rank=r, world_size=4) for r in range(4)]
+    for size in (8, 4, 12):
+        whole = alone.next(size)
+        assert isinstance(whole, Tensor)
+        assert whole.tolist() == [row for r in ranks for row in r.next(size).tolist()]
+    state = json.loads(json.dumps(alone.state_dict()))
+    following = alone.next(6)
+    resumed = BatchReader(TokenDataset(tokens, 32))
+    resumed.load_state_dict(state)
+    assert resumed.next(6).equal(following)
+    with pytest.raises(ValueError, match="the batch must divide by 4 ranks, found 6 sequences"):
+        ranks[0].next(6)
+    with pytest.raises(ValueError, match="cannot resume on other data: expected windows_per_epoch"):
+        BatchReader(TokenDataset(tokens, 16)).load_state_dict(state)
+
+
+def test_too_few_tokens(tokens: Path) -> None:
+    total = len(stream(tokens))
+    with pytest.raises(ValueError, match=rf"expected at least {total + 1} train tokens, found {total}"):
+        TokenDataset(tokens, total)
+
+
+def test_fill_in_the_middle(tokens: Path) -> None:
+    """Every document of the stream is the original or one with prefix, suffix and middle in PSM order."""
+    originals: set[tuple[int, ...]] = set()
+    all_tokens = stream(tokens)
+    starts = np.load(tokens / "train.offsets.npy")[0]
+    originals = {tuple(all_tokens[a:b].tolist()) for a, b in pairwise(starts)}
+    dataset = TokenDataset(tokens, 1, fim_rate=0.4)  # windows of 2 tokens, put back in order
+    n = dataset.windows_per_epoch
+    for epoch in range(2):
+        rows = dataset.batch(epoch * n, n).numpy()
+        read = rows[np.argsort(dataset._order), 0]
+        cuts = np.flatnonzero(read == 0).tolist()
+        seen = [read[a:b].tolist() for a, b in pairwise(cuts)]
+        moved = [d for d in seen if 3 in d]
+        assert len(moved) / len(seen) == pytest.approx(0.4, abs=0.15)
+        for document in seen:
+            if 3 in document:
+                assert document[1] == 3
+                hole, middle = document.index(4), document.index(5)
+                prefix, suffix, body = document[2:hole], document[hole + 1 : middle], document[middle + 1 : -1]
+                document = [0, *prefix, *body, *suffix, 1]
+            assert tuple(document) in originals
+
+
+def test_fill_in_the_middle_needs_its_tokens(tokens: Path, tmp_path: Path) -> None:
+    for file in tokens.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["special"]["fim"] = None
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"fim_rate 0.1 needs fill-in-the-middle tokens"):
+        TokenDataset(tmp_path, 16, fim_rate=0.1)
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(16, 16), (16, 5), (16, 1), (1, 1), (10000, 10000)])
+def test_validation_scores_every_token_once(tokens: Path, seq_len: int, stride: int) -> None:
+    valid = ValidationSet(tokens, seq_len, stride=stride)
+    all_tokens = np.fromfile(tokens / "valid.bin", np.uint16)
+    starts = np.load(tokens / "valid.offsets.npy")[0]
+    expected = [t for a, b in pairwise(starts) for t in all_tokens[a + 1 : b].tolist()]
+    scored = []
+    for rows, mask in valid.batches(7):
+        assert rows.shape[0] == mask.shape[0] <= 7
+        assert rows.shape[1] == mask.shape[1] + 1 == seq_len + 1
+        for row, marked in zip(rows, mask, strict=True):
+            scored += row[1:][marked].tolist()
+            inputs = row[:-1][: int(marked.nonzero()[-1]) + 1]
+            assert (inputs[1:] != 0).all()  # a second bos would be another document
+            if stride < seq_len and int(inputs[0]) != 0:
+                assert int(marked.nonzero()[0]) >= seq_len - stride
+    assert scored == expected
+    assert valid.num_targets == len(expected)
+
+
+def test_bits_per_byte(tokens: Path, corpus: Corpus) -> None:
+    valid = ValidationSet(tokens, 16)
+    assert valid.num_bytes == sum(len(t.encode()) for t in texts(corpus, "valid").values())
+    assert valid.bits_per_byte(valid.num_bytes * math.log(2)) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"stride must be in 1..16, found 17"):
+        ValidationSet(tokens, 16, stride=17)
+
+
+def test_special_ids_are_in_the_index(tokens: Path, tokenizer: Tokenizer) -> None:
+    assert read_index(tokens).special == special_ids(tokenizer)
