@@ -1,5 +1,23 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
+from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode
+from dsv3.ops.gemm import Quantized, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
+from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute
 from dsv3.ops.norm import rmsnorm
 
-__all__ = ["rmsnorm"]
+__all__ = [
+    "Permutation",
+    "Quantized",
+    "WgradQueue",
+    "dense",
+    "grouped_linear",
+    "linear",
+    "linear_cross_entropy",
+    "mla_append_kv",
+    "mla_attention",
+    "mla_decode",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
+    "rmsnorm",
+]

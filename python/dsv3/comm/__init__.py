@@ -1,0 +1,5 @@
+"""Expert-parallel buffers: how tokens reach the ranks that hold their experts, and how the results come back."""
+
+from dsv3.comm.buffer import Dispatched, ExpertBuffer
+
+__all__ = ["Dispatched", "ExpertBuffer"]

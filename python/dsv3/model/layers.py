@@ -1,0 +1,101 @@
+"""The parts of which blocks are made: linear layers, norms, SwiGLU, rotary tables."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dsv3 import ops
+from dsv3.config import Rope
+
+
+class Linear(nn.Module):
+    """y = x W^T. `weight` is a parameter [N, K], or an ops.Quantized put in its place by a loader."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
+        return ops.linear(x, self.weight, wgrad=wgrad)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rmsnorm(x, self.weight, eps=self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(residual + x), residual + x)"""
+        return ops.rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate) * up), gate and up in one matrix. `gather` and `reduce` are where tensor parallelism attaches."""
+
+    def __init__(self, hidden: int, inter: int, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * inter, device=device, dtype=dtype)
+        self.down = Linear(inter, hidden, device=device, dtype=dtype)
+        self.gather = self.reduce = identity
+
+    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
+        return self.reduce(self.down(swiglu(self.gate_up(self.gather(x), wgrad)), wgrad))
+
+
+@functools.lru_cache(maxsize=8)
+def rope_tables(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [max_positions, dim/2], of the angles position * frequency (YaRN, arXiv 2309.00071, section 3.2).
+
+    YaRN divides by `factor` the frequencies that turn less than beta_slow times over the original context, keeps those that
+    turn more than beta_fast times, and blends in between. Tables are made once a device; they are no buffers of the model,
+    which may be built on the meta device or cast.
+    """
+    frequency = rope.theta ** -(torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.factor > 1:
+
+        def pair_turning(rotations: float) -> float:
+            return (
+                rope.dim
+                * math.log(rope.original_max_positions / (rotations * 2 * math.pi))
+                / (2 * math.log(rope.theta))
+            )
+
+        low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rope.dim - 1)
+        ramp = ((torch.arange(rope.dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequency = frequency / rope.factor * ramp + frequency * (1 - ramp)
+    angles = torch.outer(torch.arange(rope.max_positions, dtype=torch.float32), frequency)
+    return tuple((f(angles) * rope.attention_factor).to(device) for f in (torch.cos, torch.sin))
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (* weight of the row) for gate_up [T, 2I], gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    y = nn.functional.silu(gate) * up
+    return y if weights is None else (y * weights[:, None]).to(y.dtype)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, head_dim: int) -> Tensor:
+    """Rotates the interleaved pairs of the last 2 * cos.shape[1] values of every head of x [T, heads * head_dim]."""
+    rope_dim = 2 * cos.shape[1]
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    nope, rope = x.view(x.shape[0], -1, head_dim).split([head_dim - rope_dim, rope_dim], -1)
+    even, odd = rope[..., 0::2], rope[..., 1::2]
+    rotated = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(2).to(x.dtype)
+    return torch.cat([nope, rotated], -1).view(x.shape)

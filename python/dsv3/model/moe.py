@@ -1,0 +1,124 @@
+"""DeepSeekMoE: fine-grained routed experts beside shared ones, no token dropped (V3 report, section 2.1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsv3 import ops
+from dsv3.comm import ExpertBuffer
+from dsv3.config import Config
+from dsv3.model.layers import MLP, swiglu
+
+
+class Routed(NamedTuple):
+    """The gate's choice for T tokens. `logits` and `counts` are data for losses and balancing, nothing is kept in modules."""
+
+    topk_idx: Tensor  # int64 [T, k]
+    topk_weights: Tensor  # fp32 [T, k]
+    counts: Tensor  # int32 [E], tokens of each expert
+    logits: Tensor  # fp32 [T, E]
+
+
+class Gate(nn.Module):
+    """Affinities in fp32, then the group-limited choice. `bias` (fp32 [E], noaux_tc only) chooses but does not weigh."""
+
+    def __init__(self, config: Config, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, device=device, dtype=dtype))
+        bias = torch.zeros(experts, device=device, dtype=torch.float32) if config.has_gate_bias else None
+        self.register_buffer("bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Moves the module; a cast (`model.bfloat16()`) leaves the bias in fp32, whose last update would be lost."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype != torch.float32:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+    def forward(self, x: Tensor) -> Routed:
+        c = self.config
+        logits = nn.functional.linear(x.float(), self.weight.float())
+        groups, kept = c.gate_groups
+        topk_idx, topk_weights, counts = ops.moe_gate(
+            logits,
+            self.bias,
+            num_groups=groups,
+            topk_groups=kept,
+            topk=c.num_experts_per_tok,
+            route_scale=c.routed_scaling_factor,
+            score=c.scoring_func,
+            group_score="top2_sum" if c.topk_method == "noaux_tc" else "max",
+            normalize=c.norm_topk_prob,
+        )
+        return Routed(topk_idx, topk_weights, counts, logits)
+
+
+class Experts(nn.Module):
+    """The routed experts of one rank: gate_up [G, 2I, H] and down [G, H, I]."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        num_experts: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        local = num_experts or config.n_routed_experts
+        hidden, inter = config.hidden_size, config.moe_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(local, 2 * inter, hidden, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(local, hidden, inter, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
+        """x [R, H] sorted by expert, routing weights fp32 [R], offsets int32 [G+1] -> [R, H], already weighted."""
+        gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)
+        return ops.grouped_linear(swiglu(gate_up, weights), self.down, offsets, wgrad=wgrad)
+
+
+class MoE(nn.Module):
+    """gate -> dispatch -> experts -> combine, and the shared experts as one MLP. `buffer` is replaced by parallel/."""
+
+    def __init__(self, config: Config, *, num_experts: int | None = None, **at: Any) -> None:
+        super().__init__()
+        self.gate = Gate(config, **at)
+        self.experts = Experts(config, num_experts=num_experts, **at)
+        inter = config.moe_intermediate_size * config.n_shared_experts
+        self.shared = MLP(config.hidden_size, inter, **at) if inter else None
+        self.buffer = ExpertBuffer(config.n_routed_experts, transport="local")
+
+
+def balance_loss(logits: Tensor, segment: Tensor | int, *, topk: int, score: str) -> Tensor:
+    """Sequence-wise balance loss without its factor alpha (V3 report, equations 17 to 20), mean over the sequences: fp32 [].
+
+    A sequence's loss is sum_i f_i P_i with f_i = E / (k T) * (tokens whose k best unbiased scores include expert i) and
+    P_i = the mean of s_i / sum_j s_j over its T tokens. It is 1 when the load is even.
+
+    Args:
+        logits: fp32 [..., T, E], leading dimensions (layers) are summed.
+        segment: the number of equal sequences in T, or int64 [T] naming each token's sequence (0, 1, ... in order).
+        topk: k.
+        score: "sigmoid" or "softmax".
+    """
+    experts = logits.shape[-1]
+    s = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    p = s / s.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(s).scatter_(-1, s.detach().topk(topk, dim=-1).indices, 1.0)
+    lead = logits.shape[:-2]
+    if isinstance(segment, int):
+        f = chosen.view(*lead, segment, -1, experts).mean(-2)
+        mean_p = p.view(*lead, segment, -1, experts).mean(-2)
+        return (f * mean_p).sum() * experts / (topk * segment)
+    # Segments past the last are empty and add nothing; there are at most T.
+    length = torch.zeros(logits.shape[-2], device=logits.device).index_add_(
+        0, segment, torch.ones_like(segment, dtype=torch.float32)
+    )
+    f, mean_p = (torch.zeros_like(s).index_add(-2, segment, x) / length.clamp(min=1)[:, None] for x in (chosen, p))
+    return (f * mean_p).sum() * experts / (topk * (length > 0).sum())

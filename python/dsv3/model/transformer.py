@@ -1,0 +1,206 @@
+"""The whole model: tokens -> embedding -> blocks -> norm -> head -> loss, and the MTP modules beside the head."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3 import ops
+from dsv3.config import Config
+from dsv3.model.attention import AttentionContext, segment_of
+from dsv3.model.block import Block, BlockStats
+from dsv3.model.layers import Linear, RMSNorm
+from dsv3.model.moe import balance_loss
+from dsv3.model.mtp import MTP
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of text. Position i of the S inputs predicts token i + 1."""
+
+    tokens: Tensor  # int64 [B, S+1]
+    targets_mask: Tensor | None = None  # bool [B, S]: False drops the prediction of token i + 1 from every loss
+    cu_seqlens: Tensor | None = None  # int [n+1] over the B*S flattened inputs: samples that must not see each other,
+    # none longer than S. None: every row is one sequence.
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Tensors on the device; nothing has been synchronised."""
+
+    total: Tensor  # fp32 []: ce + mtp_weight * mtp + balance_alpha * (balance of every MoE layer); call backward on it
+    ce: Tensor  # fp32 []: mean nats a token
+    mtp: Tensor  # fp32 []: mean over the depths of mean nats a token; 0 without MTP
+    balance: Tensor  # fp32 []: with its factor alpha
+    num_tokens: Tensor  # int64 []: targets counted in ce
+    expert_load: Tensor  # int32 [MoE layers with MTP's last, E]
+
+
+def is_expert_param(name: str) -> bool:
+    """Whether a parameter is split by expert (routed experts' weights), and so reduced over other ranks than the rest."""
+    return ".experts." in name
+
+
+class DeepSeekV3(nn.Module):
+    """DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437). Activations are packed [T, H]; see AttentionContext.
+
+    Args:
+        config: the architecture.
+        device: where parameters are made; "meta" makes none.
+        dtype: of the parameters; config.dtype if None. The gate's bias is always fp32.
+    """
+
+    def __init__(
+        self, config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        at: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **at)
+        self.layers = nn.ModuleList(Block(config, n, **at) for n in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **at)
+        self.head = Linear(config.hidden_size, config.vocab_size, **at)
+        self.mtp = nn.ModuleList(MTP(config, k, self.embed, **at) for k in range(config.num_nextn_predict_layers))
+
+    @staticmethod
+    def from_pretrained(path: str | Path, **options: Any) -> DeepSeekV3:
+        """See dsv3.weights.load_pretrained."""
+        from dsv3.weights import load_pretrained
+
+        return load_pretrained(path, **options)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """See dsv3.weights.save_pretrained."""
+        from dsv3.weights import save_pretrained
+
+        save_pretrained(self, path, **options)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> DeepSeekV3:
+        """Normal weights of std config.initializer_range, unit norms, zero gate biases.
+
+        Every matrix, and every expert, has a generator of its own, seeded with its name: values do not depend on what else
+        this process holds.
+        """
+        for name, param in self.named_parameters():
+            if param.dim() == 1:
+                param.fill_(1.0)
+                continue
+            for index, part in enumerate(param.unbind(0) if param.dim() == 3 else [param]):
+                generator = torch.Generator(part.device).manual_seed(zlib.crc32(f"{seed}/{name}/{index}".encode()))
+                part.normal_(0.0, self.config.initializer_range, generator=generator)
+        for name, buffer in self.named_buffers():
+            if name.endswith("gate.bias"):
+                buffer.zero_()
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, S] -> logits [B, S, V] of the next token."""
+        batch, length = tokens.shape
+        h, _ = self.hidden(tokens.flatten(), AttentionContext.batch(batch, length, tokens.device))
+        return self.logits(h).view(batch, length, -1)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        ctx: AttentionContext,
+        cache: list[Tensor] | None = None,
+        wgrad: ops.WgradQueue | None = None,
+    ) -> tuple[Tensor, list[BlockStats]]:
+        """tokens int64 [T] -> (h [T, H] after the final norm, the statistics of the MoE blocks in order).
+
+        `cache`: one [pages, page, 1, kv_lora_rank + rope] a layer, main layers then MTP's; written through ctx.slot_mapping.
+        """
+        x, stats = self.embed(tokens), []
+        for index, layer in enumerate(self.layers):
+            x, block_stats = layer(x, ctx, None if cache is None else cache[index], wgrad)
+            if block_stats is not None:
+                stats.append(block_stats)
+        return self.norm(x), stats
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h [T, H] after a norm (the final one, or an MTP depth's) -> [T, V]."""
+        return self.head(h)
+
+    def loss(
+        self, batch: Batch, *, mtp_weight: float = 0.3, balance_alpha: float = 1e-4, wgrad: ops.WgradQueue | None = None
+    ) -> Loss:
+        """Cross-entropy, MTP and balance losses of a batch (V3 report, equations 17 to 25), without a host sync."""
+        rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+        ctx, segment = self._context(batch, rows, length)
+        tokens = batch.tokens[:, :-1].reshape(-1)
+        h, stats = self.hidden(tokens, ctx, wgrad=wgrad)
+        ce, num_tokens = self._cross_entropy(h, _targets(batch, segment, 0))
+        depths = []
+        for k, mtp in enumerate(self.mtp, start=1):
+            h, block_stats = mtp(h, _shift(batch.tokens, k, 0), ctx, wgrad=wgrad)
+            depths.append(self._cross_entropy(h, _targets(batch, segment, k))[0])
+            if block_stats is not None:
+                stats.append(block_stats)
+        zero = torch.zeros_like(ce)
+        mtp_loss = torch.stack(depths).mean() if depths else zero
+        balance = (
+            self._balance(stats, rows if segment is None else segment) * balance_alpha
+            if stats and balance_alpha
+            else zero
+        )
+        total = ce + mtp_weight * mtp_loss + balance
+        load = (
+            torch.stack([s.counts for s in stats])
+            if stats
+            else torch.zeros(0, 0, dtype=torch.int32, device=tokens.device)
+        )
+        return Loss(total, ce.detach(), mtp_loss.detach(), balance.detach(), num_tokens, load)
+
+    def _context(self, batch: Batch, rows: int, length: int) -> tuple[AttentionContext, Tensor | None]:
+        if batch.cu_seqlens is None:
+            return AttentionContext.batch(rows, length, batch.tokens.device), None
+        segment = segment_of(batch.cu_seqlens, rows * length)
+        return AttentionContext.segments(batch.cu_seqlens, rows * length, length), segment
+
+    def _cross_entropy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean nats, number of targets); 0 without any target."""
+        count = (targets != IGNORED).sum()
+        return ops.linear_cross_entropy(h, self.head.weight, targets) / count.clamp(min=1), count
+
+    def _balance(self, stats: list[BlockStats], segment: Tensor | int) -> Tensor:
+        logits = torch.stack([s.logits for s in stats])
+        return balance_loss(logits, segment, topk=self.config.num_experts_per_tok, score=self.config.scoring_func)
+
+
+def _shift(tokens: Tensor, k: int, fill: int) -> Tensor:
+    """int64 [B*S]: token i + k of the row at input i of tokens [B, S+1], `fill` where there is none."""
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    if k <= 1:
+        return tokens[:, k : k + length].reshape(-1)
+    return nn.functional.pad(tokens[:, k:], (0, k - 1), value=fill)[:, :length].reshape(-1)
+
+
+def _targets(batch: Batch, segment: Tensor | None, depth: int) -> Tensor:
+    """int64 [B*S]: what depth 0 (the main head) or an MTP depth predicts at each input, IGNORED where nothing.
+
+    Depth k predicts token i + 1 + k from input i, as the main head does from input i + k: where that is masked, or belongs
+    to another sample, depth k has no target either.
+    """
+    rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    targets = batch.tokens[:, 1:]
+    if batch.targets_mask is not None:
+        targets = targets.masked_fill(~batch.targets_mask, IGNORED)
+    if segment is not None:
+        ids = segment.view(rows, length)
+        ends = torch.zeros_like(ids, dtype=torch.bool)
+        ends[:, :-1] = ids[:, 1:] != ids[:, :-1]
+        targets = targets.masked_fill(ends, IGNORED)
+    if depth:
+        targets = nn.functional.pad(targets[:, depth:], (0, depth), value=IGNORED)
+        if segment is not None:
+            later = nn.functional.pad(ids[:, depth:], (0, depth), value=-1)
+            targets = targets.masked_fill(later != ids, IGNORED)
+    return targets.reshape(-1)

@@ -1,0 +1,247 @@
+"""Linear layers: dense, grouped by expert, and the output head fused with its cross-entropy.
+
+The backward of a linear layer has an input part and a weight part. The weight part adds to `weight.main_grad` (fp32) where
+the parameter has one, so it can run at any time: a WgradQueue keeps it for later (zero-bubble pipelines, DualPipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.grad import accumulate
+from dsv3.reference import gemm as reference
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in FP8: data e4m3 [..., N, K], sf fp32 [..., ceil(N/128), ceil(K/128)]; dequantised = data * sf of its block."""
+
+    data: Tensor
+    sf: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight as a dense tensor [..., N, K] of `dtype`."""
+        return reference.dequantize(self.data, self.sf).to(dtype)
+
+
+def dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor that a product with activations of `dtype` can take."""
+    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+
+
+@dataclass
+class WgradQueue:
+    """Weight gradients that wait. Without main_grad a flushed gradient is added to `weight.grad`."""
+
+    pending: list[Callable[[], None]] = field(default_factory=list)
+
+    def put(self, weight: Tensor, work: Callable[[], Tensor | None]) -> None:
+        """Keeps `work`, which returns the weight's gradient, or None where it added it to main_grad itself."""
+
+        def run() -> None:
+            grad = work()
+            if grad is not None:
+                weight.grad = grad if weight.grad is None else weight.grad + grad
+
+        self.pending.append(run)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Computes every queued weight gradient, in the order in which backward queued them."""
+        pending, self.pending = self.pending, []
+        for run in pending:
+            run()
+
+
+def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None and main_grad.dtype == dy.dtype:
+        torch.addmm(main_grad, dy.t(), x, out=main_grad)
+        return None
+    if main_grad is not None and dy.is_cuda and dy.dtype == torch.bfloat16:
+        main_grad.add_(torch.mm(dy.t(), x, out_dtype=torch.float32))
+        return None
+    return accumulate(weight, torch.mm(dy.t(), x))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.wgrad = weight, wgrad
+        return reference.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        if ctx.wgrad is not None:
+            ctx.wgrad.put(weight, lambda: _linear_wgrad(dy, x, weight))
+            return dx, None, None
+        return dx, _linear_wgrad(dy, x, weight), None
+
+
+def linear(x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = None) -> Tensor:
+    """x times weight transposed; differentiable in both.
+
+    Args:
+        x: [T, K], bf16 or fp32.
+        weight: [N, K] of x's dtype, or Quantized (inference only: dequantised to x's dtype).
+        wgrad: where backward leaves the weight gradient's work; None computes it at once.
+
+    Returns:
+        [T, N] of x's dtype. In backward dW goes to `weight.main_grad` where the parameter has one.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if isinstance(weight, Quantized):
+        return reference.linear(x, weight.dequantize(x.dtype))
+    return _Linear.apply(x, weight, wgrad)
+
+
+def _use_grouped_mm(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    if _use_grouped_mm(x):
+        return accumulate(weight, torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:]))
+    out = torch.zeros(weight.shape, dtype=x.dtype, device=x.device) if main_grad is None else main_grad
+    reference.grouped_linear_wgrad(dy, x, offsets, out)
+    return out if main_grad is None else None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
+        ctx.save_for_backward(x, offsets)
+        ctx.weight, ctx.wgrad = weight, wgrad
+        if _use_grouped_mm(x):
+            return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
+        return reference.grouped_linear(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, offsets), weight = ctx.saved_tensors, ctx.weight
+        dy = dy.contiguous()
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if _use_grouped_mm(x):
+                dx = torch.nn.functional.grouped_mm(dy, weight, offs=offsets[1:])
+            else:
+                dx = reference.grouped_linear_dgrad(dy, weight, offsets)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        if ctx.wgrad is not None:
+            ctx.wgrad.put(weight, lambda: _grouped_wgrad(dy, x, weight, offsets))
+            return dx, None, None, None
+        return dx, _grouped_wgrad(dy, x, weight, offsets), None, None
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor | Quantized, offsets: Tensor, *, wgrad: WgradQueue | None = None
+) -> Tensor:
+    """The linear layers of G experts over rows sorted by expert; differentiable in x and weight.
+
+    bf16 on CUDA uses torch's grouped product and never reads the offsets on the host; elsewhere a loop over the groups does.
+
+    Args:
+        x: [R, K], rows of expert g from offsets[g] to offsets[g+1].
+        weight: [G, N, K] of x's dtype, or Quantized (inference only).
+        offsets: int32 [G+1], not decreasing, offsets[0] = 0. Rows past offsets[G] are neither read nor written.
+        wgrad: as in `linear`.
+
+    Returns:
+        [R, N] of x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if (
+        x.dim() != 2
+        or len(weight.shape) != 3
+        or weight.shape[2] != x.shape[1]
+        or offsets.numel() != weight.shape[0] + 1
+    ):
+        found = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(offsets.shape)}"
+        raise ValueError(f"grouped_linear: x must be (R, K), weight (G, N, K) and offsets (G+1,), got {found}")
+    return _GroupedLinear.apply(x, dense(weight, x.dtype), offsets, wgrad)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        need_h, need_w = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(h.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=h.device)
+        dh = torch.empty_like(h) if need_h else None
+        dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_w else None
+        for start in range(0, h.shape[0], chunk):
+            rows = h[start : start + chunk]
+            nats, dlogits = reference.cross_entropy_chunk(
+                rows, weight, targets[start : start + chunk], need_h or need_w
+            )
+            loss += nats
+            if dh is not None:
+                torch.mm(dlogits, weight, out=dh[start : start + chunk])
+            if dw is not None and dw.dtype == rows.dtype:
+                torch.addmm(dw, dlogits.t(), rows, out=dw)
+            elif dw is not None:
+                dw += torch.mm(dlogits.t(), rows, out_dtype=wide) if rows.is_cuda else torch.mm(dlogits.t(), rows)
+        ctx.weight, ctx.dh, ctx.dw = weight, dh, dw
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dh, dw, weight = ctx.dh, ctx.dw, ctx.weight
+        if dh is not None:
+            dh = dh * dloss.to(dh.dtype)
+        if dw is not None:
+            main_grad = getattr(weight, "main_grad", None)
+            if main_grad is not None:
+                main_grad.addcmul_(dw, dloss)
+            dw = (dw * dloss).to(weight.dtype) if main_grad is None else None
+        return dh, dw, None, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Sum over the targets of -log softmax(h W^T)[target] in nats, without ever holding all logits.
+
+    Works on `chunk` tokens at a time: logits, fp32 softmax, then (where a gradient is wanted) dh and an fp32 dW, which
+    backward only scales; dW is added to `weight.main_grad` where the parameter has one. Backward runs once.
+
+    Args:
+        h: [T, H] bf16 or fp32.
+        weight: [V, H] of h's dtype.
+        targets: int64 [T]; -100 is ignored.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        fp32 [] (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
+        found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
+    return _LinearCrossEntropy.apply(h, weight, targets, chunk)

@@ -1,0 +1,75 @@
+"""Data parallel over torch.distributed: one sum of the flat gradient buffers a step, and the agreements around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dsv3.train.buffers import ParamBuffers
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """This process among those that train the same weights. The default is a process on its own."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def start(cls, device: str = "auto") -> DataParallel:
+        """Joins the process group that torchrun announced (NCCL on CUDA devices, gloo otherwise), or stays alone.
+
+        device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the device of the local rank.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = torch.device(device)
+        if kind.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device")
+        if not dist.is_torchelastic_launched():
+            return cls(device=kind)
+        if kind.type == "cuda":
+            kind = torch.device("cuda", dist.get_node_local_rank())
+            torch.cuda.set_device(kind)
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), kind)
+
+    def stop(self) -> None:
+        if self.world > 1 or dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast_parameters(self, buffers: ParamBuffers) -> None:
+        """Gives every rank the first one's master weights and parameters."""
+        if self.world > 1:
+            for group in buffers.groups:
+                dist.broadcast(group.master, src=0)
+            buffers.sync_weights()
+
+    def reduce_gradients(self, buffers: ParamBuffers) -> None:
+        """Sums main_grad over the ranks: after the last micro-batch of a step."""
+        for group in buffers.groups:
+            self.sum(group.main_grad)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor` over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (any picklable object), on every rank. Waits for all of them."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,98 @@
+"""Routing in plain PyTorch: the specification of csrc/moe and the implementation on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scores(logits: Tensor, score: str) -> Tensor:
+    """The affinities s of the gate: sigmoid (V3) or softmax (V2) of fp32 logits [T, E]."""
+    return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+
+
+def top(x: Tensor, k: int) -> Tensor:
+    """Indices int64 [T, k] of the k largest of each row, largest first, equal values from the lowest index on."""
+    return torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+def moe_gate(
+    logits: Tensor,
+    bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_idx int64 [T, k], topk_weights fp32 [T, k], counts int32 [E] for logits fp32 [T, E].
+
+    The biased score chooses, the unbiased one weighs. Of `num_groups` equal groups the `topk_groups` with the best group
+    score (sum of the two best choices, or the best one) stay; the experts of all others are at -inf, so that even a
+    negative biased score of a kept group beats them.
+    """
+    tokens, experts = logits.shape
+    s = scores(logits, score)
+    choice = s if bias is None else s + bias
+    if num_groups > 1:
+        groups = choice.view(tokens, num_groups, -1)
+        best = groups.topk(2, dim=-1).values.sum(-1) if group_score == "top2_sum" else groups.amax(-1)
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, top(best, topk_groups), True)
+        choice = groups.masked_fill(~keep[:, :, None], float("-inf")).view(tokens, experts)
+    index = top(choice, topk)
+    weights = s.gather(1, index)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return index, weights * route_scale, torch.bincount(index.view(-1), minlength=experts).int()
+
+
+def moe_gate_backward(
+    dweights: Tensor, logits: Tensor, index: Tensor, route_scale: float, score: str, normalize: bool
+) -> Tensor:
+    """The gradient of the logits [T, E] from that of topk_weights [T, k]; the choice itself is constant."""
+    s = scores(logits, score)
+    ds = dweights * route_scale
+    if normalize:
+        picked = s.gather(1, index)
+        total = picked.sum(-1, keepdim=True) + 1e-20
+        ds = (ds - (ds * picked).sum(-1, keepdim=True) / total) / total
+    full = torch.zeros_like(s).scatter_(1, index, ds)
+    if score == "sigmoid":
+        return full * s * (1 - s)
+    return s * (full - (full * s).sum(-1, keepdim=True))
+
+
+def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets int32 [E+1], source int64 [T*k], position int64 [T, k]): the stable order of (token, slot) pairs by expert.
+
+    Row r in expert order is pair source[r] (token source[r] // k); pair p is row position.view(-1)[p]; expert e has the rows
+    offsets[e] to offsets[e+1].
+    """
+    flat = topk_idx.reshape(-1)
+    source = torch.sort(flat, stable=True).indices
+    position = torch.empty_like(source)
+    position[source] = torch.arange(flat.numel(), device=flat.device)
+    counts = torch.bincount(flat, minlength=num_experts)
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=flat.device)
+    offsets[1:] = counts.cumsum(0)
+    return offsets, source, position.view(topk_idx.shape)
+
+
+def moe_permute(x: Tensor, source: Tensor, topk: int) -> Tensor:
+    """Rows [T*k, H] in expert order: row r is x [T, H] at source[r] // topk."""
+    return x.index_select(0, source // topk)
+
+
+def moe_unpermute(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
+    """out[t] = sum over slots j of y[position[t, j]] (times weights[t, j]), in fp32, in the order of the slots."""
+    tokens, topk = position.shape
+    rows = y.index_select(0, position.reshape(-1)).view(tokens, topk, y.shape[1])
+    rows = rows.to(torch.promote_types(y.dtype, torch.float32))
+    if weights is not None:
+        rows = rows * weights[:, :, None]
+    out = rows[:, 0]
+    for j in range(1, topk):
+        out = out + rows[:, j]
+    return out.to(y.dtype)
