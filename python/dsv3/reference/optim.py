@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch: fp32 master weights and gradients, bf16 moments, every varying scalar a tensor on the device."""
+"""AdamW in plain PyTorch: fp32 master weights and gradients, bf16 moments, varying scalars as tensors on the device."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def adamw(
     scaled_eps, neg_lr = eps * correction2, -lr * keep * correction2 / correction1
     for i, wd in enumerate(weight_decay):
         decay = 1 - lr * keep * wd
-        for start in range(0, master[i].numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        size = master[i].numel()
+        chunk = _CHUNK if master[i].is_cpu else max(size, 1)
+        for start in range(0, size, chunk):
+            part = slice(start, start + chunk)
             g = (grad[i][part] * grad_scale).masked_fill_(skip, 0.0)
             m = exp_avg[i][part].float().lerp_(g, weight1)
             v = exp_avg_sq[i][part].float().lerp_(g.mul_(g), weight2)

@@ -1,0 +1,150 @@
+"""From a TrainConfig to a finished run, alone or under torchrun; and from its checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dsv3.config import PRESETS, Config
+from dsv3.model import DeepSeekV3
+from dsv3.parallel.data import DataParallel
+from dsv3.train import checkpoint
+from dsv3.train.config import TrainConfig
+from dsv3.train.data import BatchReader, TokenDataset, ValidationSet
+from dsv3.train.metrics import Callback, MetricsFile, TensorBoard
+from dsv3.train.trainer import Diverged, Trainer
+
+CONFIG_FILE = "train_config.json"
+
+
+def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> int:
+    """Trains, and returns the exit code: 0 at the end, 1 if the run diverged, 130 if it was interrupted (and saved).
+
+    Under torchrun it joins the process group (NCCL on GPUs, gloo on CPUs). Raises ValueError, before anything is
+    written, for a config that does not fit the data or the machine, and for a folder that already holds checkpoints
+    unless `resume` is set; CheckpointError (a ValueError) for a disk that fills up.
+    """
+    parallel = DataParallel.start(config.device)
+    try:
+        out = Path(config.out)
+        if not resume and checkpoint.complete(out):
+            raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
+        _seed(config, parallel)
+        trainer = _trainer(config, parallel, callbacks)
+        resumed = resume and trainer.resume()
+        if resumed:
+            trainer.say(f"resuming {trainer.last_checkpoint}")
+        elif resume:
+            trainer.say(f"no checkpoint in {out} yet: starting from the beginning")
+        if config.init_from and not resumed:
+            trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
+        if parallel.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+            trainer.callbacks[:0] = _records(config, trainer)
+        try:
+            trainer.train()
+        except Diverged as error:
+            trainer.say(str(error))
+            return 1
+        if trainer.interrupted:
+            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3.cli" if parallel.world > 1 else "dsv3"
+            trainer.say(f"saved {trainer.last_checkpoint}; resume with: {launcher} train {out / CONFIG_FILE} --resume")
+            return 130
+        return 0
+    finally:
+        parallel.stop()
+
+
+def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, tokenizer_dir: str | None = None) -> None:
+    """Writes a training checkpoint (or the newest one in a run's folder) in the Hugging Face layout.
+
+    ema: the averaged weights instead of the last ones. Weights get the dtype that the run trained in. Raises ValueError
+    for a damaged checkpoint, or if no average was kept.
+    """
+    found = checkpoint.find(Path(checkpoint_dir))
+    info = checkpoint.read_info(found)
+    config = Config.from_dict(info["config"])
+    weights = "ema" if ema else "master"
+    stored = checkpoint.stored_names(found)
+    if ema and not any(name.startswith("ema.") for name in stored):
+        raise ValueError(f"{found} holds no average of the weights: train with ema_decay above 0")
+    model = DeepSeekV3(config, dtype=_dtype(info["train_config"]["precision"]))
+    parameters = dict(model.named_parameters())
+    values = {name: torch.empty(p.shape) for name, p in parameters.items()}
+    biases = [m for name, m in model.named_modules() if name.endswith("moe.gate") and m.bias is not None]
+    state: checkpoint.State = {weights: values}
+    if biases:
+        state["expert_bias"] = torch.empty(len(biases), config.n_routed_experts)
+    checkpoint.load(found, state, parallel=DataParallel())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values.pop(name))
+        for gate, row in zip(biases, state.get("expert_bias", ()), strict=True):
+            gate.bias.copy_(row)
+    model.save_pretrained(out, tokenizer_dir=tokenizer_dir)
+
+
+def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Callback]) -> Trainer:
+    model_config = _model_config(config)
+    if config.seq_len > model_config.max_position_embeddings:
+        limit = model_config.max_position_embeddings
+        raise ValueError(f"seq_len {config.seq_len} is longer than the model's max_position_embeddings {limit}")
+    sizes = {"seq_len": config.seq_len, "vocab_size": model_config.vocab_size}
+    dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
+    has_validation = dataset.index.splits["valid"].num_bytes > 0
+    model = DeepSeekV3(model_config, device=parallel.device, dtype=_dtype(config.precision))
+    model.init_weights(seed=config.seed)
+    return Trainer(
+        model,
+        config,
+        BatchReader(dataset, rank=parallel.rank, world_size=parallel.world),
+        validation=ValidationSet(config.data, **sizes) if has_validation else None,
+        parallel=parallel,
+        callbacks=callbacks,
+    )
+
+
+def _model_config(config: TrainConfig) -> Config:
+    """The preset's, the folder's or the first stage's config, with the keys of config.model replaced."""
+    if config.init_from:
+        base = Config.from_dict(checkpoint.read_info(checkpoint.find(Path(config.init_from)))["config"])
+    elif config.preset in PRESETS:
+        base = Config.preset(config.preset)
+    else:
+        base = Config.from_pretrained(config.preset)
+    known = {f.name for f in dataclasses.fields(Config)}
+    for key in config.model:
+        if key not in known:
+            raise ValueError(f"unknown model key {key!r} in the training config: {', '.join(sorted(known))}")
+    dtype = "bfloat16" if config.precision == "bf16" else "float32"
+    return dataclasses.replace(base, **{"dtype": dtype, **config.model})
+
+
+def _records(config: TrainConfig, trainer: Trainer) -> list[Callback]:
+    """The files that every run leaves beside its checkpoints."""
+    out, step = Path(config.out), trainer.step
+    records: list[Callback] = [MetricsFile(out / "metrics.jsonl", resume_after=step, load_every=config.log_load_every)]
+    if config.tensorboard:
+        try:
+            records.append(TensorBoard(out / "tensorboard", resume_after=step))
+        except ImportError:
+            trainer.say("no TensorBoard events: the tensorboard package is not installed")
+    return records
+
+
+def _seed(config: TrainConfig, parallel: DataParallel) -> None:
+    torch.manual_seed(config.seed)
+    if config.deterministic and parallel.device.type == "cuda":
+        # torch refuses deterministic cuBLAS calls without this, and reads it when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
