@@ -83,4 +83,9 @@ struct type_caster<dsv3::Tensor> {
 PYBIND11_MODULE(_C, m) {
   define(m, "rmsnorm", dsv3::rmsnorm);
   define(m, "rmsnorm_backward", dsv3::rmsnorm_backward);
+  define(m, "rope_", dsv3::rope_);
+  define(m, "swiglu", dsv3::swiglu);
+  define(m, "swiglu_backward", dsv3::swiglu_backward);
+  define(m, "cross_entropy_", dsv3::cross_entropy_);
+  define(m, "adamw", dsv3::adamw);
 }

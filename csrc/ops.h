@@ -5,6 +5,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -18,5 +19,25 @@ void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x
              Tensor weight, double eps, cudaStream_t stream);
 void rmsnorm_backward(Tensor dx, Tensor dweight, Tensor partial, Tensor dy, std::optional<Tensor> dresidual, Tensor x,
                       Tensor weight, Tensor rstd, cudaStream_t stream);
+
+// norm/rope.cu. x float [T, heads * head_dim], rotated in place; cos, sin fp32 [positions, rope_dim / 2]; positions
+// int32 or int64 [T]. inverse rotates back (the gradient).
+void rope_(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t head_dim, bool inverse, cudaStream_t stream);
+
+// moe/swiglu.cu. gate_up, dgate_up float [T, 2I]; out, dout float [T, I]; weights, dweights fp32 [T].
+void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream);
+void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
+                     std::optional<Tensor> weights, cudaStream_t stream);
+
+// loss/cross_entropy.cu. loss fp32 [T]; logits float [T, V], replaced by the gradient where asked; targets int64 [T],
+// -100 is ignored.
+void cross_entropy_(Tensor loss, Tensor logits, Tensor targets, bool write_gradient, cudaStream_t stream);
+
+// optim/adamw.cu. Lists of tensors of the same numbers of elements: master, grad fp32; exp_avg, exp_avg_sq bf16; weight
+// bf16 or an empty list. lr, grad_scale, step: one fp32 on the device; skip: one bool. weight_decay: one number a
+// tensor.
+void adamw(std::vector<Tensor> master, std::vector<Tensor> grad, std::vector<Tensor> exp_avg,
+           std::vector<Tensor> exp_avg_sq, std::vector<Tensor> weight, Tensor lr, Tensor grad_scale, Tensor skip,
+           Tensor step, std::vector<double> weight_decay, double beta1, double beta2, double eps, cudaStream_t stream);
 
 }  // namespace dsv3

@@ -43,6 +43,32 @@ __device__ __forceinline__ void store_streaming(T* p, const Vec<T>& v) {
   __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(v));
 }
 
+// The vector as fp32 and back (rounded to nearest even). They work on whole words: element access would make the
+// compiler keep every 16-bit value in a register of its own.
+__device__ __forceinline__ void unpack(const Vec<float>& v, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = v.values[i];
+}
+__device__ __forceinline__ void unpack(const Vec<__nv_bfloat16>& v, float (&x)[8]) {
+  const uint4& raw = reinterpret_cast<const uint4&>(v);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ void pack(const float (&x)[4], Vec<float>& v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v.values[i] = x[i];
+}
+__device__ __forceinline__ void pack(const float (&x)[8], Vec<__nv_bfloat16>& v) {
+  __nv_bfloat162 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+  reinterpret_cast<uint4&>(v) = reinterpret_cast<const uint4&>(words);
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(T x) {
   return static_cast<float>(x);

@@ -48,15 +48,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * kThreads;
     if (v >= vecs) continue;
+    float values[kSize];
+    unpack(x[i], values);
     if (p.residual) {
+      float addends[kSize];
+      unpack(residual[i], addends);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        x[i].values[j] = from_float<T>(to_float(x[i].values[j]) + to_float(residual[i].values[j]));
-      }
+      for (int j = 0; j < kSize; ++j) values[j] += addends[j];
+      pack(values, x[i]);
       store(static_cast<T*>(p.residual_out) + row + v * kSize, x[i]);
+      unpack(x[i], values);  // what is normalised is the rounded sum
     }
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) sum += to_float(x[i].values[j]) * to_float(x[i].values[j]);
+    for (int j = 0; j < kSize; ++j) sum += values[j] * values[j];
   }
   const float mean = block_reduce<Sum, kThreads>(sum, scratch) / p.hidden;
   const float rstd = rsqrtf(mean + p.eps);
@@ -66,10 +70,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
     const int v = threadIdx.x + i * kThreads;
     if (v >= vecs) continue;
     const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+    float values[kSize], weights[kSize];
+    unpack(x[i], values);
+    unpack(weight, weights);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      x[i].values[j] = from_float<T>(to_float(x[i].values[j]) * rstd * to_float(weight.values[j]));
-    }
+    for (int j = 0; j < kSize; ++j) values[j] *= rstd * weights[j];
+    pack(values, x[i]);
     store(static_cast<T*>(p.y) + row + v * kSize, x[i]);
   }
 }
@@ -120,11 +126,15 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
       const int v = lane + i * kRowThreads;
       if (!live || v >= vecs) continue;
       const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+      float values[kSize], grads[kSize], weights[kSize];
+      unpack(x[i], values);
+      unpack(dy[i], grads);
+      unpack(weight, weights);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float xhat = to_float(x[i].values[j]) * rstd, g = to_float(dy[i].values[j]);
-        dweight[i][j] += g * xhat;
-        dot += g * to_float(weight.values[j]) * xhat;
+        const float product = grads[j] * values[j] * rstd;
+        dweight[i][j] += product;
+        dot += product * weights[j];
       }
     }
     dot = warp_reduce<Sum>(dot);
@@ -141,12 +151,16 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
       const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
       Vec<T> residual{};
       if (p.dresidual) residual = load_streaming(static_cast<const T*>(p.dresidual) + t * p.hidden + v * kSize);
+      float values[kSize], grads[kSize], weights[kSize], addends[kSize];
+      unpack(x[i], values);
+      unpack(dy[i], grads);
+      unpack(weight, weights);
+      unpack(residual, addends);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float xhat = to_float(x[i].values[j]) * rstd;
-        const float d = rstd * (to_float(weight.values[j]) * to_float(dy[i].values[j]) - xhat * mean);
-        x[i].values[j] = from_float<T>(p.dresidual ? d + to_float(residual.values[j]) : d);
+        values[j] = rstd * (weights[j] * grads[j] - values[j] * rstd * mean) + addends[j];
       }
+      pack(values, x[i]);
       store(static_cast<T*>(p.dx) + t * p.hidden + v * kSize, x[i]);
     }
   }

@@ -2,13 +2,17 @@
 
 from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode
 from dsv3.ops.gemm import Quantized, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
-from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute
-from dsv3.ops.norm import rmsnorm
+from dsv3.ops.loss import cross_entropy
+from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute, swiglu
+from dsv3.ops.norm import rmsnorm, rope_
+from dsv3.ops.optim import adamw
 
 __all__ = [
     "Permutation",
     "Quantized",
     "WgradQueue",
+    "adamw",
+    "cross_entropy",
     "dense",
     "grouped_linear",
     "linear",
@@ -20,4 +24,6 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "rmsnorm",
+    "rope_",
+    "swiglu",
 ]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import moe as reference
 
 
@@ -143,3 +144,72 @@ def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None)
     if weights is not None:
         return reference.moe_unpermute(y, handle.position, weights)
     return _Unpermute.apply(y, handle.source, handle.position)
+
+
+def _supports_swiglu(gate_up: Tensor) -> str | None:
+    size = 16 // gate_up.element_size()
+    if gate_up.shape[-1] % (2 * size):
+        return f"inner {gate_up.shape[-1] // 2} is not a multiple of {size}"
+    return check_dtype("gate_up", gate_up, torch.bfloat16, torch.float32)
+
+
+def _allocate_swiglu_backward(dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    return torch.empty_like(gate_up), dout.new_empty(0 if weights is None else dout.shape[0], dtype=wide)
+
+
+def _launch_swiglu_backward(outputs: Any, dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
+    native().swiglu_backward(outputs[0], None if weights is None else outputs[1], dout, gate_up, weights)
+
+
+define(
+    "swiglu(Tensor gate_up, Tensor? weights) -> Tensor",
+    shapes="gate_up [T,2I] bf16|fp32, weights [T] fp32 -> [T,I]",
+    reference=reference.swiglu,
+    allocate=lambda gate_up, weights: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    launch=lambda out, *args: native().swiglu(out, *args),
+    supports=lambda gate_up, weights: _supports_swiglu(gate_up),
+)
+define(
+    "swiglu_backward(Tensor dout, Tensor gate_up, Tensor? weights) -> (Tensor, Tensor)",
+    shapes="dout [T,I], gate_up [T,2I] bf16|fp32, weights [T] fp32 -> dgate_up [T,2I], dweights [T] fp32",
+    reference=reference.swiglu_backward,
+    allocate=_allocate_swiglu_backward,
+    launch=_launch_swiglu_backward,
+    supports=lambda dout, gate_up, weights: _supports_swiglu(gate_up),
+)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
+        return torch.ops.dsv3.swiglu(gate_up, weights)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, weights = ctx.saved_tensors
+        dgate_up, dweights = torch.ops.dsv3.swiglu_backward(dout.contiguous(), gate_up, weights)
+        return dgate_up, None if weights is None else dweights
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """SwiGLU (Shazeer, 2020) of fused projections: silu(gate) * up, times a routing weight a row.
+
+    Computed in fp32 and rounded once. Only the inputs are kept for the backward. Native on Hopper for bf16 and fp32, I a
+    multiple of 16 bytes.
+
+    Args:
+        gate_up: [T, 2I], the gate half first, contiguous.
+        weights: fp32 [T] or None.
+
+    Returns:
+        [T, I] of gate_up's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or (weights is not None and weights.shape != gate_up.shape[:1]):
+        found = f"{tuple(gate_up.shape)} and {None if weights is None else tuple(weights.shape)}"
+        raise ValueError(f"swiglu: gate_up must be (T, 2I) and weights (T,) or None, got {found}")
+    return _Swiglu.apply(gate_up.contiguous(), weights)

@@ -110,3 +110,68 @@ def rmsnorm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"rmsnorm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     return _RMSNorm.apply(x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps)
+
+
+def _supports_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int, inverse: bool) -> str | None:
+    width = 2 * cos.shape[1] * x.element_size()
+    if width < 16 or width & (width - 1) or width > 4096 or head_dim * x.element_size() % 16:
+        return f"the rotated part of {width} bytes a head is not a power of two from 16 to 4096"
+    if not x.is_contiguous():
+        return "x is not contiguous"
+    return check_dtype("x", x, torch.bfloat16, torch.float32)
+
+
+define(
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor positions, int head_dim, bool inverse) -> ()",
+    shapes="x [T,heads*head_dim] bf16|fp32 (rotated in place), cos, sin [P,R/2] fp32, positions [T] int32|int64",
+    reference=reference.rope_,
+    allocate=lambda *args: None,
+    launch=lambda _, *args: native().rope_(*args),
+    supports=_supports_rope,
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int) -> Tensor:
+        torch.ops.dsv3.rope_(x, cos, sin, positions, head_dim, False)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.head_dim = head_dim
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        # The incoming gradient may be shared with another consumer, so it is rotated in a copy.
+        dx = dx.clone(memory_format=torch.contiguous_format)
+        torch.ops.dsv3.rope_(dx, *ctx.saved_tensors, ctx.head_dim, True)
+        return dx, None, None, None, None
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, head_dim: int) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) in the interleaved form of the released DeepSeek code, in place.
+
+    Of every head, the last R = 2 * cos.shape[1] values are rotated in pairs (2i, 2i+1) by the angle whose cosine and sine
+    are entry i of row positions[t]. Differentiable; x must not be a leaf that requires a gradient, nor a view.
+
+    Args:
+        x: [T, heads * head_dim], contiguous; native on Hopper for bf16 and fp32, R a power of two of at least 16 bytes.
+        cos: fp32 [P, R/2].
+        sin: fp32 [P, R/2].
+        positions: int32 or int64 [T], each in [0, P); others give NaN.
+        head_dim: values a head, at least R.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2 or x.shape[1] % head_dim or 2 * cos.shape[1] > head_dim or cos.shape != sin.shape:
+        found = f"{tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(
+            f"rope_: x must be (T, heads * {head_dim}), cos and sin (P, R/2) with R <= {head_dim}, got {found}"
+        )
+    if positions.shape != x.shape[:1]:
+        raise ValueError(f"rope_: positions must be ({x.shape[0]},), got {tuple(positions.shape)}")
+    return _Rope.apply(x, cos, sin, positions, head_dim)

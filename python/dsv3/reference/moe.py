@@ -96,3 +96,31 @@ def moe_unpermute(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor
     for j in range(1, topk):
         out = out + rows[:, j]
     return out.to(y.dtype)
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """silu(gate) * up * weight a row, for gate_up [T, 2I]; computed in fp32 at least, rounded once."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    out = torch.nn.functional.silu(gate) * up
+    if weights is not None:
+        out *= weights[:, None]
+    return out.to(gate_up.dtype)
+
+
+def swiglu_backward(dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dgate_up [T, 2I] and dweights [T] (empty without weights): with s = sigmoid(g),
+    dg = dout w u s (1 + g (1 - s)), du = dout w silu(g), dw = sum_i dout silu(g) u."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    scaled = dout.to(wide)
+    dweights = scaled.new_empty(0)
+    if weights is not None:
+        dweights = (scaled * silu).mul_(up).sum(-1)
+        scaled = scaled * weights[:, None]
+    dgate_up = torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, -1)
+    dup.copy_(scaled * silu)
+    dgate.copy_((sigmoid + silu).addcmul_(silu, sigmoid, value=-1).mul_(up).mul_(scaled))
+    return dgate_up, dweights

@@ -26,3 +26,18 @@ def rmsnorm_backward(
     if dresidual is not None:
         dx += dresidual
     return dx.to(x.dtype), (dy * xhat).sum(0)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int, inverse: bool) -> None:
+    """Rotates, in place, the interleaved pairs of the last 2 * cos.shape[1] values of every head of x [T, heads * head_dim]
+    by the angles of row `positions[t]` of the tables; a position outside the tables gives NaN."""
+    valid = (positions >= 0) & (positions < cos.shape[0])
+    rows = positions.clamp(0, cos.shape[0] - 1)
+    nan = torch.where(valid, 1.0, torch.nan)[:, None, None]
+    c, s = cos[rows][:, None] * nan, sin[rows][:, None] * (-nan if inverse else nan)
+    pairs = x.view(x.shape[0], x.shape[1] // head_dim, head_dim)[..., head_dim - 2 * cos.shape[1] :].unflatten(
+        -1, (-1, 2)
+    )
+    even, odd = pairs.unbind(-1)
+    rotated = torch.stack((even * c - odd * s, even * s + odd * c), -1)
+    pairs.copy_(rotated)
