@@ -1,0 +1,209 @@
+"""The device side of generation: prefill, and decode rounds that draft with MTP, verify and accept without asking the host.
+
+With D MTP modules, a round of a row whose cache holds n tokens (the newest token, number n, is not in it yet):
+
+    verify   the model reads token n and the D drafts behind it in one step, S = 1 + D queries a row
+    accept   a of the drafts stay and one token is added: tokens n+1 to n+1+a are new
+    draft    module k reads (h_i of depth k, token i+k+1) at i = n+a, the last position whose h is final, and predicts token
+             n+a+k+2. Its attention needs its own cache entries of all earlier positions, and those from n-D+1 on were made
+             from drafts or not at all; so every module runs over the 2D positions n-D+1 to n+D. Entries past n+a are wrong,
+             and the next round overwrites them before it reads them, as it does in the main cache.
+
+All shapes depend only on the number of rows and the width of the block table, and the steps only on `mode`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv3.inference.cache import PAGE, allocate_cache
+from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
+from dsv3.inference.speculative import accept_greedy, accept_sampled
+from dsv3.model import AttentionContext, DeepSeekV3
+
+# What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
+GREEDY, PLAIN, FILTERED = range(3)
+
+
+class Decoder:
+    """Cache and state of `max_batch` rows; row r is one sequence. State tensors keep their addresses.
+
+    Args:
+        model: the model; depth of speculation is `depth`, at most len(model.mtp), 0 for none.
+        num_pages: of the cache, page 0 included, to which idle rows point.
+        max_pages: width of the block table.
+    """
+
+    def __init__(self, model: DeepSeekV3, *, depth: int, max_batch: int, num_pages: int, max_pages: int) -> None:
+        config, weight = model.config, model.embed.weight
+        assert 0 <= depth <= len(model.mtp)
+        self.model, self.depth = model, depth
+        self.device, dtype = weight.device, weight.dtype
+        layers = config.num_hidden_layers + depth
+        self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=dtype)
+        self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
+
+        def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
+
+        past = max(depth - 1, 0)
+        self.active = state()  # 1 where the row holds a sequence
+        self.lengths = state()  # n, the tokens in the cache
+        self.block_table = state(max_pages, dtype=torch.int32)
+        self.tokens = state(1 + depth)  # token n and the drafts behind it
+        self.draft_probs = state(
+            depth, config.vocab_size, dtype=torch.float32
+        )  # what drafts were drawn from; unused if greedy
+        self.past_tokens = state(past)  # tokens n-D+2 to n
+        self.past_h = state(past, config.hidden_size, dtype=dtype)  # h of positions n-D+1 to n-1
+        self.key = state()  # of the noise
+        self.temperature, self.top_p = state(dtype=torch.float32), state(dtype=torch.float32)
+        self.top_k = state()
+        self._state = [t for t in vars(self).values() if isinstance(t, Tensor)]
+        self._rows = torch.arange(max_batch, device=self.device)
+
+    # ---- rows ----
+    def assign(
+        self, first: int, pages: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[int]
+    ) -> None:
+        """Gives the rows from `first` on their pages, sampling parameters and noise keys."""
+        rows = slice(first, first + len(pages))
+        width = self.block_table.shape[1]
+        self.block_table[rows] = self._tensor([p + [0] * (width - len(p)) for p in pages], torch.int32)
+        self.temperature[rows] = self._tensor([p.temperature for p in params], torch.float32)
+        self.top_p[rows] = self._tensor([p.top_p for p in params], torch.float32)
+        self.top_k[rows] = self._tensor([p.top_k for p in params])
+        self.key[rows] = self._tensor(keys)
+        self.active[rows] = 1
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes the sequence of row `source`."""
+        for tensor in self._state:
+            tensor[target].copy_(tensor[source])
+
+    def release(self, first: int, end: int) -> None:
+        """Rows first to end - 1 become idle."""
+        for tensor in (self.active, self.lengths, self.block_table):
+            tensor[first:end].zero_()
+
+    # ---- steps ----
+    def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
+        """Runs whole prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n]."""
+        rows = slice(first, first + len(prompts))
+        lengths = [len(p) for p in prompts]
+        tokens = self._tensor([token for p in prompts for token in p])
+        count = self._tensor(lengths)
+        row = self._rows[rows].repeat_interleave(count, output_size=len(tokens))
+        last = count.cumsum(0) - 1
+        ctx = AttentionContext.packed(lengths, self.device)
+        ctx = dataclasses.replace(ctx, slot_mapping=self._slots(row, ctx.positions))
+
+        h, _ = self.model.hidden(tokens, ctx, self.cache)
+        new, _ = self._sample(h[last], rows, count, DRAW, mode)
+        self.lengths[rows] = count
+        self.tokens[rows, 0] = new
+        following = tokens.roll(-1).index_copy(0, last, new)
+        if self.depth > 1:
+            past = (last[:, None] + torch.arange(2 - self.depth, 1, device=self.device)).clamp(min=0)
+            self.past_tokens[rows], self.past_h[rows] = following[past], h[past]
+        for k in range(self.depth):
+            h, _ = self.model.mtp[k](h, following, ctx, self.cache)
+            draft, probs = self._sample(h[last], rows, count + 1 + k, DRAFT, mode)
+            self._keep_draft(rows, k, draft, probs)
+            following = following.roll(-1).index_copy(0, last, draft)
+        return new
+
+    def round(self, batch: int, width: int, mode: int) -> Tensor:
+        """One round of the first `batch` rows, looking at the first `width` pages of each.
+
+        Returns int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens count.
+        """
+        rows = slice(0, batch)
+        n, drafts = self.lengths[rows], self.tokens[rows, 1:]
+        h, _ = self.model.hidden(self.tokens[rows].flatten(), self._context(n, 1 + self.depth, width), self.cache)
+        new, accepted = self._verify(h, rows, drafts, n, mode)
+        result = torch.cat([new, accepted[:, None]], 1)
+        if self.depth:
+            self._draft(h.view(batch, 1 + self.depth, -1), new, accepted, rows, width, mode)
+        self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
+        n += (accepted + 1) * self.active[rows]
+        return result
+
+    def _verify(self, h: Tensor, rows: slice, drafts: Tensor, n: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+        logits = self.model.logits(h).view(n.shape[0], 1 + self.depth, self._vocab)
+        if mode == GREEDY:
+            return accept_greedy(logits.argmax(-1), drafts)
+        p = self._probabilities(logits, rows, mode)
+        key = self.key[rows, None]
+        place = n[:, None] + torch.arange(1, 2 + self.depth, device=self.device)
+        u_accept, u_draw = uniform(key, place[:, :-1], ACCEPT), uniform(key, place, DRAW)
+        return accept_sampled(p, self.draft_probs[rows], drafts, u_accept, u_draw)
+
+    def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, rows: slice, width: int, mode: int) -> None:
+        """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave."""
+        depth, batch = self.depth, h.shape[0]
+        n = self.lengths[rows]
+        ctx = self._context(n - depth + 1, 2 * depth, width)
+        h = torch.cat([self.past_h[rows], h], 1) if depth > 1 else h
+        # following[:, j + k] is what module k reads at window position j: tokens n-D+2 on, drafts behind the accepted ones.
+        following = torch.cat([self.past_tokens[rows], new, new.new_zeros(batch, depth)], 1)
+        if depth > 1:
+            past = accepted[:, None] + torch.arange(1, depth, device=self.device)
+            self.past_tokens[rows] = following.gather(1, past)
+            self.past_h[rows] = h[self._rows[rows, None], past]
+        at = accepted + (depth - 1)
+        h = h.flatten(0, 1)
+        flat_at = self._rows[rows] * (2 * depth) + at
+        for k in range(depth):
+            h, _ = self.model.mtp[k](h, following[:, k : k + 2 * depth].flatten(), ctx, self.cache)
+            draft, probs = self._sample(h[flat_at], rows, n + accepted + (k + 2), DRAFT, mode)
+            self._keep_draft(rows, k, draft, probs)
+            following.scatter_(1, (at + (k + 1))[:, None], draft[:, None])
+
+    # ---- parts ----
+    def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device)
+
+    def _slots(self, row: Tensor, positions: Tensor) -> Tensor:
+        """int64: where the cache keeps `positions` of rows `row` (shapes that broadcast); -1 for negative positions."""
+        slots = self.block_table[row, positions.clamp(min=0) // PAGE].long() * PAGE + positions % PAGE
+        return torch.where(positions < 0, -1, slots)
+
+    def _context(self, first: Tensor, steps: int, width: int) -> AttentionContext:
+        """The `steps` positions of each row from `first` int64 [B] on.
+
+        The last may lie behind the context's end, where nothing counts any more, and the first before its beginning.
+        """
+        positions = first[:, None] + torch.arange(steps, device=self.device)
+        batch = first.shape[0]
+        return AttentionContext(
+            positions.clamp(0, self._last_position).flatten(),
+            block_table=self.block_table[:batch, :width],
+            seq_lens=(first + steps).int(),
+            slot_mapping=self._slots(self._rows[:batch, None], positions).flatten(),
+        )
+
+    def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:
+        """fp32 probabilities of logits [B, ..., V] of the rows."""
+        shape = -1, *[1] * (logits.dim() - 2)
+        settings = [t[rows].view(shape) for t in (self.temperature, self.top_p, self.top_k)]
+        return probabilities(logits, *settings, filtered=mode == FILTERED)
+
+    def _sample(self, h: Tensor, rows: slice, place: Tensor, stream: int, mode: int) -> tuple[Tensor, Tensor | None]:
+        """A token a row from h [B, H], for token number `place` [B]; and the distribution [B, V], None where greedy."""
+        logits = self.model.logits(h)
+        if mode == GREEDY:
+            return logits.argmax(-1), None
+        p = self._probabilities(logits, rows, mode)
+        return draw(p, uniform(self.key[rows], place, stream)), p
+
+    def _keep_draft(self, rows: slice, k: int, draft: Tensor, probs: Tensor | None) -> None:
+        # NOTE: a greedy row that meets a sampled one later has stale probabilities. They change nothing: its p is one-hot,
+        # so a draft stays only where p is 1, and else max(p - q, 0) has at most the best token.
+        self.tokens[rows, 1 + k] = draft
+        if probs is not None:
+            self.draft_probs[rows, k] = probs

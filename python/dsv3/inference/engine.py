@@ -1,0 +1,277 @@
+"""Generation: prompts in, completions out. The host's side of it; decoder.py is the device's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv3.inference.cache import PagePool, pages_for
+from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder
+from dsv3.inference.sampling import SamplingParams, noise_key
+from dsv3.inference.scheduler import Request, Scheduler
+from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
+from dsv3.model import DeepSeekV3
+
+OnToken = Callable[[int, list[int], str], None]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt."""
+
+    token_ids: list[int]  # new tokens; the end-of-sequence token included where it came
+    text: str  # "" without a tokenizer; no special tokens; ends before a stop string
+    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
+    num_drafted: int
+    num_accepted: int
+
+
+@dataclass
+class Stats:
+    """Sums over an engine's life."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefills: int = 0
+    steps: int = 0  # decode rounds
+    drafted: int = 0
+    accepted: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prefill included."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.generated_tokens / seconds if seconds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted share of the drafts."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class Engine:
+    """Continuous batching over a paged cache, with the model's MTP modules as drafters.
+
+    Args:
+        model: on any device; its weights are read, never changed.
+        tokenizer: object, path of a tokenizer.json or of its folder; None takes `model.tokenizer_path` where a loader left one.
+        speculative: draft with MTP. None: where the model has MTP.
+        max_batch: sequences that run at a time; more wait.
+        max_context: prompt and completion together; None: config.max_position_embeddings.
+        num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context.
+        max_prefill_tokens: prompts that are prefilled together hold at most so many tokens, or one prompt.
+
+    Raises:
+        ValueError: speculative without MTP, or sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        *,
+        tokenizer: Tokenizer | str | Path | None = None,
+        speculative: bool | None = None,
+        max_batch: int = 32,
+        max_context: int | None = None,
+        num_pages: int | None = None,
+        max_prefill_tokens: int = 8192,
+    ) -> None:
+        config = model.config
+        if speculative and not len(model.mtp):
+            raise ValueError("speculative=True needs an MTP module, but this model's checkpoint has none")
+        limit = config.max_position_embeddings
+        context = limit if max_context is None else max_context
+        if not 2 <= context <= limit:
+            raise ValueError(f"max_context must be between 2 and max_position_embeddings {limit}, got {context}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        self.tokenizer = _tokenizer(model, tokenizer)
+        self.stats = Stats()
+        self._config, self._context, self._max_batch = config, context, max_batch
+        self._depth = 0 if speculative is False else len(model.mtp)
+        eos = config.eos_token_id
+        self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        max_pages = pages_for(context + self._depth)
+        num_pages = 1 + max_batch * max_pages if num_pages is None else num_pages
+        self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
+        sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": max_pages}
+        self._decoder = Decoder(model, depth=self._depth, **sizes)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+    ) -> list[Completion]:
+        """Completions of all prompts, in their order.
+
+        Args:
+            prompts: texts or lists of token ids.
+            params: one for all prompts, or one a prompt.
+            on_token: called as on_token(index of the prompt, new token ids, piece of text) as soon as tokens are there; pieces
+                hold whole characters and joined give the completion's text ("" without a tokenizer).
+
+        Raises:
+            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary.
+        """
+        requests = self._requests(prompts, params)
+        self._scheduler.waiting.extend(requests)
+        try:
+            with torch.inference_mode():
+                while self._scheduler.waiting or self._scheduler.running:
+                    self._step(on_token)
+        finally:
+            self._decoder.release(0, self._max_batch)
+            self._scheduler.clear()
+        return [self._completion(r) for r in requests]
+
+    # ---- requests ----
+    def _requests(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of texts or of token ids, got one text")
+        params = SamplingParams() if params is None else params
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"expected one SamplingParams or one a prompt ({len(prompts)}), got {len(each)}")
+        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+
+    def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            raise ValueError(f"prompt {index}: texts and stop strings need a tokenizer, got none")
+        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not ids:
+            raise ValueError(f"prompt {index}: expected at least one token, got none")
+        vocab, context = self._config.vocab_size, self._context
+        outside = next((t for t in ids if not 0 <= t < vocab), None)
+        if outside is not None:
+            raise ValueError(f"prompt {index}: expected tokens from 0 to {vocab - 1}, got {outside}")
+        if len(ids) >= context:
+            raise ValueError(
+                f"prompt {index}: expected at most {context - 1} tokens (context of {context}), got {len(ids)}"
+            )
+        max_tokens = min(params.max_tokens, context - len(ids))
+        reserve = len(ids) + max_tokens + self._depth
+        capacity = self._scheduler.pool.capacity
+        if pages_for(reserve) > capacity:
+            raise ValueError(f"prompt {index}: needs {pages_for(reserve)} cache pages, the engine has {capacity}")
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
+        return Request(index, ids, params, noise_key(params.seed), max_tokens, reserve, text)
+
+    def _completion(self, request: Request) -> Completion:
+        assert request.finish_reason is not None
+        text = request.text.text if request.text else ""
+        return Completion(request.output, text, request.finish_reason, request.num_drafted, request.num_accepted)
+
+    # ---- steps ----
+    def _step(self, on_token: OnToken | None) -> None:
+        """Prefills what can join the batch, or else decodes one round."""
+        first = len(self._scheduler.running)
+        joined = self._scheduler.admit()
+        start = time.perf_counter()
+        if joined:
+            new = [[token] for token in self._prefill(first, joined)]
+            self.stats.prefill_seconds += time.perf_counter() - start
+        else:
+            joined = list(self._scheduler.running)
+            new = self._round(joined)
+            self.stats.decode_seconds += time.perf_counter() - start
+        for request, tokens in zip(joined, new, strict=True):
+            self._take(request, tokens, on_token)
+        before = len(self._scheduler.running)
+        for source, target in self._scheduler.retire():
+            self._decoder.move(source, target)
+        if len(self._scheduler.running) < before:
+            self._decoder.release(len(self._scheduler.running), before)
+
+    def _prefill(self, first: int, requests: list[Request]) -> list[int]:
+        self._decoder.assign(
+            first, [r.pages for r in requests], [r.params for r in requests], [r.key for r in requests]
+        )
+        new = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests)).tolist()
+        self.stats.prefills += 1
+        self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
+        return new
+
+    def _round(self, requests: list[Request]) -> list[list[int]]:
+        depth, rows = self._depth, len(requests)
+        width = pages_for(max(r.cached for r in requests) + 1 + depth)
+        if self._decoder.device.type == "cuda":  # few distinct shapes, so that graphs of rounds can be kept
+            rows = min(1 << (rows - 1).bit_length(), self._max_batch)
+            width = min(1 << (width - 1).bit_length(), self._decoder.block_table.shape[1])
+        result = self._decoder.round(rows, width, _mode(requests)).tolist()
+        self.stats.steps += 1
+        new = []
+        for request, (*tokens, accepted) in zip(requests, result, strict=False):
+            request.num_drafted += depth
+            request.num_accepted += accepted
+            new.append(tokens[: accepted + 1])
+        self.stats.drafted += depth * len(requests)
+        self.stats.accepted += sum(len(tokens) - 1 for tokens in new)
+        return new
+
+    def _take(self, request: Request, tokens: list[int], on_token: OnToken | None) -> None:
+        """Adds a step's tokens to a completion up to where it ends, and passes them on."""
+        stream = request.text if on_token is not None or request.params.stop else None
+        taken = 0
+        for token in tokens:
+            taken += 1
+            request.output.append(token)
+            if stream is not None:
+                stream.push([token])
+            if (token in self._eos and not request.params.ignore_eos) or (stream is not None and stream.stopped):
+                request.finish_reason = "stop"
+            elif len(request.output) == request.max_tokens:
+                request.finish_reason = "length"
+            if request.finish_reason is not None:
+                break
+        self.stats.generated_tokens += taken
+        finished = request.finish_reason is not None
+        if finished and stream is None and request.text is not None:
+            request.text.push(request.output)
+        piece = request.text.take(final=finished) if request.text is not None and (stream or finished) else ""
+        if on_token is not None:
+            on_token(request.index, tokens[:taken], piece)
+
+
+def _tokenizer(model: DeepSeekV3, tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
+    tokenizer = getattr(model, "tokenizer_path", None) if tokenizer is None else tokenizer
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def _mode(requests: list[Request]) -> int:
+    if all(r.params.greedy for r in requests):
+        return GREEDY
+    return FILTERED if any(r.params.filtered for r in requests) else PLAIN
+
+
+def generate(
+    model: DeepSeekV3,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    speculative: bool | None = None,
+    on_token: OnToken | None = None,
+    max_batch: int = 32,
+) -> list[Completion]:
+    """Completions of all prompts by an engine just for them; see Engine and Engine.generate for arguments and errors."""
+    tokenizer = _tokenizer(model, tokenizer)
+    if tokenizer is not None and not isinstance(prompts, str):
+        prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    each = [params or SamplingParams()] if params is None or isinstance(params, SamplingParams) else params
+    # A cache of the largest size that can be in use at a time.
+    longest = max((p.max_tokens for p in each), default=1)
+    context, depth = model.config.max_position_embeddings, len(model.mtp)
+    pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)[:max_batch]
+    sizes = {"max_batch": max(len(pages), 1), "num_pages": 2 + sum(pages)}
+    engine = Engine(model, tokenizer=tokenizer, speculative=speculative, **sizes)
+    return engine.generate(prompts, params, on_token=on_token)

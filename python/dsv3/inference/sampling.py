@@ -1,0 +1,141 @@
+"""Sampling: parameters, the distribution that they make of logits, and noise that depends on nothing but seed and position."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What a uniform number decides; together with the position it is the counter of the noise.
+DRAFT, ACCEPT, DRAW = 0, 1, 2
+_STREAMS = 4
+_WORD = 1 << 64
+_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is drawn.
+
+    Args:
+        max_tokens: new tokens at most; a full context ends a completion too.
+        temperature: divides the logits; 0 takes the best token always.
+        top_p: only the fewest most likely tokens whose probabilities sum to at least top_p; 1 keeps all.
+        top_k: only the k most likely tokens, before top_p; 0 keeps all.
+        seed: fixes the noise. A completion depends on its own seed, prompt and parameters, not on what else is in the batch
+            (up to the rounding of the logits), and equal prompts with equal seeds give equal completions. None: a new one
+            from the operating system for each prompt.
+        ignore_eos: go on past the end-of-sequence token.
+        stop: strings that end the completion; its text ends before them. They need a tokenizer.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        checks = [
+            ("max_tokens", "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens >= 1),
+            ("temperature", "a finite number of at least 0", _is_number(self.temperature) and self.temperature >= 0),
+            ("top_p", "a number in (0, 1]", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("top_k", "an integer of at least 0", _is_int(self.top_k) and self.top_k >= 0),
+            ("seed", "an integer or None", self.seed is None or _is_int(self.seed)),
+            ("stop", "non-empty strings", all(isinstance(s, str) and s for s in self.stop)),
+        ]
+        for name, expected, good in checks:
+            if not good:
+                raise ValueError(f"SamplingParams: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def filtered(self) -> bool:
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of x modulo 2^64."""
+    return (x + _WORD // 2) % _WORD - _WORD // 2
+
+
+def noise_key(seed: int | None) -> int:
+    """int64 key of the noise of `seed`: one step of SplitMix64, so that neighbouring seeds have nothing in common."""
+    if seed is None:
+        seed = secrets.randbits(64)
+    return int(_finalize(torch.tensor(_signed(seed + _GAMMA))))
+
+
+def _finalize(x: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap around."""
+    for shift, factor in ((30, _MIX1), (27, _MIX2)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def uniform(key: Tensor, position: Tensor, stream: int) -> Tensor:
+    """Counter-based noise, fp64 in [0, 1): output number position * 4 + stream of the SplitMix64 generator `key`.
+
+    key, position: int64 of shapes that broadcast; position is the index of the token that the number decides.
+    """
+    state = key + (position * _STREAMS + (stream + 1)) * _signed(_GAMMA)
+    return (_finalize(state) >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def probabilities(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, *, filtered: bool = True
+) -> Tensor:
+    """The distribution that is drawn from: softmax(logits / temperature), cut to top_k, then to top_p, renormalised.
+
+    Args:
+        logits: [..., V], any floating dtype.
+        temperature, top_p: fp32 of shapes that broadcast with [...]. Temperature 0 puts everything on the best token.
+        top_k: int64 likewise, 0 keeps all. Equal probabilities are kept from the lowest index on.
+        filtered: False where no row has top_p < 1 or top_k > 0: saves the sort.
+
+    Returns:
+        fp32 [..., V], rows sum to 1.
+    """
+    logits = logits.float()
+    temperature = temperature[..., None]
+    best, index = logits.max(-1, keepdim=True)
+    p = torch.softmax((logits - best) / temperature.clamp(min=torch.finfo(torch.float32).tiny), -1)
+    if filtered:
+        ranked, order = p.sort(stable=True, dim=-1, descending=True)
+        rank = torch.arange(p.shape[-1], device=p.device)
+        ranked = ranked.masked_fill((rank >= top_k[..., None]) & (top_k > 0)[..., None], 0.0)
+        cumulative = ranked.cumsum(-1)
+        limit = torch.where(top_p < 1, top_p, torch.inf)[..., None] * cumulative[..., -1:]
+        ranked = ranked.masked_fill(cumulative - ranked >= limit, 0.0)
+        p = torch.empty_like(p).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
+    return torch.where(temperature > 0, p, torch.zeros_like(p).scatter_(-1, index, 1.0))
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """int64 [...]: an index of weights [..., V] (not negative, need not sum to 1) by inversion at u fp64 [...] in [0, 1).
+
+    Sums are fp64, and an index of weight 0 is never drawn.
+    """
+    cdf = weights.double().cumsum(-1)
+    index = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
+    return index.squeeze(-1).clamp(max=weights.shape[-1] - 1)
