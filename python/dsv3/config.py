@@ -355,7 +355,7 @@ _V2 = dict(
 PRESETS = {
     "tiny": Config(
         vocab_size=4096, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
         moe_intermediate_size=128, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
         n_group=4, topk_group=2, routed_scaling_factor=1.0, num_nextn_predict_layers=1, max_position_embeddings=2048, dtype="float32",
     ),

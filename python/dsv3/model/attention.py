@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv3 import ops
 from dsv3.config import Config
-from dsv3.model.layers import Linear, RMSNorm, identity, rope_, rope_tables
+from dsv3.model.layers import Linear, RMSNorm, identity, rope_tables
 
 LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
 
@@ -112,7 +112,7 @@ class MLA(nn.Module):
             q = self.q_b(self.q_a_norm(self.q_a(x, wgrad)), wgrad)
         else:
             q = self.q(x, wgrad)
-        q = rope_(q, cos, sin, ctx.positions, head_dim=c.qk_head_dim).view(-1, self.num_heads, c.qk_head_dim)
+        q = ops.rope_(q, cos, sin, ctx.positions, head_dim=c.qk_head_dim).view(-1, self.num_heads, c.qk_head_dim)
         kv_a = self.kv_a(x, wgrad)
         if cache is not None and ctx.slot_mapping is not None:
             weight = self.kv_a_norm.weight
@@ -121,7 +121,7 @@ class MLA(nn.Module):
             out = self._absorbed(q, ctx, cache)
         else:
             latent, k_rope = kv_a.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-            k_rope = rope_(k_rope.contiguous(), cos, sin, ctx.positions, head_dim=c.qk_rope_head_dim)
+            k_rope = ops.rope_(k_rope.contiguous(), cos, sin, ctx.positions, head_dim=c.qk_rope_head_dim)
             out = self._naive(q, self.kv_a_norm(latent), k_rope, ctx, wgrad)
         return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad))
 

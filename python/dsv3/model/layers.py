@@ -53,7 +53,7 @@ class MLP(nn.Module):
         self.gather = self.reduce = identity
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
-        return self.reduce(self.down(swiglu(self.gate_up(self.gather(x), wgrad)), wgrad))
+        return self.reduce(self.down(ops.swiglu(self.gate_up(self.gather(x), wgrad)), wgrad))
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,20 +82,3 @@ def rope_tables(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
         frequency = frequency / rope.factor * ramp + frequency * (1 - ramp)
     angles = torch.outer(torch.arange(rope.max_positions, dtype=torch.float32), frequency)
     return tuple((f(angles) * rope.attention_factor).to(device) for f in (torch.cos, torch.sin))
-
-
-def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
-    """silu(gate) * up (* weight of the row) for gate_up [T, 2I], gate first."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    y = nn.functional.silu(gate) * up
-    return y if weights is None else (y * weights[:, None]).to(y.dtype)
-
-
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, head_dim: int) -> Tensor:
-    """Rotates the interleaved pairs of the last 2 * cos.shape[1] values of every head of x [T, heads * head_dim]."""
-    rope_dim = 2 * cos.shape[1]
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    nope, rope = x.view(x.shape[0], -1, head_dim).split([head_dim - rope_dim, rope_dim], -1)
-    even, odd = rope[..., 0::2], rope[..., 1::2]
-    rotated = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(2).to(x.dtype)
-    return torch.cat([nope, rotated], -1).view(x.shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsv3 import ops
 from dsv3.comm import ExpertBuffer
 from dsv3.config import Config
-from dsv3.model.layers import MLP, swiglu
+from dsv3.model.layers import MLP
 
 
 class Routed(NamedTuple):
@@ -80,7 +80,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
         """x [R, H] sorted by expert, routing weights fp32 [R], offsets int32 [G+1] -> [R, H], already weighted."""
         gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)
-        return ops.grouped_linear(swiglu(gate_up, weights), self.down, offsets, wgrad=wgrad)
+        return ops.grouped_linear(ops.swiglu(gate_up, weights), self.down, offsets, wgrad=wgrad)
 
 
 class MoE(nn.Module):

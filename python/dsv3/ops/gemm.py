@@ -66,15 +66,22 @@ class WgradQueue:
             run()
 
 
+def _add_product(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """out [N, K] += dy [T, N] transposed times x [T, K], summed in out's dtype."""
+    if out.dtype == dy.dtype:
+        torch.addmm(out, dy.t(), x, out=out)
+    elif dy.is_cuda:
+        out += torch.mm(dy.t(), x, out_dtype=out.dtype)
+    else:
+        out += torch.mm(dy.t().to(out.dtype), x.to(out.dtype))
+
+
 def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None and main_grad.dtype == dy.dtype:
-        torch.addmm(main_grad, dy.t(), x, out=main_grad)
-        return None
-    if main_grad is not None and dy.is_cuda and dy.dtype == torch.bfloat16:
-        main_grad.add_(torch.mm(dy.t(), x, out_dtype=torch.float32))
-        return None
-    return accumulate(weight, torch.mm(dy.t(), x))
+    if main_grad is None:
+        return torch.mm(dy.t(), x)
+    _add_product(main_grad, dy, x)
+    return None
 
 
 class _Linear(torch.autograd.Function):
@@ -192,23 +199,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
         wide = torch.promote_types(h.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=h.device)
+        nats = torch.empty(h.shape[0], dtype=wide, device=h.device)
         dh = torch.empty_like(h) if need_h else None
         dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_w else None
+        buffer = h.new_empty(min(chunk, h.shape[0]), weight.shape[0])
         for start in range(0, h.shape[0], chunk):
-            rows = h[start : start + chunk]
-            nats, dlogits = reference.cross_entropy_chunk(
-                rows, weight, targets[start : start + chunk], need_h or need_w
-            )
-            loss += nats
+            part = slice(start, start + chunk)
+            rows = h[part]
+            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+            nats[part] = torch.ops.dsv3.cross_entropy_(logits, targets[part], need_h or need_w)
             if dh is not None:
-                torch.mm(dlogits, weight, out=dh[start : start + chunk])
-            if dw is not None and dw.dtype == rows.dtype:
-                torch.addmm(dw, dlogits.t(), rows, out=dw)
-            elif dw is not None:
-                dw += torch.mm(dlogits.t(), rows, out_dtype=wide) if rows.is_cuda else torch.mm(dlogits.t(), rows)
+                torch.mm(logits, weight, out=dh[part])
+            if dw is not None:
+                _add_product(dw, logits, rows)
         ctx.weight, ctx.dh, ctx.dw = weight, dh, dw
-        return loss
+        return nats.sum()
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

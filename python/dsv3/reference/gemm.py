@@ -49,21 +49,3 @@ def grouped_linear_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor) ->
 def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, int, int]]:
     bounds = offsets.tolist()
     return [(w, a, b) for w, a, b in zip(weight.unbind(0), bounds, bounds[1:], strict=False) if b > a]
-
-
-def cross_entropy_chunk(h: Tensor, weight: Tensor, targets: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of nats (fp32 []) over a chunk's targets, -100 ignored, and d(sum)/d(logits) [T, V] in h's dtype.
-
-    logits = h [T, H] times weight [V, H] transposed, softmax in fp32 at least; the gradient is made in their place.
-    """
-    logits = torch.mm(h, weight.t()).to(torch.promote_types(h.dtype, torch.float32))
-    valid = targets != -100
-    index = targets.clamp(min=0)[:, None]
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    nats = torch.where(valid, (lse - logits.gather(1, index)).squeeze(1), 0.0).sum()
-    if not grad:
-        return nats, None
-    dlogits = logits.sub_(lse).exp_()
-    dlogits.scatter_add_(1, index, dlogits.new_full((), -1.0).expand_as(index))
-    dlogits.mul_(valid[:, None])
-    return nats, dlogits.to(h.dtype)
