@@ -1,0 +1,138 @@
+"""`python -m bench FAMILY...|all`, `python -m bench plot`, `python -m bench tests [FAMILY...]`: see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import dsv3.ops  # noqa: F401  (registers the ops)
+from bench.cases import families, load
+from bench.check import check_case, why_not_native
+from bench.results import RESULTS, Environment, csrc_sha, environment, gpu_folder, make_row, write_rows
+from bench.table import print_table
+from bench.timing import FULL, QUICK, Ceilings, Protocol, measure_case, measure_ceilings, one_line, release
+from dsv3.ops import registry
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Times dsv3's ops beside their floor and peers."
+    )
+    parser.add_argument("what", nargs="+", help=f"{', '.join(families())}, all; or plot; or tests [family...]")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few repeats; writes only with --out")
+    parser.add_argument("--dry-run", action="store_true", help="any device: compare op and baselines at tiny sizes")
+    parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<gpu>")
+    parser.add_argument("--commit", help="commit to record where the tree is no git checkout")
+    args = parser.parse_args(argv)
+    known = {*families(), "all"}
+    unknown = [] if args.what[0] in ("plot", "tests") else [name for name in args.what if name not in known]
+    if unknown:
+        parser.error(f"expected families among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    if "all" in args.what:
+        args.what = families()
+    return args
+
+
+class Failures:
+    """Prints every failure where it happens, and remembers whether there was one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.lines = console, []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        self.console.print(f"FAILED {line}", style="red", markup=False)
+
+
+def dry_run(names: list[str], console: Console, failures: Failures) -> None:
+    """Every case once at tiny sizes, where this runs: on the CPU unless there is a Hopper GPU."""
+    device = torch.device("cuda" if has_hopper() else "cpu")
+    for family in names:
+        cases = load(family, tiny=True)
+        for case in cases:
+            try:
+                check_case(case, device, compiled=True)
+            except Exception as error:  # the others still run
+                failures.add(f"{case.title}: {one_line(error)}")
+        console.print(f"{family}: {len(cases)} cases on {device.type}")
+
+
+def run_family(
+    family: str, ceilings: Ceilings, protocol: Protocol, env: Environment, failures: Failures
+) -> list[dict[str, Any]]:
+    """The rows of a family's cases, those that failed left out."""
+    rows = []
+    sha = csrc_sha(family)
+    device = torch.device("cuda", torch.cuda.current_device())
+    for case, small in zip(load(family, tiny=False), load(family, tiny=True), strict=True):
+        try:
+            if case.measure is None:  # others are too long to run twice
+                check_case(small, device, compiled=False)
+            timing = measure_case(case, ceilings, protocol)
+            reason = why_not_native(case.op)
+            if reason is not None:
+                raise RuntimeError(reason)
+        except Exception as error:  # the others still run
+            failures.add(f"{case.title}: {one_line(error)}")
+            release()
+            continue
+        for line in timing.errors:
+            failures.add(f"{case.title}: {line}")
+        rows.append(make_row(case, timing, ceilings=ceilings, env=env, sha=sha))
+    return rows
+
+
+def run_benchmarks(args: argparse.Namespace, console: Console, failures: Failures) -> None:
+    """Ceilings, then the families one after the other; writes each family's file as soon as it is measured."""
+    protocol = QUICK if args.quick else FULL
+    env = environment(args.commit)
+    out = args.out or (None if args.quick else RESULTS / gpu_folder(env.gpu))
+    ceilings, measured = measure_ceilings(protocol)
+    for family in args.what:
+        sha = csrc_sha(family)
+        top = [make_row(case, timing, ceilings=ceilings, env=env, sha=sha) for case, timing in measured]
+        rows = run_family(family, ceilings, protocol, env, failures)
+        print_table(console, family, top + rows)
+        if out is not None:
+            write_rows(out / f"{family}.jsonl", top + rows)
+
+
+def has_hopper() -> bool:
+    """Whether the current CUDA device is a Hopper GPU."""
+    return torch.cuda.is_available() and registry.is_hopper(torch.device("cuda", torch.cuda.current_device()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 1 if anything failed, 2 without a Hopper GPU or with a wrong command line."""
+    args = parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    failures = Failures(console)
+    if args.what[0] == "plot":
+        from bench.plot import plot_all
+
+        for path in plot_all(args.out or RESULTS):
+            console.print(str(path), soft_wrap=True)
+        return 0
+    if args.dry_run:
+        dry_run(args.what, console, failures)
+    elif not has_hopper():
+        print("bench: no Hopper GPU here; --dry-run checks the cases on a CPU", file=sys.stderr)
+        return 2
+    elif args.what[0] == "tests":
+        from bench.suite import run_tests
+
+        env = environment(args.commit)
+        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu), env)
+    else:
+        run_benchmarks(args, console, failures)
+    return 1 if failures.lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""`python -m bench plot`: one picture a family, every case's time and its peers' as multiples of the floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from bench.results import read_rows
+from bench.table import describe
+
+OURS = "#0b5cad"
+PEERS = ("#c44e52", "#dd8452", "#55a868", "#8172b3", "#937860", "#64b5cd")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20)
+
+
+def plot_all(results: Path) -> list[Path]:
+    """Draws every results file below a folder; returns the pictures, each beside its file."""
+    pictures = []
+    for file in sorted(results.rglob("*.jsonl")):
+        rows = [row for row in read_rows(file) if row["baselines"]]  # ceilings have no peers, they are the floor
+        if rows:
+            pictures.append(plot_family(rows, file.with_suffix(".png")))
+    return pictures
+
+
+def plot_family(rows: list[dict[str, Any]], path: Path) -> Path:
+    """One line a case: the floor at 1, dsv3 filled, the peers hollow, on a logarithmic axis."""
+    names = list(dict.fromkeys(name for row in rows for name in row["baselines"]))
+    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        floor, ours = row["floor_us"], row["time_us"]
+        ratios = [time / floor for time in (ours, *row["baselines"].values())]
+        axes.plot([1, max(ratios)], [y, y], color="#dddddd", linewidth=1, zorder=1)
+        for name, time in row["baselines"].items():
+            style = names.index(name) % len(PEERS)
+            options = {"edgecolors": PEERS[style], "marker": MARKERS[style], "facecolors": "none"}
+            axes.scatter(time / floor, y, s=40, zorder=2, **options)
+        axes.scatter(ours / floor, y, s=60, color=OURS, zorder=3)
+        axes.annotate(
+            f"{ours:.4g} us", (1.01, y), xycoords=("axes fraction", "data"), va="center", color=OURS, fontsize=9
+        )
+    _finish(axes, rows, names)
+    axes.set_title(f"{path.stem} on {rows[0]['gpu']}, {rows[0]['date'][:10]}", loc="left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
+    """Axis, labels and a legend with every peer, also those that the first case lacks."""
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_yticks(range(len(rows)), [f"{row['op']}  {describe(row['case'])}" for row in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / floor (black line: the floor of the same run)")
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=OURS, label="dsv3")]
+    for i, name in enumerate(names):
+        style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": PEERS[i % len(PEERS)]}
+        handles.append(plt.Line2D([], [], linestyle="", markerfacecolor="none", label=name, **style))
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)

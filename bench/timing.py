@@ -1,0 +1,178 @@
+"""Device time of a call, with a cold L2 cache: CUDA graphs of many calls over rotating input sets, median of replays."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bench.cases import Baseline, Case, Timing
+
+COLD_BYTES = 300e6  # six times the L2 cache: by the time a set comes round again nothing of it is left there
+GRAPH_US = 2000  # length of a graph: its launch, a few us, disappears in it
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """calls: the fewest calls a graph; replays: timed replays, of which the median counts."""
+
+    calls: int
+    replays: int
+
+
+FULL = Protocol(calls=10, replays=7)
+QUICK = Protocol(calls=2, replays=2)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the card reached in this run: GB/s of a copy (read + written) and of a reduction, TFLOP/s of bf16 matmul."""
+
+    copy_gbs: float
+    read_gbs: float
+    matmul_tflops: float
+
+    def floor_us(self, flops: float, num_bytes: float) -> float:
+        """The time below which no implementation gets: the larger of moving the bytes and doing the arithmetic."""
+        return max(num_bytes / self.copy_gbs / 1e3, flops / self.matmul_tflops / 1e6)
+
+
+def clone(inputs: Any) -> Any:
+    """A copy of every tensor in nested lists and tuples."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of nested lists and tuples, in order."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def set_count(case: Case, input_bytes: float, calls: int) -> int:
+    """Number of input sets: together more than COLD_BYTES, and one a call where calls spoil their inputs."""
+    touched = max(min(input_bytes, case.bytes / 2), 1.0)
+    cold = int(COLD_BYTES // touched) + 1
+    return calls if case.restore else min(cold, calls)
+
+
+def call_count(floor_us: float, protocol: Protocol) -> int:
+    """Calls a graph."""
+    return max(protocol.calls, round(GRAPH_US / max(floor_us, 1.0))) if protocol is FULL else protocol.calls
+
+
+def binder(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """Turns a function of an input set into one that returns the call to time."""
+    return lambda *inputs: lambda: function(*inputs)
+
+
+def baseline_binder(baseline: Baseline, backend: str = "inductor") -> Callable[..., Callable[[], Any]]:
+    """The binder of a baseline, compiled where it asks for that."""
+    function, split = baseline.function, baseline.split
+    if baseline.compiled:
+        torch._dynamo.reset()  # shapes of an earlier case must not make this one dynamic
+        function = torch.compile(function, dynamic=False, backend=backend)
+    if split is not None:
+        return lambda *inputs: lambda: [function(*part) for part in split(*inputs)]
+    return function if baseline.binds else binder(function)
+
+
+def graph_us(
+    bind: Callable[..., Callable[[], Any]],
+    sets: Sequence[tuple[Any, ...]],
+    *,
+    calls: int,
+    replays: int,
+    reset: Callable[[], None] = lambda: None,
+) -> float:
+    """Microseconds a call. All results of a graph stay alive, so that every call writes memory of its own."""
+    stream = torch.cuda.Stream()  # autograd runs a backward on the stream of its forward: bind and capture share one
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        bound = [bind(*inputs) for inputs in sets]
+        for call in bound:
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = [bound[i % len(bound)]() for i in range(calls)]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(replays + 1):
+            reset()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / calls)
+    del results, graph, bound
+    release()
+    return statistics.median(times[1:])  # the first replay uploads the graph
+
+
+def release() -> None:
+    """Returns all unused device memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_ceilings(protocol: Protocol) -> tuple[Ceilings, list[tuple[Case, Timing]]]:
+    """The ceilings, and each as a case of its own: a copy and a sum of 1 GiB, and bf16 products of 4096^3 and 8192^3."""
+    gib = 2**30
+    measured = []
+
+    def measure(case: Case, function: Callable[..., Any], *inputs: Tensor) -> None:
+        time_us = graph_us(binder(function), [inputs], calls=protocol.calls, replays=protocol.replays)
+        measured.append((case, Timing(time_us, {})))
+
+    source = torch.randn(gib // 4, device="cuda")
+    copy = Case(op="copy", case={"mib": 1024}, flops=0, bytes=2 * gib)
+    measure(copy, lambda target, source: target.copy_(source), torch.empty_like(source), source)
+    measure(Case(op="read", case={"mib": 1024}, flops=0, bytes=gib), torch.sum, source)
+    for size in (4096, 8192):
+        case = {"m": size, "n": size, "k": size}
+        operands = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        measure(Case(op="matmul", case=case, flops=2.0 * size**3, bytes=6.0 * size**2), torch.matmul, *operands)
+    copy_gbs, read_gbs = (case.bytes / timing.time_us / 1e3 for case, timing in measured[:2])
+    matmul_tflops = max(case.flops / timing.time_us / 1e6 for case, timing in measured[2:])
+    return Ceilings(copy_gbs, read_gbs, matmul_tflops), measured
+
+
+def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
+    """Times the op, then every baseline, on the same input sets."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if case.measure is not None:
+        return case.measure(device, protocol is QUICK)
+    calls = call_count(ceilings.floor_us(case.flops, case.bytes), protocol)
+    first = case.inputs(device)
+    input_bytes = sum(x.numel() * x.element_size() for x in tensors(first))
+    sets = [first] + [clone(first) for _ in range(set_count(case, input_bytes, calls) - 1)]
+    spoiled = [[s[i] for i in case.restore] for s in sets]
+    pristine = clone([first[i] for i in case.restore])
+
+    def reset() -> None:
+        for arguments in spoiled:
+            for target, source in zip(tensors(arguments), tensors(pristine), strict=True):
+                target.copy_(source)
+
+    def time(bind: Callable[..., Callable[[], Any]]) -> float:
+        reset()
+        return graph_us(bind, sets, calls=calls, replays=protocol.replays, reset=reset)
+
+    op_us = time(binder(case.run))
+    baselines, errors = {}, []
+    for name, baseline in case.baselines.items():
+        try:
+            baselines[name] = time(baseline_binder(baseline))
+        except Exception as error:  # a peer that fails must not hide the others
+            errors.append(f"{name}: {one_line(error)}")
+            release()
+    return Timing(op_us, baselines, errors=errors)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
