@@ -65,7 +65,7 @@ def mla_decode(
     kv = cache[block_table.clamp(min=0).long()].view(batch, -1, cache.shape[-1]).float()
     column = torch.arange(kv.shape[1], device=q.device)
     kv = torch.where((column < seq_lens[:, None])[:, :, None], kv, 0.0)
-    newest = seq_lens[:, None] - (torch.arange(steps - 1, -1, -1, device=q.device) if causal else 1)
+    newest = seq_lens[:, None] - (torch.arange(steps, 0, -1, device=q.device) if causal else 1)
     seen = column <= newest.expand(batch, steps)[:, :, None]
     scores = torch.einsum("bshd,bkd->bhsk", q.float(), kv) * softmax_scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
