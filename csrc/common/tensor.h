@@ -77,7 +77,10 @@ class Tensor {
 
 inline std::string shape_string(const Tensor& t) {
   std::string text = "(";
-  for (int i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  for (int i = 0; i < t.dim(); ++i) {
+    if (i > 0) text += ", ";
+    text += std::to_string(t.size(i));
+  }
   return text + ") " + dtype_name(t.dtype());
 }
 
@@ -120,7 +123,10 @@ void check_shape(const char* name, const Tensor& t, Sizes... sizes) {
   for (int i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
   if (same) return;
   std::string wanted = "(";
-  for (size_t i = 0; i < sizeof...(sizes); ++i) wanted += (i ? ", " : "") + std::to_string(expected[i]);
+  for (size_t i = 0; i < sizeof...(sizes); ++i) {
+    if (i > 0) wanted += ", ";
+    wanted += std::to_string(expected[i]);
+  }
   detail::fail(name, " must have shape ", wanted, "), got ", t);
 }
 
