@@ -83,6 +83,9 @@ struct type_caster<dsv3::Tensor> {
 PYBIND11_MODULE(_C, m) {
   define(m, "rmsnorm", dsv3::rmsnorm);
   define(m, "rmsnorm_backward", dsv3::rmsnorm_backward);
+  define(m, "per_token_cast", dsv3::per_token_cast);
+  define(m, "per_block_cast", dsv3::per_block_cast);
+  define(m, "cast_transpose", dsv3::cast_transpose);
   define(m, "rope_", dsv3::rope_);
   define(m, "swiglu", dsv3::swiglu);
   define(m, "swiglu_backward", dsv3::swiglu_backward);

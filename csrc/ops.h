@@ -20,6 +20,21 @@ void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x
 void rmsnorm_backward(Tensor dx, Tensor dweight, Tensor partial, Tensor dy, std::optional<Tensor> dresidual, Tensor x,
                       Tensor weight, Tensor rstd, cudaStream_t stream);
 
+// quant/per_token_cast.cu. x float [T, K], K a multiple of 16; x_fp8 e4m3 [T, K]; x_sf fp32 [T, ceil(K / 128)] with
+// strides (1, T rounded up to 4).
+void per_token_cast(Tensor x_fp8, Tensor x_sf, Tensor x, bool pow2_scale, double amax_floor, cudaStream_t stream);
+
+// quant/per_block_cast.cu. w float [G, N, K], K (and N, for the transpose) a multiple of 16; w_fp8 e4m3 [G, N, K], w_sf
+// fp32 [G, ceil(N / 128), ceil(K / 128)]; wt_fp8 e4m3 [G, K, N], wt_sf fp32 [G, ceil(K / 128), ceil(N / 128)].
+void per_block_cast(Tensor w_fp8, Tensor w_sf, std::optional<Tensor> wt_fp8, std::optional<Tensor> wt_sf, Tensor w,
+                    bool pow2_scale, cudaStream_t stream);
+
+// quant/cast_transpose.cu. x float [T, K], or e4m3 with x_sf as of per_token_cast; offsets int32 [G + 1]; with
+// Tp = 128 ceil((T + 127 G) / 128) (without offsets 128 ceil(T / 128)): xt_fp8 e4m3 [K, Tp], xt_sf fp32 [K, Tp / 128]
+// with strides (1, K rounded up to 4).
+void cast_transpose(Tensor xt_fp8, Tensor xt_sf, Tensor x, std::optional<Tensor> x_sf, std::optional<Tensor> offsets,
+                    bool pow2_scale, double amax_floor, cudaStream_t stream);
+
 // norm/rope.cu. x float [T, heads * head_dim], rotated in place; cos, sin fp32 [positions, rope_dim / 2]; positions
 // int32 or int64 [T]. inverse rotates back (the gradient).
 void rope_(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t head_dim, bool inverse, cudaStream_t stream);

@@ -1,0 +1,136 @@
+// What the FP8 casts share: the scale of a tile, conversions between fp32 and e4m3, and the transposition of a tile of
+// bytes through shared memory. Everything here is IEEE arithmetic, bit for bit what python/dsv3/reference/quant.py does.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cfloat>
+
+#include "../common/launch.cuh"
+#include "../common/vector.cuh"
+
+namespace dsv3 {
+
+constexpr int kTile = 128;  // values that share a scale, in one dimension or in both
+constexpr float kE4M3Max = 448.f;
+
+// A byte of this type is one e4m3 value; so that Vec<E4M3> has 16 of them.
+enum class E4M3 : uint8_t {};
+
+// Maximum that a NaN survives, unlike fmaxf.
+struct MaxNan {
+  __device__ __forceinline__ float operator()(float a, float b) const {
+    float max;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+    return max;
+  }
+  static constexpr float kIdentity = 0.f;  // of absolute values
+};
+
+__device__ __forceinline__ float abs_max(float max, float x) { return MaxNan{}(max, fabsf(x)); }
+
+struct ScaleRule {
+  float floor;
+  bool pow2;
+};
+
+// max(amax, floor) / 448, at least the smallest normal number so that 1 / sf is finite; 1 where that maximum is 0.
+// pow2: rounded up to a power of two on the exponent bits. Infinity and NaN are kept.
+__device__ __forceinline__ float tile_scale(float amax, ScaleRule rule) {
+  const float bound = MaxNan{}(amax, rule.floor);
+  if (bound == 0.f) return 1.f;
+  const float sf = MaxNan{}(__fdiv_rn(bound, kE4M3Max), FLT_MIN);
+  if (!rule.pow2 || !(sf < INFINITY)) return sf;
+  return __uint_as_float((__float_as_uint(sf) + 0x007fffffu) & 0xff800000u);
+}
+
+// Four values to e4m3, the first in the lowest byte: nearest even, beyond +-448 (and infinity) to +-448, NaN to 0x7f.
+__device__ __forceinline__ uint32_t encode(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+__device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[1]) {
+  *reinterpret_cast<uint32_t*>(p) = words[0];
+}
+__device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[2]) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+// Values 4 * chunk to 4 * chunk + 3 of a vector; chunk is known at compile time where this is called.
+__device__ __forceinline__ void unpack_chunk(const Vec<float>& v, int, float (&x)[4]) { unpack(v, x); }
+__device__ __forceinline__ void unpack_chunk(const Vec<__nv_bfloat16>& v, int chunk, float (&x)[4]) {
+  const uint4& raw = reinterpret_cast<const uint4&>(v);
+  const uint32_t low = chunk ? raw.z : raw.x, high = chunk ? raw.w : raw.y;
+  x[0] = __uint_as_float(low << 16);
+  x[1] = __uint_as_float(low & 0xffff0000u);
+  x[2] = __uint_as_float(high << 16);
+  x[3] = __uint_as_float(high & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_chunk(const Vec<E4M3>& v, int chunk, float (&x)[4]) {
+  const uint4& raw = reinterpret_cast<const uint4&>(v);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[chunk] >> (16 * i));
+    const float2 values = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+    x[2 * i] = values.x;
+    x[2 * i + 1] = values.y;
+  }
+}
+
+// A 128 x 128 tile of bytes in shared memory, written a word of four consecutive rows at a time and read along the
+// columns of what was written, 16 bytes at a time. Word `quad` (rows 4 quad to 4 quad + 3) of a column lies at
+// quad ^ column / 4, so that a warp whose lanes hold consecutive vectors of columns (of any dtype) and, beyond these,
+// consecutive quads writes to 32 banks, and eight lanes that read a column read all 32.
+struct ByteTile {
+  uint32_t words[kTile][kTile / 4];
+
+  __device__ __forceinline__ void put(int column, int quad, uint32_t word) { words[column][quad ^ (column >> 2)] = word; }
+
+  // Rows 16 * chunk to 16 * chunk + 15 of a column.
+  __device__ __forceinline__ uint4 get(int column, int chunk) const {
+    uint4 v = *reinterpret_cast<const uint4*>(&words[column][4 * (chunk ^ (column >> 4))]);
+    if (column & 4) v = make_uint4(v.y, v.x, v.w, v.z);
+    if (column & 8) v = make_uint4(v.z, v.w, v.x, v.y);
+    return v;
+  }
+};
+
+// Writes the tile as rows of `out`: column c to out + c * stride. Columns from `columns` on, and bytes of a row from
+// `rows` on (a multiple of 16), do not exist.
+template <int kThreads>
+__device__ __forceinline__ void store_transposed(const ByteTile& tile, uint8_t* out, int64_t stride, int columns,
+                                                 int rows) {
+  constexpr int kChunks = kTile / 16;
+  const int chunk = threadIdx.x % kChunks;
+#pragma unroll
+  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
+    const int column = threadIdx.x / kChunks + i * (kThreads / kChunks);
+    if (column >= columns || chunk * 16 >= rows) continue;
+    *reinterpret_cast<uint4*>(out + column * stride + chunk * 16) = tile.get(column, chunk);
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scales of rows of tiles: fp32 (rows, tiles) with the rows contiguous and a column stride that is a multiple of 16
+// bytes. Returns the stride.
+inline int64_t check_row_scales(const char* name, const Tensor& sf, int64_t rows, int64_t tiles) {
+  const int64_t stride = ceil_div(rows, 4) * 4;
+  DSV3_CHECK(sf.is_cuda(), name, " must be on a CUDA device, got a CPU tensor of shape ", sf);
+  DSV3_CHECK(sf.dtype() == Dtype::kFloat32, name, " must be float32, got ", sf);
+  check_shape(name, sf, rows, tiles);
+  const bool strided = (rows <= 1 || sf.stride(0) == 1) && (tiles <= 1 || sf.stride(1) == stride);
+  DSV3_CHECK(strided || sf.numel() == 0, name, " must have strides (1, ", stride, "), got (", sf.stride(0), ", ",
+             sf.stride(1), ")");
+  return stride;
+}
+
+inline ScaleRule scale_rule(double floor, bool pow2) {
+  DSV3_CHECK(floor >= 0 && floor <= FLT_MAX, "amax_floor must be at least 0 and finite, got ", floor);
+  return {static_cast<float>(floor), pow2};
+}
+
+}  // namespace dsv3
