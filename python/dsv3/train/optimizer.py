@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3.reference import optim
+from dsv3 import ops
 from dsv3.train.buffers import ParamBuffers, Segment
 
 
@@ -64,7 +64,7 @@ class AdamW:
     def _update(self, segments: list[Segment], scale: Tensor, skip: Tensor) -> None:
         if not segments:
             return
-        optim.adamw(
+        ops.adamw(
             [s.master for s in segments],
             [s.main_grad for s in segments],
             [s.exp_avg for s in segments],
