@@ -5,7 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.ops.registry import define
 from dsv3.reference import attention as reference
+
+
+def _allocate_decode(
+    q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, softmax_scale: float, kv_lora_rank: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, steps, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(batch, steps, heads, kv_lora_rank), q.new_empty(batch, heads, steps, dtype=wide)
+
+
+define(
+    "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank, "
+    "bool causal) -> (Tensor, Tensor)",
+    shapes="q [B,S,Hq,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W], seq_lens [B] int32 -> out [B,S,Hq,Dc], "
+    "lse [B,Hq,S] fp32",
+    reference=reference.mla_decode,
+    allocate=_allocate_decode,
+)
+define(
+    "mla_append_kv(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
+    "Tensor(a!) cache, float eps) -> ()",
+    shapes="kv_a [T,Dc+Dr], norm_weight [Dc], cos, sin [P,Dr/2] fp32, positions, slot_mapping [T] int64, "
+    "cache [pages,page,1,Dc+Dr] (rows stored)",
+    reference=reference.mla_append_kv,
+    allocate=lambda *args: None,
+)
 
 
 def mla_attention(
@@ -52,7 +79,6 @@ def mla_attention(
     )
 
 
-@torch.no_grad()
 def mla_decode(
     q: Tensor,
     cache: Tensor,
@@ -89,10 +115,9 @@ def mla_decode(
     ):
         found = f"{tuple(q.shape)}, {tuple(cache.shape)} and {tuple(block_table.shape)}"
         raise ValueError(f"mla_decode: expected q (B,S,H,D), cache (pages,page,1,D) and block_table (B,W), got {found}")
-    return reference.mla_decode(q, cache, block_table, seq_lens, softmax_scale, kv_lora_rank, causal)
+    return torch.ops.dsv3.mla_decode(q, cache, block_table, seq_lens, softmax_scale, kv_lora_rank, causal)
 
 
-@torch.no_grad()
 def mla_append_kv(
     kv_a: Tensor,
     norm_weight: Tensor,
@@ -123,4 +148,4 @@ def mla_append_kv(
         raise ValueError(
             f"mla_append_kv: expected kv_a (T,D), cache (pages,page,1,D) and slot_mapping (T,), got {found}"
         )
-    reference.mla_append_kv(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, eps)
+    torch.ops.dsv3.mla_append_kv(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, eps)

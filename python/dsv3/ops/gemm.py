@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import accumulate
+from dsv3.ops.registry import define
 from dsv3.reference import gemm as reference
 
 
@@ -66,21 +66,11 @@ class WgradQueue:
             run()
 
 
-def _add_product(out: Tensor, dy: Tensor, x: Tensor) -> None:
-    """out [N, K] += dy [T, N] transposed times x [T, K], summed in out's dtype."""
-    if out.dtype == dy.dtype:
-        torch.addmm(out, dy.t(), x, out=out)
-    elif dy.is_cuda:
-        out += torch.mm(dy.t(), x, out_dtype=out.dtype)
-    else:
-        out += torch.mm(dy.t().to(out.dtype), x.to(out.dtype))
-
-
 def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return torch.mm(dy.t(), x)
-    _add_product(main_grad, dy, x)
+    reference.add_product_(main_grad, dy, x)
     return None
 
 
@@ -124,16 +114,30 @@ def linear(x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = 
     return _Linear.apply(x, weight, wgrad)
 
 
-def _use_grouped_mm(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16
+define(
+    "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    shapes="x [R,K], weight [G,N,K], offsets [G+1] int32 -> [R,N]",
+    reference=reference.grouped_linear,
+    allocate=lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[1]),
+)
+define(
+    "grouped_linear_dgrad(Tensor dy, Tensor weight, Tensor offsets) -> Tensor",
+    shapes="dy [R,N], weight [G,N,K], offsets [G+1] int32 -> [R,K]",
+    reference=reference.grouped_linear_dgrad,
+    allocate=lambda dy, weight, offsets: dy.new_empty(dy.shape[0], weight.shape[2]),
+)
+define(
+    "grouped_linear_wgrad_(Tensor dy, Tensor x, Tensor offsets, Tensor(a!) out) -> ()",
+    shapes="dy [R,N], x [R,K], offsets [G+1] int32, out [G,N,K] fp32 or dy's dtype (added to)",
+    reference=reference.grouped_linear_wgrad_,
+    allocate=lambda dy, x, offsets, out: None,
+)
 
 
 def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
-    if _use_grouped_mm(x):
-        return accumulate(weight, torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:]))
-    out = torch.zeros(weight.shape, dtype=x.dtype, device=x.device) if main_grad is None else main_grad
-    reference.grouped_linear_wgrad(dy, x, offsets, out)
+    out = torch.zeros_like(weight) if main_grad is None else main_grad
+    torch.ops.dsv3.grouped_linear_wgrad_(dy, x, offsets, out)
     return out if main_grad is None else None
 
 
@@ -142,20 +146,12 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
         ctx.save_for_backward(x, offsets)
         ctx.weight, ctx.wgrad = weight, wgrad
-        if _use_grouped_mm(x):
-            return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
-        return reference.grouped_linear(x, weight, offsets)
+        return torch.ops.dsv3.grouped_linear(x, weight, offsets)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x, offsets), weight = ctx.saved_tensors, ctx.weight
-        dy = dy.contiguous()
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if _use_grouped_mm(x):
-                dx = torch.nn.functional.grouped_mm(dy, weight, offs=offsets[1:])
-            else:
-                dx = reference.grouped_linear_dgrad(dy, weight, offsets)
+        (x, offsets), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
+        dx = torch.ops.dsv3.grouped_linear_dgrad(dy, weight, offsets) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
         if ctx.wgrad is not None:
@@ -211,7 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dh is not None:
                 torch.mm(logits, weight, out=dh[part])
             if dw is not None:
-                _add_product(dw, logits, rows)
+                reference.add_product_(dw, logits, rows)
         ctx.weight, ctx.dh, ctx.dw = weight, dh, dw
         return nats.sum()
 

@@ -11,10 +11,34 @@ from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import moe as reference
 
 
+def _allocate_gate(
+    logits: Tensor, bias: Tensor | None, num_groups: int, topk_groups: int, topk: int, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    index = logits.new_empty(tokens, topk, dtype=torch.int64)
+    return index, logits.new_empty(tokens, topk), logits.new_empty(experts, dtype=torch.int32)
+
+
+define(
+    "moe_gate(Tensor logits, Tensor? bias, int num_groups, int topk_groups, int topk, float route_scale, str score, "
+    "str group_score, bool normalize) -> (Tensor, Tensor, Tensor)",
+    shapes="logits [T,E], bias [E] fp32 -> topk_idx [T,k] int64, topk_weights [T,k] fp32, counts [E] int32",
+    reference=reference.moe_gate,
+    allocate=_allocate_gate,
+)
+define(
+    "moe_gate_backward(Tensor dweights, Tensor logits, Tensor topk_idx, float route_scale, str score, bool normalize) "
+    "-> Tensor",
+    shapes="dweights [T,k], logits [T,E] fp32, topk_idx [T,k] int64 -> dlogits [T,E] fp32",
+    reference=reference.moe_gate_backward,
+    allocate=lambda dweights, logits, *rest: torch.empty_like(logits),
+)
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        index, weights, counts = reference.moe_gate(logits, bias, *settings)
+        index, weights, counts = torch.ops.dsv3.moe_gate(logits, bias, *settings)
         ctx.save_for_backward(logits, index)
         ctx.settings = settings[3:5] + settings[6:]
         ctx.mark_non_differentiable(index, counts)
@@ -22,8 +46,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dindex: None, dweights: Tensor, dcounts: None) -> tuple[Tensor | None, ...]:
-        logits, index = ctx.saved_tensors
-        return (reference.moe_gate_backward(dweights, logits, index, *ctx.settings), *[None] * 8)
+        return (torch.ops.dsv3.moe_gate_backward(dweights, *ctx.saved_tensors, *ctx.settings), *[None] * 8)
 
 
 def moe_gate(
@@ -84,29 +107,60 @@ class Permutation(NamedTuple):
     position: Tensor  # int64 [T, k]: the row of a pair
 
 
+def _allocate_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int32)
+    return offsets, topk_idx.new_empty(topk_idx.numel()), topk_idx.new_empty(topk_idx.shape)
+
+
+define(
+    "moe_permutation(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)",
+    shapes="topk_idx [T,k] int64 -> offsets [E+1] int32, source [T*k] int64, position [T,k] int64",
+    reference=reference.moe_permutation,
+    allocate=_allocate_permutation,
+)
+define(
+    "moe_permute(Tensor x, Tensor source, int topk) -> Tensor",
+    shapes="x [T,H], source [R] int64 -> rows [R,H]",
+    reference=reference.moe_permute,
+    allocate=lambda x, source, topk: x.new_empty(source.shape[0], x.shape[1]),
+)
+define(
+    "moe_unpermute(Tensor y, Tensor position, Tensor? weights) -> Tensor",
+    shapes="y [R,H], position [T,k] int64, weights [T,k] fp32 -> [T,H]",
+    reference=reference.moe_unpermute,
+    allocate=lambda y, position, weights: y.new_empty(position.shape[0], y.shape[1]),
+)
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
-        return reference.moe_permute(x, source, position.shape[1])
+        return torch.ops.dsv3.moe_permute(x, source, position.shape[1])
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (position,) = ctx.saved_tensors
-        return reference.moe_unpermute(drows, position, None), None, None
+        return torch.ops.dsv3.moe_unpermute(drows, position, None), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, source: Tensor, position: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
+    def forward(ctx: Any, y: Tensor, source: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(source, *(() if weights is None else (y, position, weights)))
         ctx.topk = position.shape[1]
-        return reference.moe_unpermute(y, position, None)
+        return torch.ops.dsv3.moe_unpermute(y, position, weights)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-        (source,) = ctx.saved_tensors
-        return reference.moe_permute(dout, source, ctx.topk), None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        source, *weighted = ctx.saved_tensors
+        drows = torch.ops.dsv3.moe_permute(dout, source, ctx.topk)
+        if not weighted:
+            return drows, None, None, None
+        y, position, weights = weighted
+        dots = (drows.to(weights.dtype) * y).sum(-1)
+        factor = weights.view(-1).index_select(0, source)[:, None]
+        return (drows * factor).to(y.dtype), None, None, dots.index_select(0, position.view(-1)).view(position.shape)
 
 
 def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Permutation]:
@@ -124,7 +178,7 @@ def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, 
         raise ValueError(
             f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(x.shape)} and {tuple(topk_idx.shape)}"
         )
-    handle = Permutation(*reference.moe_permutation(topk_idx, num_experts))
+    handle = Permutation(*torch.ops.dsv3.moe_permutation(topk_idx, num_experts))
     return _Permute.apply(x, handle.source, handle.position), handle
 
 
@@ -141,9 +195,7 @@ def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None)
     """
     if y.dim() != 2 or y.shape[0] != handle.position.numel():
         raise ValueError(f"moe_unpermute: y must be (T*k, H) with {handle.position.numel()} rows, got {tuple(y.shape)}")
-    if weights is not None:
-        return reference.moe_unpermute(y, handle.position, weights)
-    return _Unpermute.apply(y, handle.source, handle.position)
+    return _Unpermute.apply(y, handle.source, handle.position, weights)
 
 
 def _supports_swiglu(gate_up: Tensor) -> str | None:

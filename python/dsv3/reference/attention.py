@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def mla_attention(
@@ -27,7 +27,8 @@ def mla_attention(
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
     n = cu_seqlens_q.shape[0] - 1
     if q.shape[0] == n * max_seqlen_q and k.shape[0] == n * max_seqlen_k:
-        parts = [x.view(n, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        lengths = max_seqlen_q, max_seqlen_k, max_seqlen_k
+        parts = [x.view(n, m, *x.shape[1:]).transpose(1, 2) for x, m in zip((q, k, v), lengths, strict=True)]
         return _attend(*parts, causal, softmax_scale).transpose(1, 2).reshape(-1, *v.shape[1:])
     starts, ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     out = []
@@ -40,11 +41,13 @@ def mla_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """softmax(q k^T * scale) v for [B, H, S, D]; causal is bottom-right."""
-    rows, columns = q.shape[2], k.shape[2]
+    rows, columns, value_dim = q.shape[2], k.shape[2], v.shape[3]
+    if not q.is_cuda and value_dim < q.shape[3]:  # torch's fused CPU attention wants values as wide as keys
+        v = pad(v, (0, q.shape[3] - value_dim))
     if not causal or rows == columns:
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)[..., :value_dim]
     mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :value_dim]
 
 
 def mla_decode(
@@ -62,12 +65,13 @@ def mla_decode(
     Rows of the cache past a sequence's length are not looked at, whatever they hold; length 0 gives out 0 and lse -inf.
     """
     batch, steps = q.shape[:2]
-    kv = cache[block_table.clamp(min=0).long()].view(batch, -1, cache.shape[-1]).float()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kv = cache[block_table.clamp(min=0).long()].view(batch, -1, cache.shape[-1]).to(wide)
     column = torch.arange(kv.shape[1], device=q.device)
     kv = torch.where((column < seq_lens[:, None])[:, :, None], kv, 0.0)
     newest = seq_lens[:, None] - (torch.arange(steps, 0, -1, device=q.device) if causal else 1)
     seen = column <= newest.expand(batch, steps)[:, :, None]
-    scores = torch.einsum("bshd,bkd->bhsk", q.float(), kv) * softmax_scale
+    scores = torch.einsum("bshd,bkd->bhsk", q.to(wide), kv) * softmax_scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
@@ -91,7 +95,9 @@ def mla_append_kv(
     pairs by cos and sin [max_positions, Dr/2] at positions [T].
     """
     rank = norm_weight.shape[0]
-    wide = kv_a.float()
+    if kv_a.shape[0] == 0:
+        return
+    wide = kv_a.to(torch.promote_types(kv_a.dtype, torch.float32))
     latent, rope = wide[:, :rank], wide[:, rank:]
     latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps) * norm_weight
     c, s = cos[positions], sin[positions]

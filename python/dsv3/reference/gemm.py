@@ -23,29 +23,48 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Rows past offsets[G] are neither read nor written: what they hold is undefined.
     """
+    if _grouped_mm(x):
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for w, a, b in _groups(weight, offsets):
-        torch.mm(x[a:b], w.t(), out=out[a:b])
+    for w, rows in _groups(weight, offsets):
+        torch.mm(x[rows], w.t(), out=out[rows])
     return out
 
 
 def grouped_linear_dgrad(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The gradient of x: dy [R, N] times weight[g] [N, K] -> [R, K]."""
+    if _grouped_mm(dy):
+        return torch.nn.functional.grouped_mm(dy, weight, offs=offsets[1:])
     out = dy.new_empty(dy.shape[0], weight.shape[2])
-    for w, a, b in _groups(weight, offsets):
-        torch.mm(dy[a:b], w, out=out[a:b])
+    for w, rows in _groups(weight, offsets):
+        torch.mm(dy[rows], w, out=out[rows])
     return out
 
 
-def grouped_linear_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """out[g] += dy[rows of g] transposed times x[rows of g], for out [G, N, K] in its own dtype."""
-    for w, a, b in _groups(out, offsets):
-        if dy.dtype == out.dtype:
-            torch.addmm(w, dy[a:b].t(), x[a:b], out=w)
-        else:
-            w += torch.mm(dy[a:b].t().to(out.dtype), x[a:b].to(out.dtype))
+def grouped_linear_wgrad_(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[g] += dy[rows of g] transposed times x[rows of g], for out [G, N, K] of dy's dtype or fp32."""
+    if _grouped_mm(x):
+        out += torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:])
+        return
+    for w, rows in _groups(out, offsets):
+        add_product_(w, dy[rows], x[rows])
 
 
-def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, int, int]]:
+def add_product_(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """out [N, K] += dy [T, N] transposed times x [T, K], summed in out's dtype."""
+    if out.dtype == dy.dtype:
+        torch.addmm(out, dy.t(), x, out=out)
+    elif dy.is_cuda:
+        out += torch.mm(dy.t(), x, out_dtype=out.dtype)
+    else:
+        out += torch.mm(dy.t().to(out.dtype), x.to(out.dtype))
+
+
+def _grouped_mm(x: Tensor) -> bool:
+    """torch has a grouped product, with offsets that stay on the device, for bf16 on CUDA."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, slice]]:
     bounds = offsets.tolist()
-    return [(w, a, b) for w, a, b in zip(weight.unbind(0), bounds, bounds[1:], strict=False) if b > a]
+    return [(w, slice(a, b)) for w, a, b in zip(weight.unbind(0), bounds, bounds[1:], strict=False) if b > a]

@@ -37,7 +37,7 @@ def moe_gate(
     s = scores(logits, score)
     choice = s if bias is None else s + bias
     if num_groups > 1:
-        groups = choice.view(tokens, num_groups, -1)
+        groups = choice.view(tokens, num_groups, experts // num_groups)
         best = groups.topk(2, dim=-1).values.sum(-1) if group_score == "top2_sum" else groups.amax(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, top(best, topk_groups), True)
         choice = groups.masked_fill(~keep[:, :, None], float("-inf")).view(tokens, experts)
