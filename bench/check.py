@@ -17,7 +17,8 @@ def check_case(case: Case, device: torch.device, *, compiled: bool) -> None:
         compiled: whether compiled baselines take part too (without code generation: the aot_eager backend).
     """
     if case.measure is not None:
-        case.measure(device, True)
+        errors = case.measure(device, True).errors
+        assert not errors, f"{case.title}: {errors[0]}"
         return
     inputs = case.inputs(device)
     ours = tensors(case.run(*clone(inputs)))

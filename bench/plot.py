@@ -46,7 +46,7 @@ def plot_family(rows: list[dict[str, Any]], path: Path) -> Path:
             f"{ours:.4g} us", (1.01, y), xycoords=("axes fraction", "data"), va="center", color=OURS, fontsize=9
         )
     _finish(axes, rows, names)
-    axes.set_title(f"{path.stem} on {rows[0]['gpu']}, {rows[0]['date'][:10]}", loc="left")
+    figure.suptitle(f"{path.stem} on {rows[0]['gpu']}, {rows[0]['date'][:10]}", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -65,4 +65,4 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     for i, name in enumerate(names):
         style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": PEERS[i % len(PEERS)]}
         handles.append(plt.Line2D([], [], linestyle="", markerfacecolor="none", label=name, **style))
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)

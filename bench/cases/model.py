@@ -1,0 +1,180 @@
+"""Whole training steps of the `mini` model: bf16 with fp32 master weights, beside transformers and our own references."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Timing
+from dsv3.config import Config
+from dsv3.model import Batch, DeepSeekV3
+from dsv3.testing import reference_ops
+from dsv3.train.balance import ExpertBias
+from dsv3.train.buffers import ParamBuffers
+from dsv3.train.optimizer import AdamW
+
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-4, 0.1, (0.9, 0.95)
+LOSS_TOLERANCE = 5e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model and a batch of `rows` sequences of `length` tokens; `steps` of the run that compares losses."""
+
+    preset: str
+    rows: int
+    length: int
+    steps: int
+
+    def config(self, mtp: bool) -> Config:
+        base = Config.preset(self.preset)
+        return dataclasses.replace(base, num_nextn_predict_layers=base.num_nextn_predict_layers if mtp else 0)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class Training:
+    """Our training step, as dsv3.train.Trainer takes it: losses, backward, clip, update, expert biases; no host sync."""
+
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = DeepSeekV3(config, device=device, dtype=dtype).init_weights(seed=0)
+        self.optimizer = AdamW(ParamBuffers(self.model), betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.bias = ExpertBias(self.model)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One step on int64 [rows, length + 1]; returns the cross-entropy, nats a token."""
+        loss = self.model.loss(Batch(tokens))
+        loss.total.backward()
+        result = self.optimizer.step(LEARNING_RATE, loss.total.detach())
+        self.bias.update(loss.expert_load, 1e-3, result.skip)
+        return loss.ce
+
+
+def transformers_step(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The same model in transformers: parameters in `dtype`, torch's fused AdamW, the attention it chooses itself."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(DeepseekV3Config(**config.to_dict()), dtype=dtype)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def step(tokens: Tensor) -> Tensor:
+        inputs = tokens[:, :-1].contiguous()
+        loss = model(input_ids=inputs, labels=inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, after everything issued has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_us(step: Callable[[Tensor], Tensor], batches: list[Tensor], device: torch.device) -> float:
+    """Microseconds a step: the median of three spans over all batches, after one to warm up, waiting only at their ends."""
+    spans = []
+    for _ in range(4):
+        start = _clock(device)
+        for tokens in batches:
+            step(tokens)
+        spans.append((_clock(device) - start) / len(batches) * 1e6)
+    return statistics.median(spans[1:])
+
+
+def random_batches(setup: Setup, config: Config, count: int, device: torch.device) -> list[Tensor]:
+    """Uniformly random tokens: work does not depend on what they say."""
+    shape = (setup.rows, setup.length + 1)
+    return [torch.randint(config.vocab_size, shape, device=device) for _ in range(count)]
+
+
+def text_batches(setup: Setup, device: torch.device) -> list[Tensor]:
+    """Real text for a run that learns: bytes of the standard library's source as tokens."""
+    size = setup.rows * (setup.length + 1)
+    text = bytearray()
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text += file.read_bytes()
+    tokens = torch.frombuffer(text, dtype=torch.uint8).long()
+    count = min(setup.steps, len(tokens) // size)
+    order = torch.arange(setup.steps) % count
+    return [tokens[i * size : (i + 1) * size].view(setup.rows, -1).to(device) for i in order.tolist()]
+
+
+def measure_step(setup: Setup, mtp: bool, device: torch.device, quick: bool) -> Timing:
+    """Our step with or without MTP, beside transformers' (which has no MTP in training)."""
+    config, dtype = setup.config(mtp), setup.dtype(device)
+    batches = random_batches(setup, config, 1 if quick else 5, device)
+    ours = step_us(Training(config, device, dtype).step, batches, device)
+    theirs = step_us(transformers_step(config, device, dtype), batches, device)
+    return Timing(ours, {"transformers": theirs})
+
+
+def measure_agreement(setup: Setup, device: torch.device, quick: bool) -> Timing:
+    """The same run, from the same weights on the same text, on the native ops and on the references."""
+    losses, times = [], []
+    batches = text_batches(dataclasses.replace(setup, steps=3) if quick else setup, device)
+    for context in (contextlib.nullcontext(), reference_ops()):
+        with context:
+            training = Training(setup.config(False), device, setup.dtype(device))
+            training.step(batches[0])  # both runs see the first batch twice; the clock starts after it
+            start = _clock(device)
+            losses.append(torch.stack([training.step(tokens) for tokens in batches]).double())
+            times.append((_clock(device) - start) / len(batches) * 1e6)
+    native, plain = losses
+    difference = float(((native - plain).abs() / plain).max())
+    errors = [] if difference <= LOSS_TOLERANCE else [f"losses differ by {difference:.2%} from those of the references"]
+    facts = {"last_loss": round(float(native[-1]), 4), "max_loss_difference": round(difference, 6)}
+    return Timing(times[0], {"dsv3 references": times[1]}, facts, errors)
+
+
+def step_flops(setup: Setup, config: Config) -> float:
+    """6 a token and active weight of a matrix product; causal attention: 2 (forward) + 5 (backward) half products."""
+    tokens, layers = setup.rows * setup.length, config.num_hidden_layers + config.num_nextn_predict_layers
+    active = config.num_params(active=True) - config.vocab_size * config.hidden_size
+    block = (active - config.vocab_size * config.hidden_size) / config.num_hidden_layers
+    mtp = config.num_nextn_predict_layers * (block + 2 * config.hidden_size**2 + config.vocab_size * config.hidden_size)
+    width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return 6.0 * tokens * (active + mtp) + 3.5 * layers * tokens * setup.length * width
+
+
+def step_bytes(config: Config) -> float:
+    """What the update must move, activations aside: gradient, master weight and moments read, all but the first written,
+    bf16 weights written and read twice. MTP's own parameters are not counted."""
+    return 26.0 * config.num_params()
+
+
+def cases(tiny: bool) -> list[Case]:
+    """The mini preset, 8 x 2048 tokens; losses over 200 steps."""
+    setup = Setup("tiny", 2, 32, 3) if tiny else Setup("mini", 8, 2048, 200)
+
+    def case(op: str, measure: Callable[..., Timing], mtp: bool, **more: Any) -> Case:
+        config = setup.config(mtp)
+        return Case(
+            op=op,
+            case={"model": setup.preset, "rows": setup.rows, "length": setup.length, "mtp": mtp, **more},
+            flops=step_flops(setup, config),
+            bytes=step_bytes(config),
+            measure=functools.partial(measure, setup),
+        )
+
+    steps = [
+        case("train_step", lambda setup, *rest, mtp=mtp: measure_step(setup, mtp, *rest), mtp) for mtp in (False, True)
+    ]
+    return [*steps, case("train_losses", measure_agreement, False, steps=setup.steps)]
