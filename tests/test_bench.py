@@ -296,7 +296,19 @@ def test_record_keeps_other_families(tmp_path):
     }  # fmt: skip
 
 
-# ---- timing, where there is a GPU ----
+# ---- timing ----
+@pytest.mark.parametrize(("num_bytes", "input_bytes"), [(117e6, 59e6), (134e6, 208e6), (1e6, 5e5), (2e9, 1e9)])
+def test_input_sets_exceed_the_cache(num_bytes, input_bytes):
+    case = Case(op="x", case={}, flops=1, bytes=num_bytes)
+    count = timing.set_count(case, input_bytes, calls=10**6)
+    assert count * min(input_bytes, num_bytes) > timing.COLD_BYTES
+    assert timing.set_count(dataclasses.replace(case, restore=(0,)), input_bytes, calls=12) == 12
+
+
+def test_graphs_are_long_enough():
+    assert [timing.call_count(us, timing.FULL) for us in (4000.0, 200.0, 40.0)] == [10, 10, 50]
+
+
 @pytest.mark.cuda
 def test_a_quick_run_measures_natively(tmp_path):
     out = tmp_path / "h"
