@@ -2,7 +2,7 @@
 
 A token folder holds, for each of the splits "train" and "valid", `<split>.bin` (uint16, or uint32 where the vocabulary
 has more than 65536 tokens; each document is bos + text + eos) and `<split>.offsets.npy` (int64 [2, documents + 1]:
-where a document begins in tokens, in bytes), and one `index.json` for both.
+where a document begins in tokens, in bytes), one `index.json` for both, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dsv3.train.corpus import Corpus, Document
-from dsv3.train.tokenizer import SpecialIds, joined_tokens, special_ids, tokenizer_sha
+from dsv3.train.tokenizer import SpecialIds, joined_tokens, save_tokenizer, special_ids, tokenizer_sha
 
 SPLITS = ("train", "valid")
 ENCODE_BATCH = 256  # documents
@@ -87,6 +87,7 @@ def tokenize_corpus(
             for name in SPLITS
         }
         index = TokenIndex(vocab_size, dtype, sha, special, splits)
+        save_tokenizer(tokenizer, temporary)
         (temporary / "index.json").write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
         if out_dir.exists():
             shutil.rmtree(out_dir)

@@ -64,12 +64,15 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
 def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, tokenizer_dir: str | None = None) -> None:
     """Writes a training checkpoint (or the newest one in a run's folder) in the Hugging Face layout.
 
-    ema: the averaged weights instead of the last ones. Weights get the dtype that the run trained in. Raises ValueError
-    for a damaged checkpoint, or if no average was kept.
+    ema: the averaged weights instead of the last ones. tokenizer_dir: None takes the tokenizer of the training data,
+    where it has one. Weights get the dtype that the run trained in. Raises ValueError for a damaged checkpoint, or if
+    no average was kept.
     """
     found = checkpoint.find(Path(checkpoint_dir))
     info = checkpoint.read_info(found)
     config = Config.from_dict(info["config"])
+    data = Path(info["train_config"]["data"])
+    tokenizer_dir = tokenizer_dir or (str(data) if (data / "tokenizer.json").is_file() else None)
     weights = "ema" if ema else "master"
     stored = checkpoint.stored_names(found)
     if ema and not any(name.startswith("ema.") for name in stored):

@@ -7,9 +7,12 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from dsv3.train.corpus import Corpus
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|fim_prefix|>", "<|fim_hole|>", "<|fim_suffix|>")  # ids 0 to 5
 
@@ -18,6 +21,8 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|fim_prefix|>", "<|fim_hole
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\r?\n[ \t\r\n]*)?|\r?\n[ \t\r\n]*|[ \t]+(?![^\s])|\s+"
 )
+
+MAX_BYTES = 1 << 26  # of text that a tokenizer is trained on: more does not change the common pairs
 
 # Other people's tokenizers: their names for the beginning and the end of a document.
 BOS_NAMES = ("<|bos|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>", "<s>")
@@ -75,12 +80,20 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def train_on_corpus(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """Train on the training documents of a corpus, or on every n-th where they are more than MAX_BYTES."""
+    every = max(corpus.num_bytes // MAX_BYTES, 1)
+    return train_tokenizer((d.text for d in islice(corpus.documents("train"), 0, None, every)), vocab_size)
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str], *, max_length: int = 10**9) -> None:
-    """Write tokenizer.json and tokenizer_config.json, each to a temporary name first."""
-    names = {"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[1], "pad_token": SPECIAL_TOKENS[2]}
+    """Write tokenizer.json and tokenizer_config.json, each to a temporary name first. Any tokenizer that packs documents."""
+    ids = special_ids(tokenizer)
+    pad = tokenizer.token_to_id(SPECIAL_TOKENS[2])
+    tokens = {"bos_token": ids.bos, "eos_token": ids.eos, "pad_token": ids.eos if pad is None else pad}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
+        **{name: tokenizer.id_to_token(i) for name, i in tokens.items() if i is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }

@@ -1,0 +1,5 @@
+"""`python -m dsv3` is `dsv3`."""
+
+from dsv3.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""The command line: parse, call, print. Bad input is one line on stderr and exit code 2; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Train and serve DeepSeek-V3 style models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+# What the operating system says about paths and disks is the user's to mend, like a ValueError.
+USER_ERRNO = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST})
+DISK_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help=".txt, .jsonl, .parquet or a folder")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny or mini; by default what the machine can do")] = None,
+    seconds: Annotated[float, typer.Option(help="of training")] = 240.0,
+    out: Annotated[Path, typer.Option(help="folder for everything that is made")] = Path("runs/demo"),
+) -> int:
+    """Train a small DeepSeek-V3 on real text and generate from it."""
+    from dsv3.demo import demo as run_demo
+
+    return run_demo(data=data, preset=preset, seconds=seconds, out=out)
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.toml|.json] [KEY=VALUE]...", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest intact checkpoint")] = False,
+) -> int:
+    """Train as a TrainConfig file and key=value overrides say, alone or under torchrun."""
+    from rich.console import Console
+
+    from dsv3.terminal import ShowProgress
+    from dsv3.train import TrainConfig, run
+
+    arguments = arguments or []
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ValueError(f"expected one config file and key=value overrides, found {' and '.join(files)}")
+    config = TrainConfig.load(files[0] if files else None, [a for a in arguments if "=" in a])
+    return run(config, resume=resume, callbacks=[ShowProgress(Console(highlight=False))])
+
+
+@app.command()
+def tokenize(
+    text: Annotated[Path | None, typer.Argument(help="text; the Python standard library if left out")] = None,
+    out: Annotated[Path, typer.Option(help="token folder to write")] = Path("runs/tokens"),
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json; otherwise one is trained")] = None,
+    vocab_size: Annotated[int, typer.Option(help="of the tokenizer that is trained")] = 32000,
+    split_rate: Annotated[float, typer.Option(help="share of punctuation + line break tokens to split")] = 0.0,
+) -> None:
+    """Turn text into a token folder that `dsv3 train` reads."""
+    from dsv3.train.corpus import open_corpus
+    from dsv3.train.data import tokenize_corpus
+    from dsv3.train.tokenizer import load_tokenizer, train_on_corpus
+
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    corpus = open_corpus(text)
+    index = tokenize_corpus(corpus, loaded or train_on_corpus(corpus, vocab_size), out, split_rate=split_rate)
+    for name, split in index.splits.items():
+        ratio = split.num_bytes / max(split.num_tokens, 1)
+        print(f"{name}: {split.num_documents} documents, {split.num_tokens} tokens, {ratio:.2f} bytes each")
+    print(f"{out}: vocabulary {index.vocab_size}, {len(corpus.skipped)} empty or non-UTF-8 files skipped")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder in the Hugging Face layout")],
+    prompt: Annotated[str | None, typer.Argument(help="read from stdin if left out")] = None,
+    max_tokens: Annotated[int, typer.Option()] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the best token")] = 0.8,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
+    device: Annotated[str | None, typer.Option(help="by default a GPU where there is one")] = None,
+) -> None:
+    """Continue a prompt, streaming; the speed goes to stderr."""
+    import torch
+
+    from dsv3 import DeepSeekV3, Engine, SamplingParams
+    from dsv3.terminal import printable
+
+    prompt = sys.stdin.read() if prompt is None else prompt
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
+    if dtype not in (None, "bfloat16", "float32", "fp8"):
+        raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=device)
+    engine = Engine(loaded, tokenizer=tokenizer or model, speculative=speculative, max_batch=1)
+    engine.generate([prompt], params, on_token=lambda _, ids, text: print(printable(text), end="", flush=True))
+    drafts = f", {engine.stats.acceptance_rate:.0%} of the drafts accepted" if engine.stats.drafted else ""
+    print(
+        f"\n[{engine.stats.generated_tokens} tokens, {engine.stats.tokens_per_second:.0f} a second{drafts}]",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a training checkpoint, or the folder of a run")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    ema: Annotated[bool, typer.Option("--ema", help="the averaged weights")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder; by default that of the training data")] = None,
+) -> None:
+    """Write a training checkpoint in the Hugging Face layout."""
+    from dsv3.train import export as export_checkpoint
+
+    export_checkpoint(checkpoint, out, ema=ema, tokenizer_dir=None if tokenizer is None else str(tokenizer))
+    print(out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which GPU there is, and which ops run natively."""
+    from dsv3.doctor import report
+
+    report()
+
+
+def main() -> NoReturn:
+    """Entry point of `dsv3` and `python -m dsv3`."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    """Exit code of a command line."""
+    usage_error = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this version of typer keeps it
+    try:
+        return app(arguments or ["--help"], standalone_mode=False) or 0
+    except usage_error as error:
+        return _fail(error.format_message())
+    except typer.Abort:
+        return 130
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return _fail(str(error))
+    except ImportError as error:
+        if (error.name or "dsv3").split(".")[0] == "dsv3":
+            raise
+        return _fail(f"this needs a package that is not installed: {error.name}")
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if _is_ours(error):
+            return _fail(str(error))
+        if error.errno not in USER_ERRNO | DISK_ERRNO:
+            raise
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, as a message to the user, rather than a library that was used wrongly."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == "dsv3"
+
+
+def _fail(message: str) -> int:
+    print("dsv3: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
