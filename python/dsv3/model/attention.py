@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dsv3 import ops
 from dsv3.config import Config
 from dsv3.model.layers import Linear, RMSNorm, identity, rope_tables
 
+ATTENTION_OPS = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
 
 
@@ -70,10 +78,16 @@ def segment_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
+def _keep_attention() -> Any:
+    """What a recomputed region keeps: the outputs of the attention itself."""
+    return create_selective_checkpoint_contexts(ATTENTION_OPS)
+
+
 class MLA(nn.Module):
     """Attention with low-rank joint compression of keys and values, and of queries where q_lora_rank is not 0.
 
-    num_heads: local heads, config.num_attention_heads unless parallel/ splits them.
+    num_heads: local heads, config.num_attention_heads unless parallel/ splits them. With `recompute` backward makes queries,
+    keys and values again from the latents, and keeps only the attention's output.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class MLA(nn.Module):
         self.kv_b = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), **at)
         self.o = Linear(heads * config.v_head_dim, hidden, **at)
         self.gather = self.reduce = identity
+        self.recompute = False
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
@@ -107,31 +122,36 @@ class MLA(nn.Module):
         """x [T, H] -> [T, H]; `cache` [pages, page, 1, kv_lora_rank + rope] is this layer's, written where ctx says."""
         c = self.config
         x = self.gather(x)
-        cos, sin = rope_tables(c.rope, x.device)
-        if c.q_lora_rank:
-            q = self.q_b(self.q_a_norm(self.q_a(x, wgrad)), wgrad)
-        else:
-            q = self.q(x, wgrad)
-        q = ops.rope_(q, cos, sin, ctx.positions, head_dim=c.qk_head_dim).view(-1, self.num_heads, c.qk_head_dim)
+        q_down = self.q_a(x, wgrad) if c.q_lora_rank else x
         kv_a = self.kv_a(x, wgrad)
         if cache is not None and ctx.slot_mapping is not None:
-            weight = self.kv_a_norm.weight
-            ops.mla_append_kv(kv_a, weight, cos, sin, ctx.positions, ctx.slot_mapping, cache, eps=LATENT_NORM_EPS)
+            weight, tables = self.kv_a_norm.weight, rope_tables(c.rope, x.device)
+            ops.mla_append_kv(kv_a, weight, *tables, ctx.positions, ctx.slot_mapping, cache, eps=LATENT_NORM_EPS)
         if ctx.block_table is not None:
-            out = self._absorbed(q, ctx, cache)
+            out = self._absorbed(self._query(q_down, ctx, wgrad), ctx, cache)
+        elif self.recompute and torch.is_grad_enabled():
+            options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_attention}
+            out = checkpoint(self._naive, q_down, kv_a, ctx, wgrad, **options)
         else:
-            latent, k_rope = kv_a.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-            k_rope = ops.rope_(k_rope.contiguous(), cos, sin, ctx.positions, head_dim=c.qk_rope_head_dim)
-            out = self._naive(q, self.kv_a_norm(latent), k_rope, ctx, wgrad)
+            out = self._naive(q_down, kv_a, ctx, wgrad)
         return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad))
 
-    def _naive(
-        self, q: Tensor, latent: Tensor, k_rope: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None
-    ) -> Tensor:
+    def _query(self, q_down: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
+        c = self.config
+        q = self.q_b(self.q_a_norm(q_down), wgrad) if c.q_lora_rank else self.q(q_down, wgrad)
+        q = ops.rope_(q, *rope_tables(c.rope, q.device), ctx.positions, head_dim=c.qk_head_dim)
+        return q.view(-1, self.num_heads, c.qk_head_dim)
+
+    def _naive(self, q_down: Tensor, kv_a: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
         """Keys and values of every head are made from the latents: the form for many queries a sequence."""
         c = self.config
-        assert ctx.cu_seqlens_q is not None and ctx.cu_seqlens_k is not None
-        kv = self.kv_b(latent, wgrad).view(-1, self.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        assert ctx.cu_seqlens_q is not None
+        assert ctx.cu_seqlens_k is not None
+        q = self._query(q_down, ctx, wgrad)
+        latent, k_rope = kv_a.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        tables = rope_tables(c.rope, q.device)
+        k_rope = ops.rope_(k_rope.clone(), *tables, ctx.positions, head_dim=c.qk_rope_head_dim)
+        kv = self.kv_b(self.kv_a_norm(latent), wgrad).view(q.shape[0], self.num_heads, -1)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         lengths = ctx.cu_seqlens_q, ctx.cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k
         return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=c.softmax_scale)
@@ -139,7 +159,9 @@ class MLA(nn.Module):
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
         """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding."""
         c = self.config
-        assert cache is not None and ctx.block_table is not None and ctx.seq_lens is not None
+        assert cache is not None
+        assert ctx.block_table is not None
+        assert ctx.seq_lens is not None
         kv_b = ops.dense(self.kv_b.weight, q.dtype).view(self.num_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)

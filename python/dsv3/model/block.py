@@ -45,7 +45,7 @@ class Block(nn.Module):
         """x [T, H] -> (residual [T, H], input of the MLP [T, H]) and, with experts, what the gate says (the fields of Routed)."""
         out = self.attention(self.attn_norm(x), ctx, cache, wgrad)
         u, residual = self.mlp_norm.add(out, x)
-        return (residual, u, *self.moe.gate(u)) if self.is_moe else (residual, u)
+        return (residual, u, *self.moe.gate(u, wgrad)) if self.is_moe else (residual, u)
 
     def dispatch_stage(self, u: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends the tokens to their experts' ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,31 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """With `recompute` the linear layers that read the output do not keep it: backward makes it again from the input."""
+
     def __init__(self, size: int, eps: float, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.eps = eps
+        self.recompute = False
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rmsnorm(x, self.weight, eps=self.eps)
+        return self._with_recipe(ops.rmsnorm(x, self.weight, eps=self.eps), x)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(residual + x), residual + x)"""
-        return ops.rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+        y, summed = ops.rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+        return self._with_recipe(y, summed), summed
+
+    def _with_recipe(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            y.recipe = ops.Recipe(partial(_norm_again, eps=self.eps), (x, self.weight))
+        return y
+
+
+def _norm_again(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    with torch.no_grad():
+        return ops.rmsnorm(x, weight, eps=eps)
 
 
 def identity(x: Tensor) -> Tensor:

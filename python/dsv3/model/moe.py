@@ -42,9 +42,9 @@ class Gate(nn.Module):
             self.bias = bias.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor) -> Routed:
+    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
         c = self.config
-        logits = nn.functional.linear(x.float(), self.weight.float())
+        logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=torch.float32)
         groups, kept = c.gate_groups
         topk_idx, topk_weights, counts = ops.moe_gate(
             logits,

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from dsv3 import ops
 from dsv3.config import Config
-from dsv3.model.attention import AttentionContext, segment_of
+from dsv3.model.attention import MLA, AttentionContext, segment_of
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.moe import balance_loss
 from dsv3.model.mtp import MTP
 
 IGNORED = -100
+RECOMPUTE = frozenset({"norm", "mla_up"})
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,16 @@ class DeepSeekV3(nn.Module):
         config: the architecture.
         device: where parameters are made; "meta" makes none.
         dtype: of the parameters; config.dtype if None. The gate's bias is always fp32.
+        recompute: see set_recompute.
     """
 
     def __init__(
-        self, config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: Config,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        recompute: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         at: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
@@ -68,6 +75,17 @@ class DeepSeekV3(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **at)
         self.head = Linear(config.hidden_size, config.vocab_size, **at)
         self.mtp = nn.ModuleList(MTP(config, k, self.embed, **at) for k in range(config.num_nextn_predict_layers))
+        self.set_recompute(recompute)
+
+    def set_recompute(self, what: frozenset[str]) -> None:
+        """What backward computes again instead of keeping: "norm" (RMSNorm outputs), "mla_up" (queries, keys, values)."""
+        if not what <= RECOMPUTE:
+            raise ValueError(f"recompute must be a subset of {sorted(RECOMPUTE)}, got {sorted(what)}")
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.recompute = "norm" in what
+            elif isinstance(module, MLA):
+                module.recompute = "mla_up" in what
 
     @staticmethod
     def from_pretrained(path: str | Path, **options: Any) -> DeepSeekV3:
@@ -177,7 +195,7 @@ class DeepSeekV3(nn.Module):
 
 def _shift(tokens: Tensor, k: int, fill: int) -> Tensor:
     """int64 [B*S]: token i + k of the row at input i of tokens [B, S+1], `fill` where there is none."""
-    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    length = tokens.shape[1] - 1
     if k <= 1:
         return tokens[:, k : k + length].reshape(-1)
     return nn.functional.pad(tokens[:, k:], (0, k - 1), value=fill)[:, :length].reshape(-1)

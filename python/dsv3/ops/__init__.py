@@ -1,7 +1,7 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode
-from dsv3.ops.gemm import Quantized, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
+from dsv3.ops.gemm import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
 from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute, swiglu
 from dsv3.ops.norm import rmsnorm, rope_
@@ -10,6 +10,7 @@ from dsv3.ops.optim import adamw
 __all__ = [
     "Permutation",
     "Quantized",
+    "Recipe",
     "WgradQueue",
     "adamw",
     "cross_entropy",

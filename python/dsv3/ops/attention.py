@@ -10,7 +10,13 @@ from dsv3.reference import attention as reference
 
 
 def _allocate_decode(
-    q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, softmax_scale: float, kv_lora_rank: int, causal: bool
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, steps, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)

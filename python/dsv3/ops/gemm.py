@@ -66,43 +66,58 @@ class WgradQueue:
             run()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a tensor again. Set as its attribute `recipe`, it lets `linear` keep the recipe's inputs, which backward
+    needs anyway, instead of the tensor."""
+
+    make: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
 def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return torch.mm(dy.t(), x)
-    reference.add_product_(main_grad, dy, x)
+        return torch.mm(dy.t(), x.to(dy.dtype)).to(weight.dtype)
+    reference.add_product_(main_grad, dy, x.to(dy.dtype))
     return None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.wgrad = weight, wgrad
-        return reference.linear(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
+    ) -> Tensor:
+        ctx.save_for_backward(*((x,) if recipe is None else recipe.inputs))
+        ctx.weight, ctx.wgrad, ctx.make, ctx.dtype = weight, wgrad, recipe and recipe.make, x.dtype
+        return reference.linear(x, weight, out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, none = ctx.weight, (None,) * 4
+        dx = torch.mm(dy, weight.to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return dx, None, None
+            return dx, *none
+        x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
         if ctx.wgrad is not None:
             ctx.wgrad.put(weight, lambda: _linear_wgrad(dy, x, weight))
-            return dx, None, None
-        return dx, _linear_wgrad(dy, x, weight), None
+            return dx, *none
+        return dx, _linear_wgrad(dy, x, weight), *none[1:]
 
 
-def linear(x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """x times weight transposed; differentiable in both.
 
     Args:
-        x: [T, K], bf16 or fp32.
+        x: [T, K], bf16 or fp32. With an attribute `recipe` (a Recipe) it is made again in backward instead of being kept.
         weight: [N, K] of x's dtype, or Quantized (inference only: dequantised to x's dtype).
         wgrad: where backward leaves the weight gradient's work; None computes it at once.
+        out_dtype: of the output and of the products in backward; None: x's dtype. The gate's logits are fp32.
 
     Returns:
-        [T, N] of x's dtype. In backward dW goes to `weight.main_grad` where the parameter has one.
+        [T, N]. In backward dW goes to `weight.main_grad` where the parameter has one.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -110,8 +125,8 @@ def linear(x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = 
     if x.dim() != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if isinstance(weight, Quantized):
-        return reference.linear(x, weight.dequantize(x.dtype))
-    return _Linear.apply(x, weight, wgrad)
+        return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
+    return _Linear.apply(x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
 
 
 define(

@@ -16,7 +16,34 @@ def _allocate_gate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     index = logits.new_empty(tokens, topk, dtype=torch.int64)
-    return index, logits.new_empty(tokens, topk), logits.new_empty(experts, dtype=torch.int32)
+    return index, logits.new_empty(tokens, topk), logits.new_zeros(experts, dtype=torch.int32)
+
+
+def _launch_gate(
+    outputs: Any,
+    logits: Tensor,
+    bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
+) -> None:
+    softmax, top2 = score == "softmax", group_score == "top2_sum"
+    native().moe_gate(*outputs, logits, bias, num_groups, topk_groups, route_scale, softmax, top2, normalize)
+
+
+def _supports_gate(logits: Tensor, num_groups: int, topk: int) -> str | None:
+    experts = logits.shape[1]
+    per_lane = -(-experts // 32)
+    if per_lane not in (1, 2, 4, 5, 8) or topk > 32:
+        return f"{experts} experts are more than 32 and not 64, 128, 160 or 256, or topk {topk} is more than 32"
+    lanes, rest = divmod(experts // num_groups, per_lane)
+    if num_groups > 1 and (rest or lanes & (lanes - 1)):
+        return f"groups of {experts // num_groups} experts are not a power of two of lanes of {per_lane}"
+    return check_dtype("logits", logits, torch.float32)
 
 
 define(
@@ -25,6 +52,8 @@ define(
     shapes="logits [T,E], bias [E] fp32 -> topk_idx [T,k] int64, topk_weights [T,k] fp32, counts [E] int32",
     reference=reference.moe_gate,
     allocate=_allocate_gate,
+    launch=_launch_gate,
+    supports=lambda logits, bias, num_groups, topk_groups, topk, *rest: _supports_gate(logits, num_groups, topk),
 )
 define(
     "moe_gate_backward(Tensor dweights, Tensor logits, Tensor topk_idx, float route_scale, str score, bool normalize) "
@@ -32,6 +61,10 @@ define(
     shapes="dweights [T,k], logits [T,E] fp32, topk_idx [T,k] int64 -> dlogits [T,E] fp32",
     reference=reference.moe_gate_backward,
     allocate=lambda dweights, logits, *rest: torch.empty_like(logits),
+    launch=lambda dlogits, dweights, logits, index, scale, score, normalize: native().moe_gate_backward(
+        dlogits, dweights, logits, index, scale, score == "softmax", normalize
+    ),
+    supports=lambda dweights, logits, index, *rest: _supports_gate(logits, 1, index.shape[1]),
 )
 
 
@@ -46,6 +79,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dindex: None, dweights: Tensor, dcounts: None) -> tuple[Tensor | None, ...]:
+        dweights = dweights.contiguous()
         return (torch.ops.dsv3.moe_gate_backward(dweights, *ctx.saved_tensors, *ctx.settings), *[None] * 8)
 
 
@@ -112,23 +146,41 @@ def _allocate_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, T
     return offsets, topk_idx.new_empty(topk_idx.numel()), topk_idx.new_empty(topk_idx.shape)
 
 
+def _launch_permutation(outputs: Any, topk_idx: Tensor, num_experts: int) -> None:
+    blocks = min(64, max(1, topk_idx.numel() // 1024))
+    native().moe_permutation(*outputs, topk_idx.new_empty(blocks, num_experts, dtype=torch.int32), topk_idx)
+
+
+def _supports_rows(x: Tensor, position: Tensor) -> str | None:
+    size = 16 // x.element_size()
+    if x.shape[1] % size or position.shape[1] > 16:
+        return f"hidden {x.shape[1]} is not a multiple of {size}, or topk {position.shape[1]} is more than 16"
+    return check_dtype("x", x, torch.bfloat16, torch.float32)
+
+
 define(
     "moe_permutation(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)",
     shapes="topk_idx [T,k] int64 -> offsets [E+1] int32, source [T*k] int64, position [T,k] int64",
     reference=reference.moe_permutation,
     allocate=_allocate_permutation,
+    launch=_launch_permutation,
+    supports=lambda topk_idx, experts: None if experts <= 1024 else f"{experts} experts are more than 1024",
 )
 define(
-    "moe_permute(Tensor x, Tensor source, int topk) -> Tensor",
-    shapes="x [T,H], source [R] int64 -> rows [R,H]",
+    "moe_permute(Tensor x, Tensor source, Tensor position) -> Tensor",
+    shapes="x [T,H] bf16|fp32, source [T*k], position [T,k] int64 -> rows [T*k,H]",
     reference=reference.moe_permute,
-    allocate=lambda x, source, topk: x.new_empty(source.shape[0], x.shape[1]),
+    allocate=lambda x, source, position: x.new_empty(source.shape[0], x.shape[1]),
+    launch=lambda rows, x, source, position: native().moe_permute(rows, x, position),
+    supports=lambda x, source, position: _supports_rows(x, position),
 )
 define(
     "moe_unpermute(Tensor y, Tensor position, Tensor? weights) -> Tensor",
-    shapes="y [R,H], position [T,k] int64, weights [T,k] fp32 -> [T,H]",
+    shapes="y [T*k,H] bf16|fp32, position [T,k] int64, weights [T,k] fp32 -> [T,H]",
     reference=reference.moe_unpermute,
     allocate=lambda y, position, weights: y.new_empty(position.shape[0], y.shape[1]),
+    launch=lambda out, *args: native().moe_unpermute(out, *args),
+    supports=lambda y, position, weights: _supports_rows(y, position),
 )
 
 
@@ -136,28 +188,27 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
-        return torch.ops.dsv3.moe_permute(x, source, position.shape[1])
+        return torch.ops.dsv3.moe_permute(x, source, position)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (position,) = ctx.saved_tensors
-        return torch.ops.dsv3.moe_unpermute(drows, position, None), None, None
+        return torch.ops.dsv3.moe_unpermute(drows.contiguous(), position, None), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, source: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(source, *(() if weights is None else (y, position, weights)))
-        ctx.topk = position.shape[1]
+        ctx.save_for_backward(source, position, *(() if weights is None else (y, weights)))
         return torch.ops.dsv3.moe_unpermute(y, position, weights)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-        source, *weighted = ctx.saved_tensors
-        drows = torch.ops.dsv3.moe_permute(dout, source, ctx.topk)
+        source, position, *weighted = ctx.saved_tensors
+        drows = torch.ops.dsv3.moe_permute(dout.contiguous(), source, position)
         if not weighted:
             return drows, None, None, None
-        y, position, weights = weighted
+        y, weights = weighted
         dots = (drows.to(weights.dtype) * y).sum(-1)
         factor = weights.view(-1).index_select(0, source)[:, None]
         return (drows * factor).to(y.dtype), None, None, dots.index_select(0, position.view(-1)).view(position.shape)

@@ -13,9 +13,13 @@ def dequantize(data: Tensor, sf: Tensor) -> Tensor:
     return data.float() * scales
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, K] times weight [N, K] transposed -> [T, N]."""
-    return torch.mm(x, weight.t())
+def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [T, K] times weight [N, K] transposed -> [T, N] of out_dtype, summed in it at least."""
+    if out_dtype == x.dtype:
+        return torch.mm(x, weight.t())
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=out_dtype)
+    return torch.mm(x.to(out_dtype), weight.t().to(out_dtype))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -45,7 +45,13 @@ def moe_gate(
     weights = s.gather(1, index)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return index, weights * route_scale, torch.bincount(index.view(-1), minlength=experts).int()
+    return index, weights * route_scale, _counts(index, experts)
+
+
+def _counts(index: Tensor, experts: int) -> Tensor:
+    """int32 [E]: how often each expert occurs, without asking the device as torch.bincount does."""
+    counts = torch.zeros(experts, dtype=torch.int32, device=index.device)
+    return counts.scatter_add_(0, index.reshape(-1), torch.ones_like(index, dtype=torch.int32).view(-1))
 
 
 def moe_gate_backward(
@@ -74,15 +80,14 @@ def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     source = torch.sort(flat, stable=True).indices
     position = torch.empty_like(source)
     position[source] = torch.arange(flat.numel(), device=flat.device)
-    counts = torch.bincount(flat, minlength=num_experts)
     offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=flat.device)
-    offsets[1:] = counts.cumsum(0)
+    offsets[1:] = _counts(flat, num_experts).cumsum(0)
     return offsets, source, position.view(topk_idx.shape)
 
 
-def moe_permute(x: Tensor, source: Tensor, topk: int) -> Tensor:
-    """Rows [T*k, H] in expert order: row r is x [T, H] at source[r] // topk."""
-    return x.index_select(0, source // topk)
+def moe_permute(x: Tensor, source: Tensor, position: Tensor) -> Tensor:
+    """Rows [T*k, H] in expert order: row r is x [T, H] at source[r] // k, or row position[t, j] is x[t]."""
+    return x.index_select(0, source // position.shape[1])
 
 
 def moe_unpermute(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
