@@ -267,11 +267,12 @@ def generate(
     tokenizer = _tokenizer(model, tokenizer)
     if tokenizer is not None and not isinstance(prompts, str):
         prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    each = [params or SamplingParams()] if params is None or isinstance(params, SamplingParams) else params
-    # A cache of the largest size that can be in use at a time.
-    longest = max((p.max_tokens for p in each), default=1)
+    params = SamplingParams() if params is None else params
+    longest = params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)
+    # The cache is as large as these prompts can fill at a time.
+    max_batch = min(max_batch, max(len(prompts), 1))
     context, depth = model.config.max_position_embeddings, len(model.mtp)
-    pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)[:max_batch]
-    sizes = {"max_batch": max(len(pages), 1), "num_pages": 2 + sum(pages)}
+    pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)
+    sizes = {"max_batch": max_batch, "num_pages": 2 + sum(pages[:max_batch])}
     engine = Engine(model, tokenizer=tokenizer, speculative=speculative, **sizes)
     return engine.generate(prompts, params, on_token=on_token)

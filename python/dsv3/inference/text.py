@@ -68,7 +68,7 @@ class TextStream:
         if final and not self.stopped:
             self._extend(self._decode())
         end = len(self.text) - (0 if final or self.stopped else self._hold)
-        piece = self.text[self._given : end]
+        piece = self.text[self._given : max(end, self._given)]
         self._given += len(piece)
         return piece
 

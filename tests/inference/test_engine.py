@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv3
+from dsv3 import DeepSeekV3, Engine, SamplingParams
+from dsv3.inference.cache import PAGE
+from tests.inference.small import full_logits, random_model, random_prompts, small_config
+from tests.inference.test_text import EOS, TOKENIZER
+
+GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekV3:
+    return random_model(small_config())
+
+
+def _tokens(completions: list[dsv3.inference.Completion]) -> list[list[int]]:
+    return [c.token_ids for c in completions]
+
+
+def _greedy_by_full_passes(model: DeepSeekV3, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(full_logits(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# ---- greedy ----
+def test_greedy_equals_full_passes_without_a_cache(model):
+    prompts = random_prompts(6, longest=150)
+    completions = dsv3.generate(model, prompts, dataclasses.replace(GREEDY, max_tokens=24), speculative=False)
+    assert _tokens(completions) == [_greedy_by_full_passes(model, p, 24) for p in prompts]
+    assert {c.finish_reason for c in completions} == {"length"}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_speculative_greedy_equals_plain_greedy(device, depth):
+    """32 prompts of 1 to 100 tokens, 64 new tokens each, exactly; with an acceptance rate that makes both ways count."""
+    model = random_model(small_config(num_nextn_predict_layers=depth), device)
+    prompts = [*random_prompts(30, longest=100), [5], [6, 7]]
+    plain = dsv3.generate(model, prompts, GREEDY, speculative=False)
+    engine = Engine(model)
+    speculative = engine.generate(prompts, GREEDY)
+    assert _tokens(speculative) == _tokens(plain)
+    assert 0.1 < engine.stats.acceptance_rate < 0.7
+    assert [c.num_drafted for c in plain] == [0] * 32
+    assert sum(c.num_drafted for c in speculative) == engine.stats.drafted
+    assert sum(c.num_accepted for c in speculative) == engine.stats.accepted > 0
+
+
+def test_speculative_greedy_with_dense_layers_and_without_query_compression():
+    model = random_model(small_config(n_routed_experts=0, q_lora_rank=0, num_nextn_predict_layers=2))
+    prompts = random_prompts(8)
+    plain = dsv3.generate(model, prompts, GREEDY, speculative=False)
+    assert _tokens(dsv3.generate(model, prompts, GREEDY)) == _tokens(plain)
+
+
+def test_speculative_greedy_in_bf16_differs_only_where_two_tokens_tie(device):
+    """At the first difference the two best logits of a full pass are as close as bf16 rounding puts them."""
+    model = random_model(small_config(dtype="bfloat16"), device)
+    prompts = random_prompts(32)
+    plain = _tokens(dsv3.generate(model, prompts, GREEDY, speculative=False))
+    speculative = _tokens(dsv3.generate(model, prompts, GREEDY))
+    gaps, typical = [], []
+    for prompt, a, b in zip(prompts, plain, speculative, strict=True):
+        logits = full_logits(model, prompt + a).float()
+        best = logits.topk(2).values
+        gap = (best[:, 0] - best[:, 1]) / best[:, 0].abs()
+        first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        if first is not None:
+            gaps.append(float(gap[len(prompt) - 1 + first]))
+        typical += gap[len(prompt) - 1 : -1].tolist()
+    rounding = 4 * 2.0**-8
+    assert all(gap <= rounding for gap in gaps), gaps
+    assert torch.tensor(typical).median() > 2 * rounding
+
+
+# ---- the drafter ----
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_drafts_are_those_of_mtp_over_the_whole_sequence(depth, length):
+    """After the prefill and after every round, the distributions of the drafts equal a pass without a cache."""
+    model = random_model(small_config(num_nextn_predict_layers=depth), noise=1.0)
+    sequence = random_prompts(1)[0] * length
+    del sequence[length:]
+    prompt, sizes, max_tokens = list(sequence), [], 40
+    engine = Engine(model, max_batch=2)
+    decoder = engine._decoder
+
+    def check(index: int, new: list[int], piece: str) -> None:
+        sequence.extend(new)
+        if len(sequence) - length == max_tokens:
+            return  # the round may have found more tokens than were wanted
+        expected = _draft_probs(model, sequence, decoder.tokens[0, 1:])
+        torch.testing.assert_close(decoder.draft_probs[0], expected, rtol=1e-3, atol=1e-5)
+        sizes.append(len(new))
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=2, ignore_eos=True)
+    engine.generate([prompt], params, on_token=check)
+    assert len(set(sizes[1:])) > 1
+
+
+def _draft_probs(model: DeepSeekV3, sequence: list[int], drafts: Tensor) -> Tensor:
+    """[D, V]: what the modules say behind `sequence`, given the drafts before, as in training."""
+    tokens = torch.tensor(sequence)
+    ctx = dsv3.model.AttentionContext.packed([len(sequence) - 1])
+    h, _ = model.hidden(tokens[:-1], ctx)
+    extended, rows = torch.cat([tokens, drafts]), []
+    for k, module in enumerate(model.mtp):
+        h, _ = module(h, extended[1 + k : len(sequence) + k], ctx)
+        rows.append(model.logits(h[-1:])[0].softmax(-1))
+    return torch.stack(rows)
+
+
+def test_an_mtp_that_repeats_the_model_is_nearly_always_accepted():
+    """One block, which MTP is again, on embeddings that its norm leaves as they are: a draft differs from the model's token
+    only by what the attention to the first token adds."""
+    model = random_model(
+        small_config(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=2), noise=0
+    )
+    with torch.no_grad():
+        length = model.embed.weight.square().mean(-1, keepdim=True).sqrt()
+        model.embed.weight.mul_(0.1 / length)
+    engine = Engine(model)
+    engine.generate(random_prompts(8), GREEDY)
+    assert engine.stats.acceptance_rate > 0.9
+
+
+def test_speculation_without_mtp_is_refused_or_left_out():
+    model = random_model(small_config(num_nextn_predict_layers=0))
+    with pytest.raises(ValueError, match="speculative=True needs an MTP module, but this model's checkpoint has none"):
+        dsv3.generate(model, [[1]], GREEDY, speculative=True)
+    assert dsv3.generate(model, [[1]], GREEDY)[0].num_drafted == 0
+
+
+# ---- batching ----
+def test_a_full_queue_and_few_pages_change_nothing(model):
+    prompts = random_prompts(20, longest=100)
+    params = [dataclasses.replace(GREEDY, max_tokens=5 + 7 * i % 60) for i in range(20)]
+    alone = [dsv3.generate(model, [p], q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
+    tight = Engine(model, max_batch=3, num_pages=8, max_prefill_tokens=120)
+    assert _tokens(tight.generate(prompts, params)) == alone
+    assert tight.stats.generated_tokens == sum(p.max_tokens for p in params)
+    again = tight.generate(prompts[:4], params[:4])
+    assert _tokens(again) == alone[:4]
+
+
+def test_a_seed_fixes_a_completion_whatever_else_is_in_the_batch(model):
+    prompts = random_prompts(8)
+    params = [
+        SamplingParams(max_tokens=30, temperature=0.7 * (i % 3), top_p=(0.8, 1.0)[i % 2], seed=i, ignore_eos=True)
+        for i in range(8)
+    ]
+    for speculative in (False, True):
+        alone = [
+            dsv3.generate(model, [p], q, speculative=speculative)[0].token_ids
+            for p, q in zip(prompts, params, strict=True)
+        ]
+        together = dsv3.generate(model, prompts[::-1], params[::-1], speculative=speculative, max_batch=5)
+        assert _tokens(together)[::-1] == alone
+    other = dsv3.generate(model, prompts[1:2], dataclasses.replace(params[1], seed=99))[0].token_ids
+    assert other != alone[1]
+
+
+def test_without_a_seed_completions_differ(model):
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    assert len({tuple(c.token_ids) for c in dsv3.generate(model, [[1, 2]] * 4, params)}) == 4
+
+
+def test_completions_fill_the_context_exactly(model):
+    limit = model.config.max_position_embeddings
+    for length in (limit - 1, limit - 2, limit - PAGE):
+        prompt = (random_prompts(1)[0] * limit)[:length]
+        params = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
+        plain, speculative = (dsv3.generate(model, [prompt], params, speculative=s)[0] for s in (False, True))
+        assert len(plain.token_ids) == limit - length
+        assert plain.finish_reason == "length"
+        assert speculative.token_ids == plain.token_ids
+
+
+def test_an_interrupted_engine_can_be_used_again(model):
+    engine = Engine(model, max_batch=2)
+
+    def stop(index: int, new: list[int], piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(random_prompts(5), GREEDY, on_token=stop)
+    prompts = random_prompts(3)
+    assert _tokens(engine.generate(prompts, GREEDY)) == _tokens(dsv3.generate(model, prompts, GREEDY))
+
+
+# ---- ends, text ----
+@pytest.mark.parametrize("speculative", [False, True])
+def test_end_of_sequence_stops_unless_ignored(speculative):
+    model = random_model(small_config())
+    prompt = random_prompts(1)[0]
+    free = dsv3.generate(model, [prompt], GREEDY)[0].token_ids
+    for position in (0, 1, 2, 5):
+        eos = free[position]
+        for value in (eos, [63, eos]):
+            model.config = dataclasses.replace(model.config, eos_token_id=value)
+            params = dataclasses.replace(GREEDY, ignore_eos=False)
+            completion = dsv3.generate(model, [prompt], params, speculative=speculative)[0]
+            assert completion.token_ids == free[: free.index(eos) + 1]
+            assert completion.finish_reason == "stop"
+        assert dsv3.generate(model, [prompt], GREEDY, speculative=speculative)[0].token_ids == free
+
+
+@pytest.fixture(scope="module")
+def byte_model() -> DeepSeekV3:
+    return random_model(small_config(vocab_size=257, eos_token_id=EOS))
+
+
+def test_text_streams_and_equals_the_decoded_tokens(byte_model):
+    params = SamplingParams(max_tokens=60, seed=3, temperature=1.0)
+    pieces, tokens = {}, {}
+
+    def on_token(index: int, new: list[int], piece: str) -> None:
+        pieces.setdefault(index, []).append(piece)
+        tokens.setdefault(index, []).extend(new)
+
+    prompts = ["hé", "b", "漢字"]
+    streamed = dsv3.generate(byte_model, prompts, params, tokenizer=TOKENIZER, on_token=on_token)
+    for index, completion in enumerate(streamed):
+        assert "".join(pieces[index]) == completion.text == TOKENIZER.decode(completion.token_ids)
+        assert tokens[index] == completion.token_ids
+    assert dsv3.generate(byte_model, prompts, params, tokenizer=TOKENIZER) == streamed
+    ids = [list(p.encode()) for p in prompts]
+    assert _tokens(dsv3.generate(byte_model, ids, params)) == _tokens(streamed)
+
+
+def test_a_stop_string_ends_text_and_tokens(byte_model):
+    params = SamplingParams(max_tokens=80, seed=5, temperature=1.2, ignore_eos=True)
+    free = dsv3.generate(byte_model, ["x"], params, tokenizer=TOKENIZER)[0]
+    stop = next(free.text[i : i + 2] for i in range(10, 60) if "\ufffd" not in free.text[i : i + 2])
+    pieces = []
+    stopped = dsv3.generate(
+        byte_model,
+        ["x"],
+        dataclasses.replace(params, stop=stop),
+        tokenizer=TOKENIZER,
+        on_token=lambda i, new, piece: pieces.append(piece),
+    )[0]
+    assert stopped.text == "".join(pieces) == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    assert TOKENIZER.decode(stopped.token_ids).endswith(stop)
+
+
+def test_the_tokenizer_beside_a_loaded_model_is_the_default(byte_model, tmp_path):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    byte_model.tokenizer_path = tmp_path / "tokenizer.json"
+    params = SamplingParams(max_tokens=8, temperature=0)
+    found = dsv3.generate(byte_model, ["abc"], params)
+    del byte_model.tokenizer_path
+    assert found == dsv3.generate(byte_model, ["abc"], params, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="texts and stop strings need a tokenizer, got none"):
+        dsv3.generate(byte_model, ["abc"], params)
+
+
+def test_generation_survives_saving_and_loading(byte_model, tmp_path):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    folder = tmp_path / "model"
+    byte_model.save_pretrained(folder, tokenizer_dir=tmp_path)
+    loaded = DeepSeekV3.from_pretrained(folder)
+    params = SamplingParams(max_tokens=40, seed=1, temperature=0.8, top_p=0.95)
+    expected = dsv3.generate(byte_model, ["saved"], params, tokenizer=TOKENIZER)
+    assert dsv3.generate(loaded, ["saved"], params) == expected
+    assert expected[0].num_drafted > 0
+
+
+# ---- bad input ----
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1: expected at least one token, got none"),
+        ([[1, 64]], "prompt 0: expected tokens from 0 to 63, got 64"),
+        ([[-1]], "prompt 0: expected tokens from 0 to 63, got -1"),
+        ([[1] * 256], r"prompt 0: expected at most 255 tokens \(context of 256\), got 256"),
+        ("text", "prompts must be a list of texts or of token ids, got one text"),
+        (["text"], "prompt 0: texts and stop strings need a tokenizer, got none"),
+    ],
+)
+def test_bad_prompts(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        dsv3.generate(model, prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"max_context": 257}, "max_context must be between 2 and max_position_embeddings 256, got 257"),
+        ({"num_pages": 1}, "at least 2 pages, got 1"),
+    ],
+)
+def test_bad_engines(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model, **options)
+
+
+def test_bad_requests(model):
+    with pytest.raises(ValueError, match="prompt 0: needs 2 cache pages, the engine has 1"):
+        Engine(model, num_pages=2).generate([[1]], GREEDY)
+    with pytest.raises(ValueError, match=r"one SamplingParams or one a prompt \(2\), got 1"):
+        dsv3.generate(model, [[1], [2]], [GREEDY])
+    assert dsv3.generate(model, [], GREEDY) == []
+
+
+def test_stats_count_what_happened(model):
+    engine = Engine(model, speculative=False)
+    engine.generate([[1, 2], [3]], dataclasses.replace(GREEDY, max_tokens=10))
+    stats = engine.stats
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.prefills, stats.steps) == (3, 20, 1, 9)
+    assert (stats.drafted, stats.accepted, stats.acceptance_rate) == (0, 0, 0.0)
+    assert stats.tokens_per_second == 20 / (stats.prefill_seconds + stats.decode_seconds) > 0

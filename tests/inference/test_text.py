@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dsv3.inference.text import TextStream, encode, load_tokenizer
+
+EOS = 256
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token i is byte i; token 256 is the special <|eos|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    single = {chr(b): b for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    others = iter(b for b in range(256) if b not in single.values())
+    vocab = {c: single[c] if c in single else next(others) for c in alphabet}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|eos|>"])
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def _pieces(data: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+    stream, pieces = TextStream(TOKENIZER, stop), []
+    for token in data:
+        stream.push([token])
+        pieces.append(stream.take())
+    pieces.append(stream.take(final=True))
+    return pieces, stream
+
+
+def test_tokens_are_bytes():
+    assert encode(TOKENIZER, "aé 漢\n") == list("aé 漢\n".encode())
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_pieces_are_whole_characters_and_join_to_the_text(text):
+    pieces, stream = _pieces(list(text.encode("utf-8", "ignore")))
+    assert "".join(pieces) == stream.text == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, EOS), max_size=40))
+def test_any_bytes_join_to_what_the_tokenizer_decodes(data):
+    pieces, stream = _pieces(data)
+    assert "".join(pieces) == stream.text == TOKENIZER.decode(data)
+
+
+def test_a_character_appears_with_its_last_byte():
+    pieces, _ = _pieces(list("a😀b".encode()))
+    assert pieces == ["a", "", "", "", "😀", "b", ""]
+
+
+def test_special_tokens_are_left_out():
+    assert _pieces([97, EOS, 98])[0] == ["a", "", "b", ""]
+
+
+@settings(deadline=None)
+@given(st.text("abé", max_size=20), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_text_ends_before_the_first_stop_string(text, stop):
+    data = list(text.encode())
+    pieces, stream = _pieces(data, tuple(stop))
+    ends = [i for i in range(len(text) + 1) if any(text[:i].endswith(s) for s in stop)]
+    expected = text
+    if ends:
+        seen = text[: ends[0]]
+        expected = seen[: min(len(seen) - len(s) for s in stop if seen.endswith(s))]
+    assert stream.stopped == bool(ends)
+    assert "".join(pieces) == stream.text == expected
+
+
+def test_load_tokenizer_from_a_file_or_its_folder(tmp_path: Path):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, str(tmp_path / "tokenizer.json")):
+        assert load_tokenizer(path).encode("hé").ids == list("hé".encode())
+    with pytest.raises(ValueError, match=r"expected a tokenizer at .*missing"):
+        load_tokenizer(tmp_path / "missing")
