@@ -87,6 +87,11 @@ PYBIND11_MODULE(_C, m) {
   define(m, "per_block_cast", dsv3::per_block_cast);
   define(m, "cast_transpose", dsv3::cast_transpose);
   define(m, "rope_", dsv3::rope_);
+  define(m, "moe_gate", dsv3::moe_gate);
+  define(m, "moe_gate_backward", dsv3::moe_gate_backward);
+  define(m, "moe_permutation", dsv3::moe_permutation);
+  define(m, "moe_permute", dsv3::moe_permute);
+  define(m, "moe_unpermute", dsv3::moe_unpermute);
   define(m, "swiglu", dsv3::swiglu);
   define(m, "swiglu_backward", dsv3::swiglu_backward);
   define(m, "cross_entropy_", dsv3::cross_entropy_);

@@ -44,6 +44,21 @@ void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStrea
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
                      std::optional<Tensor> weights, cudaStream_t stream);
 
+// moe/gate.cu. logits, dlogits fp32 [T, E]; bias fp32 [E]; index int64 [T, k]; weights, dweights fp32 [T, k]; counts
+// int32 [E], zeroed by the caller.
+void moe_gate(Tensor index, Tensor weights, Tensor counts, Tensor logits, std::optional<Tensor> bias,
+              int64_t num_groups, int64_t topk_groups, double route_scale, bool softmax, bool top2_sum, bool normalize,
+              cudaStream_t stream);
+void moe_gate_backward(Tensor dlogits, Tensor dweights, Tensor logits, Tensor index, double route_scale, bool softmax,
+                       bool normalize, cudaStream_t stream);
+
+// moe/permute.cu. topk_idx, position int64 [T, k]; source int64 [T*k]; offsets int32 [E + 1]; block_counts int32
+// [blocks, E] is workspace, blocks <= 64; x, out float [T, H]; rows, y float [T*k, H]; weights fp32 [T, k].
+void moe_permutation(Tensor offsets, Tensor source, Tensor position, Tensor block_counts, Tensor topk_idx,
+                     cudaStream_t stream);
+void moe_permute(Tensor rows, Tensor x, Tensor position, cudaStream_t stream);
+void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
+
 // loss/cross_entropy.cu. loss fp32 [T]; logits float [T, V], replaced by the gradient where asked; targets int64 [T],
 // -100 is ignored.
 void cross_entropy_(Tensor loss, Tensor logits, Tensor targets, bool write_gradient, cudaStream_t stream);
