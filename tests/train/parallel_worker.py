@@ -1,0 +1,42 @@
+"""What the data-parallel test starts under torchrun: three runs in each of two processes. Arguments: tokens, out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from dsv3 import train
+from dsv3.train import launch
+from dsv3.train.metrics import StepReport
+from dsv3.train.trainer import Trainer
+from tests.train.common import micro, same_losses
+
+
+class InterruptSecondRank(Trainer):
+    """Ctrl-C reaches the second process only, after its 20th report; both must stop at the same step."""
+
+    def _report(self, issued: object) -> StepReport:
+        report = super()._report(issued)
+        if report.step == 20 and self.parallel.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
+    config = same_losses(tokens, out / "two")
+    launch.Trainer = InterruptSecondRank
+    codes = [train.run(config)]
+    launch.Trainer = Trainer
+    codes.append(train.run(config, resume=True))
+    codes.append(train.run(micro(tokens, out / "timed", max_steps=10**6, max_seconds=1.0)))
+    (out / f"codes-{os.environ['RANK']}").write_text(str(codes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Two processes on gloo against one: the same losses, one agreement on when to stop, checkpoints that either can read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3 import train
+from dsv3.train import checkpoint
+from tests.train.common import Recorder, same_losses
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(out: Path) -> list[dict]:
+    parsed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in parsed if "loss" in row]
+
+
+def test_two_processes_train_as_one(token_folder: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "tests.train.parallel_worker", str(token_folder), str(tmp_path)]
+    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert (tmp_path / f"codes-{rank}").read_text() == "[130, 0, 0]"
+    stopped = [line for line in done.stdout.splitlines() if line.startswith("saved ")]
+    assert len(stopped) == 1
+    assert "resume with: torchrun --nproc-per-node 2 -m dsv3.cli train " in stopped[0]
+    two = rows(tmp_path / "two")
+    assert [row["step"] for row in two] == list(range(1, 51))
+
+    single = Recorder()
+    assert train.run(same_losses(token_folder, tmp_path / "one"), callbacks=[single]) == 0
+    assert [row["loss"] for row in two] == pytest.approx(single.losses, rel=1e-5)
+    assert [row["grad_norm"] for row in two] == pytest.approx([r.grad_norm for r in single.steps], rel=1e-4)
+    loads = [row["expert_load"] for row in two if "expert_load" in row]
+    assert loads == [r.expert_load.tolist() for r in single.steps if r.step in (1, 50)]
+    evals = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert evals["validation"]["bits_per_byte"] == pytest.approx(single.evals[-1].bits_per_byte, rel=1e-5)
+    assert evals["validation"]["full"]
+
+    files = {path.name for path in checkpoint.find(tmp_path / "two").iterdir()}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "manifest.json"} == files
+    alone = Recorder()  # one process continues what two have saved
+    assert train.run(same_losses(token_folder, tmp_path / "two", max_steps=52), resume=True, callbacks=[alone]) == 0
+    assert [r.step for r in alone.steps] == [51, 52]
+    assert alone.losses[0] == pytest.approx(single.losses[-1], rel=0.2)

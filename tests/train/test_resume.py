@@ -1,0 +1,190 @@
+"""Resuming: bit for bit, after Ctrl-C, after damage, on a full disk; and the way out to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3 import train
+from dsv3.model import DeepSeekV3
+from dsv3.train import checkpoint
+from dsv3.train.config import TrainConfig
+from dsv3.train.metrics import StepReport
+from tests.train.common import Recorder, micro
+
+
+class Interrupt(Recorder):
+    """Presses Ctrl-C when the report of a step arrives (that is, during the step after it)."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def on_step(self, report: StepReport) -> None:
+        super().on_step(report)
+        if report.step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint: weights, moments, counts, bias, EMA, RNG."""
+    found = checkpoint.find(folder)
+    assert checkpoint.problem(found) is None
+    metadata = checkpoint.dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+    state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+    checkpoint.load(found, state, parallel=checkpoint.DataParallel())
+    return state
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def full(tokens: Path, out: Path, **changes: object) -> TrainConfig:
+    """A run with everything on whose state a resume could lose: EMA, FIM, gamma, accumulation, a ramp, a changing lr."""
+    return micro(
+        tokens,
+        out,
+        ema_decay=0.9,
+        fim_rate=0.5,
+        gamma=0.01,
+        batch_start=4,
+        batch_ramp_tokens=800,
+        save_every=3,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_interrupted_and_resumed_run_is_bit_identical(
+    token_folder: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = (full(token_folder, tmp_path / name, precision=precision) for name in ("whole", "parts"))
+    assert train.run(whole) == 0
+    for at in (4, 7):
+        assert train.run(parts, resume=True, callbacks=[Interrupt(at)]) == 130
+        said = capsys.readouterr().out
+        config_file = Path(parts.out) / "train_config.json"
+        saved = Path(parts.out) / f"step-{at + 1:08d}"
+        assert f"saved {saved}; resume with: dsv3 train {config_file} --resume" in said
+        assert TrainConfig.load(config_file) == parts
+    assert train.run(parts, resume=True) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "parts")] == list(range(1, 13))
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    assert {name.split(".")[0] for name in first} == {
+        "master", "exp_avg", "exp_avg_sq", "optimizer", "expert_bias", "ema", "rng_0",
+    }  # fmt: skip
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    infos = [checkpoint.read_info(checkpoint.find(tmp_path / name)) for name in ("whole", "parts")]
+    for key in ("step", "tokens", "data", "config"):
+        assert infos[0][key] == infos[1][key]
+
+
+def test_resume_without_a_checkpoint_starts_anew(
+    token_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.run(micro(token_folder, tmp_path, max_steps=2), resume=True) == 0
+    assert f"no checkpoint in {tmp_path} yet: starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_restores_the_random_generator(token_folder: Path, tmp_path: Path) -> None:
+    """Nothing in a step draws from it today, so the test does, in a callback."""
+
+    class Draw(Recorder):
+        def on_step(self, report: StepReport) -> None:
+            super().on_step(report)
+            self.draws = [*getattr(self, "draws", []), float(torch.rand(()))]
+
+    config, later = micro(token_folder, tmp_path, max_steps=6, save_every=3), Draw()
+    whole = Draw()
+    train.run(config, callbacks=[whole])
+    shutil.rmtree(tmp_path / "step-00000006")
+    train.run(config, resume=True, callbacks=[later])
+    assert later.draws == whole.draws[3:]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    token_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    config = full(token_folder, tmp_path)
+    train.run(config)
+    before = losses(tmp_path), tensors(tmp_path)
+    path = tmp_path / "step-00000012" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 3] ^= 16
+    path.write_bytes(content if damage == "flip" else content[:-100])
+    capsys.readouterr()
+    assert train.run(config, resume=True) == 0
+    said = capsys.readouterr().out
+    assert f"damaged checkpoint: {path}" in said
+    assert f"resuming {tmp_path / 'step-00000009'}" in said
+    assert losses(tmp_path) == before[0]
+    again = tensors(tmp_path)
+    assert all(torch.equal(again[name], value) for name, value in before[1].items())
+
+
+def test_full_disk_ends_the_run_with_one_line(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_empty = checkpoint._make_empty
+
+    def make_full(folder: Path) -> None:
+        make_empty(folder)
+        if folder.name.endswith("06"):
+            (folder / "__0_0.distcp").symlink_to("/dev/full")
+
+    monkeypatch.setattr(checkpoint, "_make_empty", make_full)
+    with pytest.raises(train.CheckpointError) as caught:
+        train.run(full(token_folder, tmp_path))
+    failed = tmp_path / "step-00000006"
+    assert str(caught.value) == f"could not save {failed}: the disk is full; earlier checkpoints are intact"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000003", "train_config.json"]
+    assert checkpoint.problem(tmp_path / "step-00000003") is None
+
+
+def test_settings_may_change_on_resume(token_folder: Path, tmp_path: Path) -> None:
+    train.run(micro(token_folder, tmp_path, max_steps=3))
+    recorder = Recorder()
+    longer = micro(token_folder, tmp_path, max_steps=5, ema_decay=0.5, lr=1e-3)
+    assert train.run(longer, resume=True, callbacks=[recorder]) == 0
+    assert [r.step for r in recorder.steps] == [4, 5]
+    assert any(name.startswith("ema.") for name in tensors(tmp_path))
+    for changes, message in (({"seed": 1}, "other data"), ({"model": {"hidden_size": 48}}, "does not fit this run")):
+        with pytest.raises(ValueError, match=message):
+            train.run(micro(token_folder, tmp_path, **changes), resume=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_export_writes_weights_and_average(token_folder: Path, tmp_path: Path, precision: str) -> None:
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    train.run(micro(token_folder, run, precision=precision, ema_decay=0.5, max_steps=5))
+    state = tensors(run)
+    for ema in (False, True):
+        out = tmp_path / f"hf-{ema}"
+        train.export(run, out, ema=ema)
+        model = DeepSeekV3.from_pretrained(out)
+        for name, parameter in model.named_parameters():
+            expected = state[f"{'ema' if ema else 'master'}.{name}"]
+            assert parameter.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+            assert torch.equal(parameter, expected.to(parameter.dtype)), name
+        biases = torch.stack([b for name, b in model.named_buffers() if name.endswith("gate.bias")])
+        assert torch.equal(biases, state["expert_bias"])
+        assert biases.abs().sum() > 0
+    train.run(micro(token_folder, plain, max_steps=2))
+    with pytest.raises(ValueError, match="holds no average of the weights: train with ema_decay above 0"):
+        train.export(plain, tmp_path / "none", ema=True)
+    with pytest.raises(ValueError, match="expected a training checkpoint"):
+        train.export(tmp_path / "nothing", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
