@@ -11,6 +11,15 @@ from typing import Any
 
 SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 ROPE_TYPES = ("default", "yarn")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "n_group", "topk_group",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "q_lora_rank", "moe_intermediate_size", "first_k_dense_replace", "n_routed_experts", "n_shared_experts",
+    "num_experts_per_tok", "num_nextn_predict_layers",
+)  # fmt: skip
 # Keys that this code computes in one way only; a file that asks for anything else is refused.
 FIXED = {
     "attention_bias": (False, None),
@@ -44,7 +53,7 @@ class Rope:
 class Config:
     """A DeepSeek-V2 or V3 model. Field names and meanings are those of config.json (facts: report 4.2, arXiv 2412.19437).
 
-    `n_routed_experts` 0 and `q_lora_rank` 0 mean none. `extra` holds keys of the file without effect here; they are written back.
+    `n_routed_experts` 0 and `q_lora_rank` 0 mean none. `extra` holds keys of the file without effect; they are written back.
     Raises ValueError for sizes that do not fit together and for values that this code cannot compute.
     """
 
@@ -170,11 +179,8 @@ class Config:
         if scale is None:
             # The rule of transformers: equal mscales cancel, a missing one means the paper's default.
             both = s.get("mscale") and s.get("mscale_all_dim")
-            scale = (
-                yarn_mscale(factor, s["mscale"]) / yarn_mscale(factor, s["mscale_all_dim"])
-                if both
-                else yarn_mscale(factor, 1)
-            )
+            scale = yarn_mscale(factor, s["mscale"] if both else 1)
+            scale /= yarn_mscale(factor, s["mscale_all_dim"]) if both else 1
         return dataclasses.replace(
             base,
             factor=factor,
@@ -250,14 +256,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         if short in values:
             out.setdefault(name, values[short])
     out["model_type"] = model_type
-    for key in (
-        "q_lora_rank",
-        "n_routed_experts",
-        "n_shared_experts",
-        "first_k_dense_replace",
-        "num_nextn_predict_layers",
-        "num_experts_per_tok",
-    ):
+    for key in NOT_NEGATIVE:
         out[key] = out.get(key) or 0
     for key in ("n_group", "topk_group"):
         out[key] = out.get(key) or 1
@@ -282,10 +281,9 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
     parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = parameters.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
-    if parameters.pop("partial_rotary_factor", 1.0) not in (1, None) or values.get(
-        "partial_rotary_factor", 1.0
-    ) not in (1, None):
-        raise ValueError("config.json: partial_rotary_factor must be 1")
+    partial = parameters.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1, got {partial}")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"config.json: the rope type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
@@ -297,18 +295,10 @@ def _validate(c: Config) -> None:
         if not condition:
             raise ValueError(f"config: {message}")
 
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "kv_lora_rank",
-        "v_head_dim",
-    )
-    for name in (*sizes, "qk_nope_head_dim", "qk_rope_head_dim", "max_position_embeddings"):
-        value = getattr(c, name)
-        need(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, least = getattr(c, name), int(name in POSITIVE)
+        need(type(value) is int and value >= least, f"{name} must be an integer of at least {least}, got {value!r}")
+    need(c.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {c.dtype!r}")
     need(c.model_type in SCORING, f"model_type must be one of {', '.join(SCORING)}, got {c.model_type!r}")
     need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, got {c.qk_rope_head_dim}")
     need(c.rope_type in ROPE_TYPES, f"the rope type must be one of {', '.join(ROPE_TYPES)}, got {c.rope_type!r}")
@@ -337,46 +327,44 @@ def _validate(c: Config) -> None:
 
 
 _V3_YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-_V2_YARN = {**_V3_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
-_V2 = dict(
-    vocab_size=102400, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, n_shared_experts=2,
-    num_experts_per_tok=6, scoring_func="softmax", norm_topk_prob=False, max_position_embeddings=163840, rope_scaling=_V2_YARN,
-    bos_token_id=100000, eos_token_id=100001, model_type="deepseek_v2",
-)  # fmt: skip
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+_HEAD = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_V2 = {
+    **_HEAD, "model_type": "deepseek_v2", "vocab_size": 102400, "first_k_dense_replace": 1, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False, "bos_token_id": 100000,
+    "eos_token_id": 100001, "max_position_embeddings": 163840,
+    "rope_scaling": {**_V3_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+}  # fmt: skip
 
 PRESETS = {
     "tiny": Config(
         vocab_size=4096, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
-        moe_intermediate_size=128, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
-        n_group=4, topk_group=2, routed_scaling_factor=1.0, num_nextn_predict_layers=1, max_position_embeddings=2048, dtype="float32",
+        moe_intermediate_size=128, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1,
+        num_experts_per_tok=2, n_group=4, topk_group=2, num_nextn_predict_layers=1, max_position_embeddings=2048,
+        dtype="float32",
     ),
     "mini": Config(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-        q_lora_rank=768, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        moe_intermediate_size=512, first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=8,
-        n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        **_HEAD, vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
+        num_attention_heads=16, q_lora_rank=768, moe_intermediate_size=512, first_k_dense_replace=1,
+        n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, num_nextn_predict_layers=1,
     ),
     "16b": Config(
         **_V2, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27, num_attention_heads=16,
         moe_intermediate_size=1408, n_routed_experts=64, topk_method="greedy",
     ),
     "236b": Config(
-        **_V2, hidden_size=5120, intermediate_size=12288, num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536,
-        moe_intermediate_size=1536, n_routed_experts=160, n_group=8, topk_group=3, topk_method="group_limited_greedy", routed_scaling_factor=16.0,
+        **_V2, hidden_size=5120, intermediate_size=12288, num_hidden_layers=60, num_attention_heads=128,
+        q_lora_rank=1536, moe_intermediate_size=1536, n_routed_experts=160, n_group=8, topk_group=3,
+        topk_method="group_limited_greedy", routed_scaling_factor=16.0,
     ),
     "671b": Config(
-        vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
-        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        moe_intermediate_size=2048, first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
-        n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=163840, rope_scaling=_V3_YARN,
+        **_HEAD, vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+        num_attention_heads=128, q_lora_rank=1536, moe_intermediate_size=2048, first_k_dense_replace=3,
+        n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=163840, rope_scaling=_V3_YARN,
     ),
 }  # fmt: skip

@@ -42,7 +42,7 @@ class Block(nn.Module):
     def attention_stage(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
     ) -> tuple[Tensor, ...]:
-        """x [T, H] -> (residual [T, H], input of the MLP [T, H]) and, with experts, what the gate says (the fields of Routed)."""
+        """x [T, H] -> (residual [T, H], input of the MLP [T, H]) and, with experts, the fields of Routed."""
         out = self.attention(self.attn_norm(x), ctx, cache, wgrad)
         u, residual = self.mlp_norm.add(out, x)
         return (residual, u, *self.moe.gate(u, wgrad)) if self.is_moe else (residual, u)
