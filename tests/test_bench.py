@@ -56,7 +56,7 @@ def test_full_and_tiny_cases_are_the_same_list(family):
 
 def test_bytes_are_those_of_the_operands():
     """The claimed minimum is what inputs and outputs hold: a case that claims more would look faster than it is."""
-    for case in load("norm", tiny=True)[:4] + load("moe", tiny=True):
+    for case in load("norm", tiny=True)[:4] + load("moe", tiny=True) + load("quant", tiny=True):
         inputs = case.inputs(CPU)
         moved = timing.tensors(inputs) + timing.tensors(case.run(*inputs))
         assert case.bytes == sum(t.numel() * t.element_size() for t in moved), case.title
