@@ -1,5 +1,6 @@
 // What the FP8 casts share: the scale of a tile, conversions between fp32 and e4m3, and the transposition of a tile of
-// bytes through shared memory. Everything here is IEEE arithmetic, bit for bit what python/dsv3/reference/quant.py does.
+// bytes through shared memory. Everything here is IEEE arithmetic, bit for bit what python/dsv3/reference/quant.py
+// does.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -14,8 +15,52 @@ namespace dsv3 {
 constexpr int kTile = 128;  // values that share a scale, in one dimension or in both
 constexpr float kE4M3Max = 448.f;
 
-// A byte of this type is one e4m3 value; so that Vec<E4M3> has 16 of them.
+// A byte of this type is one e4m3 value; so that Pack<E4M3> has 16 of them.
 enum class E4M3 : uint8_t {};
+
+// 16 bytes of T as whole words: a load under a condition, or a conversion, then never takes a word apart.
+template <class T>
+struct Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  uint32_t words[4];
+};
+
+// Read once, never again. Zeros where not `live`.
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* p, bool live) {
+  const uint4 v = live ? __ldcs(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+  return {v.x, v.y, v.z, v.w};
+}
+
+// Values 4 * chunk to 4 * chunk + 3; chunk is known at compile time where this is called.
+__device__ __forceinline__ void unpack(const Pack<float>& v, int, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(v.words[i]);
+}
+__device__ __forceinline__ void unpack(const Pack<__nv_bfloat16>& v, int chunk, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    x[2 * i] = __uint_as_float(v.words[2 * chunk + i] << 16);
+    x[2 * i + 1] = __uint_as_float(v.words[2 * chunk + i] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ void unpack(const Pack<E4M3>& v, int chunk, float (&x)[4]) {
+  __half2 low, high;  // exact
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+      : "=r"(reinterpret_cast<uint32_t&>(low)), "=r"(reinterpret_cast<uint32_t&>(high))
+      : "r"(v.words[chunk]));
+  const float2 first = __half22float2(low), second = __half22float2(high);
+  x[0] = first.x;
+  x[1] = first.y;
+  x[2] = second.x;
+  x[3] = second.y;
+}
+
+// The compiler forgets what it derived from v: converting again is cheaper than four times as many registers.
+template <class T>
+__device__ __forceinline__ void forget(Pack<T>& v) {
+  asm volatile("" : "+r"(v.words[0]), "+r"(v.words[1]), "+r"(v.words[2]), "+r"(v.words[3]));
+}
 
 // Maximum that a NaN survives, unlike fmaxf.
 struct MaxNan {
@@ -27,7 +72,29 @@ struct MaxNan {
   static constexpr float kIdentity = 0.f;  // of absolute values
 };
 
-__device__ __forceinline__ float abs_max(float max, float x) { return MaxNan{}(max, fabsf(x)); }
+__device__ __forceinline__ float abs_max(float a, float b) { return MaxNan{}(fabsf(a), fabsf(b)); }
+
+// The larger of the absolute values, a value at a time, with a sign that means nothing.
+__device__ __forceinline__ uint32_t abs_max_words(uint32_t a, uint32_t b, float) {
+  return __float_as_uint(abs_max(__uint_as_float(a), __uint_as_float(b)));
+}
+__device__ __forceinline__ uint32_t abs_max_words(uint32_t a, uint32_t b, __nv_bfloat16) {
+  uint32_t max;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+  return max;
+}
+template <class T>
+__device__ __forceinline__ void abs_max(Pack<T>& max, const Pack<T>& v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) max.words[i] = abs_max_words(max.words[i], v.words[i], T{});
+}
+template <class T>
+__device__ __forceinline__ float abs_max(const Pack<T>& v) {
+  const uint32_t low = abs_max_words(v.words[0], v.words[1], T{}), high = abs_max_words(v.words[2], v.words[3], T{});
+  const uint32_t max = abs_max_words(low, high, T{});
+  if constexpr (sizeof(T) == 4) return __uint_as_float(max);
+  return abs_max(__uint_as_float(max << 16), __uint_as_float(max & 0xffff0000u));
+}
 
 struct ScaleRule {
   float floor;
@@ -39,16 +106,23 @@ struct ScaleRule {
 __device__ __forceinline__ float tile_scale(float amax, ScaleRule rule) {
   const float bound = MaxNan{}(amax, rule.floor);
   if (bound == 0.f) return 1.f;
-  const float sf = MaxNan{}(__fdiv_rn(bound, kE4M3Max), FLT_MIN);
-  if (!rule.pow2 || !(sf < INFINITY)) return sf;
+  if (!(bound < INFINITY)) return bound;
+  // bound / 448: a quotient within an ulp and one step from its exact remainder, as the IEEE division does it, without
+  // the cases that can not happen here (a quotient below the smallest normal number need not be right).
+  constexpr float kReciprocal = 1.f / kE4M3Max;
+  const float quotient = __fmul_rn(bound, kReciprocal);
+  const float sf = fmaxf(__fmaf_rn(__fmaf_rn(-kE4M3Max, quotient, bound), kReciprocal, quotient), FLT_MIN);
+  if (!rule.pow2) return sf;
   return __uint_as_float((__float_as_uint(sf) + 0x007fffffu) & 0xff800000u);
 }
 
-// Four values to e4m3, the first in the lowest byte: nearest even, beyond +-448 (and infinity) to +-448, NaN to 0x7f.
-__device__ __forceinline__ uint32_t encode(float a, float b, float c, float d) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
+// Four values times 1 / sf to e4m3, the first in the lowest byte: nearest even, beyond +-448 (and infinity) to +-448,
+// NaN to 0x7f.
+__device__ __forceinline__ uint32_t encode(const float (&x)[4], float inverse) {
+  const float2 low = make_float2(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse));
+  const float2 high = make_float2(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse));
+  return __nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3) |
+         static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16;
 }
 
 __device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[1]) {
@@ -58,28 +132,6 @@ __device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[
   *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
 }
 
-// Values 4 * chunk to 4 * chunk + 3 of a vector; chunk is known at compile time where this is called.
-__device__ __forceinline__ void unpack_chunk(const Vec<float>& v, int, float (&x)[4]) { unpack(v, x); }
-__device__ __forceinline__ void unpack_chunk(const Vec<__nv_bfloat16>& v, int chunk, float (&x)[4]) {
-  const uint4& raw = reinterpret_cast<const uint4&>(v);
-  const uint32_t low = chunk ? raw.z : raw.x, high = chunk ? raw.w : raw.y;
-  x[0] = __uint_as_float(low << 16);
-  x[1] = __uint_as_float(low & 0xffff0000u);
-  x[2] = __uint_as_float(high << 16);
-  x[3] = __uint_as_float(high & 0xffff0000u);
-}
-__device__ __forceinline__ void unpack_chunk(const Vec<E4M3>& v, int chunk, float (&x)[4]) {
-  const uint4& raw = reinterpret_cast<const uint4&>(v);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[chunk] >> (16 * i));
-    const float2 values = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-    x[2 * i] = values.x;
-    x[2 * i + 1] = values.y;
-  }
-}
-
 // A 128 x 128 tile of bytes in shared memory, written a word of four consecutive rows at a time and read along the
 // columns of what was written, 16 bytes at a time. Word `quad` (rows 4 quad to 4 quad + 3) of a column lies at
 // quad ^ column / 4, so that a warp whose lanes hold consecutive vectors of columns (of any dtype) and, beyond these,
@@ -87,7 +139,9 @@ __device__ __forceinline__ void unpack_chunk(const Vec<E4M3>& v, int chunk, floa
 struct ByteTile {
   uint32_t words[kTile][kTile / 4];
 
-  __device__ __forceinline__ void put(int column, int quad, uint32_t word) { words[column][quad ^ (column >> 2)] = word; }
+  __device__ __forceinline__ void put(int column, int quad, uint32_t word) {
+    words[column][quad ^ (column >> 2)] = word;
+  }
 
   // Rows 16 * chunk to 16 * chunk + 15 of a column.
   __device__ __forceinline__ uint4 get(int column, int chunk) const {

@@ -2,11 +2,11 @@
 //
 //   sf[n, k] = max |w[block n, k]| / 448 (or the power of two above; 1 for a block of zeros);  q = e4m3(w * (1 / sf))
 //
-// w [G, N, K] (G matrices), K a multiple of 16; q [G, N, K]; sf [G, ceil(N / 128), ceil(K / 128)]. A block is square, so
-// the transpose has the same bytes: qt [G, K, N] (N a multiple of 16), sft [G, ceil(K / 128), ceil(N / 128)].
+// w [G, N, K] (G matrices), K a multiple of 16; q [G, N, K]; sf [G, ceil(N / 128), ceil(K / 128)]. A block is square,
+// so the transpose has the same bytes: qt [G, K, N] (N a multiple of 16), sft [G, ceil(K / 128), ceil(N / 128)].
 // Memory-bound: 3 bytes a bf16 value, 4 with the transpose. One thread block a tile, held in registers from the maximum
-// to the conversion: a thread has 4 rows of 16-byte vectors, so that it can turn 4 x 4 bytes around on its own; the words
-// of 4 rows then go through shared memory and leave as rows of 128 bytes.
+// to the conversion: a thread has 4 rows of 16-byte vectors, so that it can turn 4 x 4 bytes around on its own; the
+// words of 4 rows then go through shared memory and leave as rows of 128 bytes.
 #include "../ops.h"
 #include "e4m3.cuh"
 
@@ -38,9 +38,10 @@ __device__ __forceinline__ void transpose_bytes(const uint32_t (&in)[4], uint32_
 
 template <class T, bool kTranspose>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) per_block_cast_kernel(PerBlockParams p) {
-  constexpr int kSize = Vec<T>::kSize;
-  constexpr int kRowVecs = kTile / kSize;
-  constexpr int kParts = kTile / 4 * kRowVecs / kThreads;  // pieces of 4 rows x kSize columns a thread
+  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kRowPacks = kTile / kSize;
+  constexpr int kQuadStep = kThreads / kRowPacks;  // quads of rows that the block covers at a time
+  constexpr int kParts = kTile / 4 / kQuadStep;    // pieces of 4 rows x kSize columns a thread
   __shared__ float scratch[kThreads / kWarpSize];
   __shared__ ByteTile tile;  // where kTranspose
   wait_for_inputs();
@@ -49,32 +50,26 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) per_block_ca
   const int row_tile = blockIdx.x / p.column_tiles % p.row_tiles;
   const int64_t matrix = blockIdx.x / p.column_tiles / p.row_tiles;
   const int rows = min(kTile, p.rows - row_tile * kTile), columns = min(kTile, p.columns - column_tile * kTile);
-  const int64_t corner = (matrix * p.rows + row_tile * kTile) * p.columns + column_tile * kTile;
-  const int column = threadIdx.x % kRowVecs * kSize;
-  const int quad = threadIdx.x / kRowVecs;  // of the first part
+  const int column = threadIdx.x % kRowPacks * kSize,
+            quad = threadIdx.x / kRowPacks;                 // quad of rows, of the first part
+  const int live = column < columns ? rows - 4 * quad : 0;  // rows from the quad's first on
+  const int64_t start = (matrix * p.rows + row_tile * kTile + 4 * quad) * p.columns + column_tile * kTile + column;
+  const int64_t step = static_cast<int64_t>(4 * kQuadStep) * p.columns;
 
-  Vec<T> w[kParts][4];
+  Pack<T> w[kParts][4];
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const T* source = static_cast<const T*>(p.w) + start + i * step;
+#pragma unroll
+    for (int r = 0; r < 4; ++r, source += p.columns) w[i][r] = load_pack(source, i * 4 * kQuadStep + r < live);
+  }
+  Pack<T> maxima = w[0][0];
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = 4 * (quad + i * (kThreads / kRowVecs)) + r;
-      const T* const source = static_cast<const T*>(p.w) + corner + static_cast<int64_t>(row) * p.columns + column;
-      w[i][r] = row < rows && column < columns ? load_streaming(source) : Vec<T>{};
-    }
+    for (int r = 0; r < 4; ++r) abs_max(maxima, w[i][r]);
   }
-  float amax = 0.f;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      float values[kSize];
-      unpack(w[i][r], values);
-#pragma unroll
-      for (int v = 0; v < kSize; ++v) amax = abs_max(amax, values[v]);
-    }
-  }
-  amax = block_reduce<MaxNan, kThreads>(amax, scratch);
+  const float amax = block_reduce<MaxNan, kThreads>(abs_max(maxima), scratch);
   const float sf = tile_scale(amax, {0.f, p.pow2}), inverse = __frcp_rn(sf);
   if (threadIdx.x == 0) {
     p.sf[blockIdx.x] = sf;
@@ -83,23 +78,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) per_block_ca
 
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    const int part = quad + i * (kThreads / kRowVecs);
+    uint8_t* target = p.out + start + i * step;
     uint32_t words[kSize / 4][4];  // [4 columns][row]
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; ++r, target += p.columns) {
       uint32_t row_words[kSize / 4];
 #pragma unroll
       for (int c = 0; c < kSize / 4; ++c) {
         float x[4];
-        unpack_chunk(w[i][r], c, x);
-        row_words[c] = encode(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), __fmul_rn(x[2], inverse),
-                              __fmul_rn(x[3], inverse));
+        unpack(w[i][r], c, x);
+        row_words[c] = encode(x, inverse);
         words[c][r] = row_words[c];
       }
-      const int row = 4 * part + r;
-      if (row < rows && column < columns) {
-        store_words(p.out + corner + static_cast<int64_t>(row) * p.columns + column, row_words);
-      }
+      if (i * 4 * kQuadStep + r < live) store_words(target, row_words);
     }
     if constexpr (kTranspose) {
 #pragma unroll
@@ -107,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) per_block_ca
         uint32_t turned[4];
         transpose_bytes(words[c], turned);
 #pragma unroll
-        for (int v = 0; v < 4; ++v) tile.put(column + 4 * c + v, part, turned[v]);
+        for (int v = 0; v < 4; ++v) tile.put(column + 4 * c + v, quad + i * kQuadStep, turned[v]);
       }
     }
   }

@@ -6,6 +6,7 @@ from dsv3.ops.loss import cross_entropy
 from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute, swiglu
 from dsv3.ops.norm import rmsnorm, rope_
 from dsv3.ops.optim import adamw
+from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast
 
 __all__ = [
     "Permutation",
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "WgradQueue",
     "adamw",
+    "cast_transpose",
     "cross_entropy",
     "dense",
     "grouped_linear",
@@ -24,6 +26,8 @@ __all__ = [
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
+    "per_block_cast",
+    "per_token_cast",
     "rmsnorm",
     "rope_",
     "swiglu",
