@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from dsv3 import Config
 from dsv3.model import DeepSeekV3
 from dsv3.ops.gemm import Quantized
+from dsv3.weights import writer
 
 BASE = Config(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -22,10 +24,11 @@ BASE = Config(
     initializer_range=0.1, dtype="float32",
 )  # fmt: skip
 
-# Every fused part starts at a multiple of 128 rows, as in the 671B model, and kv_a has 576 rows: 4.5 blocks.
+# Fused parts start at a multiple of 128 rows and kv_a has 576 rows, 4.5 blocks, as in the 671B model. A head has 192 rows of
+# q_b and kv_b (one block and a half) and 64 columns of o (half a block).
 FP8 = dataclasses.replace(
-    BASE, vocab_size=64, hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-    q_lora_rank=136, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    BASE, vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
+    q_lora_rank=136, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=64,
     moe_intermediate_size=128, n_routed_experts=4, n_group=2, topk_group=1, dtype="bfloat16",
 )  # fmt: skip
 
@@ -95,4 +98,7 @@ def write_fp8(folder: Path, config: Config = FP8, *, seed: int = 0) -> dict[str,
             scales = torch.rand(-(-rows // 128), -(-cols // 128), generator=generator) * 1e-3 + 1e-5
             change[key + "_scale_inv"] = scales
     edit(folder, change)
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | {"quantization_config": {**writer.QUANTIZATION, "scale_fmt": "ue8m0"}}
+    path.write_text(json.dumps(values))
     return file_tensors(folder)

@@ -90,6 +90,18 @@ def test_the_names_are_the_official_ones() -> None:
     }
 
 
+def test_parameters_that_are_views_of_one_buffer_are_saved(tmp_path: Path) -> None:
+    model, same = random_model(small_config()), random_model(small_config())
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    model.save_pretrained(tmp_path / "a")
+    same.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
 # ---- local parts ----
 class Counting(Reader):
     """A reader that remembers what it was asked for."""
@@ -168,10 +180,9 @@ def test_a_local_part_of_an_fp8_tensor_uses_the_scales_of_its_blocks(tmp_path: P
     write_fp8(tmp_path / "a")
     whole = load_pretrained(tmp_path / "a", dtype=torch.float32)
     reader = Counting(tmp_path / "a")
-    # A head has 192 rows of q_b (one and a half blocks) and 128 columns of o (one block).
-    for name, source in plan(whole.config, Local(heads=range(1, 2), experts=range(1, 3))).items():
+    for name, source in plan(whole.config, Local(heads=range(1, 3), experts=range(1, 3))).items():
         found = reader.load(source, dtype=torch.float32, device="cpu")
-        expected = local_part(whole.config, name, state(whole)[name], Local(heads=range(1, 2), experts=range(1, 3)))
+        expected = local_part(whole.config, name, state(whole)[name], Local(heads=range(1, 3), experts=range(1, 3)))
         assert_same({name: found}, {name: expected})
 
 
@@ -199,12 +210,13 @@ def test_fp8_is_dequantised_by_blocks(tmp_path: Path) -> None:
 
 
 def test_dequantisation_agrees_with_transformers(tmp_path: Path) -> None:
-    # Its dequantiser takes whole blocks only, which leaves out kv_a and q_a of the real model too.
+    # Its dequantiser takes whole blocks only, so not kv_a, nor kv_b here.
     tensors = write_fp8(tmp_path / "a")
-    found = state(load_pretrained(tmp_path / "a", dtype=torch.float32))
-    key = "model.layers.0.self_attn.kv_b_proj.weight"
-    expected = Fp8Dequantize(None)._dequantize_one(tensors[key], tensors[key + "_scale_inv"], torch.float32)
-    assert_same({key: found["layers.0.attention.kv_b.weight"]}, {key: expected})
+    found = state(load_pretrained(tmp_path / "a", dtype=torch.float32))["layers.0.mlp.gate_up.weight"]
+    for projection, rows in (("gate", found[:256]), ("up", found[256:])):
+        key = f"model.layers.0.mlp.{projection}_proj.weight"
+        expected = Fp8Dequantize(None)._dequantize_one(tensors[key], tensors[key + "_scale_inv"], torch.float32)
+        assert_same({key: rows}, {key: expected})
 
 
 def test_fp8_stays_as_it_is_and_is_saved_as_it_was(tmp_path: Path) -> None:
@@ -215,14 +227,16 @@ def test_fp8_stays_as_it_is_and_is_saved_as_it_was(tmp_path: Path) -> None:
     assert isinstance(kv_a, Quantized)
     assert kv_a.sf.shape == (5, 2)
     assert isinstance(experts, Quantized)
-    assert experts.data.shape == (4, 256, 192)
+    assert experts.data.shape == (4, 256, 256)
     assert experts.sf.shape == (4, 2, 2)
     assert model.embed.weight.dtype == model.mtp[0].eh_proj.weight.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "b")
     assert_same(file_tensors(tmp_path / "b"), tensors)
     assert (tmp_path / "b/model.safetensors").read_bytes() == (tmp_path / "a/model.safetensors").read_bytes()
     written = json.loads((tmp_path / "b/config.json").read_text())
+    assert written["quantization_config"] == model.config.quantization_config
     assert written["quantization_config"]["weight_block_size"] == [128, 128]
+    assert written["quantization_config"]["scale_fmt"] == "ue8m0"
     assert written["torch_dtype"] == "bfloat16"
     assert_same(state(load_pretrained(tmp_path / "b", dtype="fp8")), state(model))
 
@@ -388,6 +402,17 @@ def test_the_folder_opens_in_transformers(tmp_path: Path) -> None:
     tokens = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), oracle(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_of_the_config_that_we_do_not_use_are_kept(tmp_path: Path) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    model = random_model(small_config(extra={"aux_loss_alpha": 0.001, "auto_map": auto_map}))
+    model.save_pretrained(tmp_path / "a")
+    written = json.loads((tmp_path / "a/config.json").read_text())
+    assert written["aux_loss_alpha"] == 0.001
+    # The Python files that it names are not in this folder.
+    assert "auto_map" not in written
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "a")) is DeepseekV3ForCausalLM
 
 
 def test_v2_models_too(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_fp8_asked_of_a_checkpoint_without(folder: Path) -> None:
 
 def test_fp8_of_one_half_of_a_fused_tensor(tmp_path: Path) -> None:
     write_fp8(tmp_path / "a")
-    edit(tmp_path / "a", {GATE: torch.zeros(128, 192, dtype=torch.bfloat16), GATE + "_scale_inv": None})
+    edit(tmp_path / "a", {GATE: torch.zeros(128, FP8.hidden_size, dtype=torch.bfloat16), GATE + "_scale_inv": None})
     refused(tmp_path / "a", GATE, dtype="fp8")
     assert load_pretrained(tmp_path / "a").layers[1].moe.experts.gate_up[3, :128].abs().max() == 0
 

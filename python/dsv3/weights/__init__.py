@@ -88,6 +88,8 @@ def save_pretrained(
         model.config,
         dtype=str(saved).removeprefix("torch."),
         quantization_config=(model.config.quantization_config or writer.QUANTIZATION) if fp8 else None,
+        # It names Python files of the folder that the config came from.
+        extra={key: value for key, value in model.config.extra.items() if key != "auto_map"},
     )
     cut = writer.shards(list(writer.records(config, tensors, dtype)), max_shard_bytes)
     with writer.replacing(Path(path).resolve()) as folder:
