@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3 import ops
+from dsv3.comm import ExpertBuffer
+from dsv3.testing import check_compile, check_op, check_registration
+
+V3 = {"num_groups": 4, "topk_groups": 2, "topk": 3, "route_scale": 2.5}
+V2 = {
+    **V3, "route_scale": 16.0, "score": "softmax", "group_score": "max", "normalize": False,
+}  # fmt: skip
+ONE_GROUP = {**V3, "num_groups": 1, "topk_groups": 1}
+SETTINGS = {"v3": V3, "v2": V2, "one group": ONE_GROUP, "not normalised": {**V3, "normalize": False}}
+
+
+def brute_force(logits, bias, *, num_groups, topk_groups, topk, route_scale, score, group_score, normalize):
+    """The paper's rule for one token, with Python's sort: the largest first, equal ones from the lowest index on."""
+    s = (logits.sigmoid() if score == "sigmoid" else logits.softmax(0)).tolist()
+    choice = [a + b for a, b in zip(s, bias.tolist(), strict=True)]
+    size = len(s) // num_groups
+
+    def group_value(g):
+        best = sorted(choice[g * size : (g + 1) * size], reverse=True)
+        return best[0] if group_score == "max" else sum(best[:2])
+
+    groups = sorted(range(num_groups), key=lambda g: -group_value(g))[:topk_groups]
+    allowed = [e for e in range(len(s)) if e // size in groups]
+    index = sorted(allowed, key=lambda e: -choice[e])[:topk]
+    total = sum(s[e] for e in index) if normalize else 1.0
+    return index, [s[e] / total * route_scale for e in index]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("tokens", [0, 1, 127])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_against_brute_force(name, tokens, biased, device):
+    logits = torch.randn(tokens, 16, device=device)
+    bias = torch.rand(16, device=device) - 0.5 if biased else None
+    settings = {"score": "sigmoid", "group_score": "top2_sum", "normalize": True, **SETTINGS[name]}
+    index, weights, counts = ops.moe_gate(logits, bias, **settings)
+    assert (index.dtype, weights.dtype, counts.dtype) == (torch.int64, torch.float32, torch.int32)
+    assert index.shape == weights.shape == (tokens, 3)
+    assert torch.equal(counts.long(), torch.bincount(index.flatten(), minlength=16))
+    zero = torch.zeros(16, dtype=torch.float64)
+    for t in range(tokens):
+        row = logits[t].double().cpu()
+        expected, expected_weights = brute_force(row, zero if bias is None else bias.double().cpu(), **settings)
+        assert index[t].tolist() == expected
+        torch.testing.assert_close(
+            weights[t].cpu().double(), torch.tensor(expected_weights).double(), rtol=1e-5, atol=0
+        )
+
+
+def test_ties_go_to_the_lowest_index(device):
+    index, weights, _ = ops.moe_gate(torch.zeros(5, 256, device=device), None, **{**V3, "num_groups": 8, "topk": 8})
+    assert torch.equal(index, torch.arange(8, device=device).expand(5, 8))
+    assert torch.equal(weights, torch.full_like(weights, 2.5 / 8))
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0]], device=device)
+    assert ops.moe_gate(logits, None, **{**V3, "topk": 4})[0].tolist() == [[1, 2, 3, 0]]
+
+
+def test_groups_not_kept_are_at_minus_infinity(device):
+    """With negative biased scores a mask of 0 would let the experts of dropped groups win."""
+    logits = torch.randn(200, 16, device=device)
+    bias = torch.full((16,), -3.0, device=device)
+    index, weights, _ = ops.moe_gate(logits, bias, **V3)
+    unbiased, unbiased_weights, _ = ops.moe_gate(logits, None, **V3)
+    assert torch.equal(index, unbiased)
+    torch.testing.assert_close(weights, unbiased_weights)
+    groups = index // 4
+    assert all(len(set(row)) <= 2 for row in groups.tolist())
+
+
+def test_bias_chooses_but_does_not_weigh(device):
+    logits = torch.zeros(1, 8, device=device)
+    bias = torch.tensor([0, 0, 0, 0, 0, 0, 0.5, 0.4], device=device)
+    index, weights, _ = ops.moe_gate(logits, bias, num_groups=2, topk_groups=1, topk=2, route_scale=1.0)
+    assert index.tolist() == [[6, 7]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gate_gradient(name, device):
+    logits, bias = torch.randn(33, 16, device=device), torch.rand(16, device=device) - 0.5
+    settings = SETTINGS[name]
+    index = ops.moe_gate(logits, bias, **settings)[0]
+
+    def plain(x):
+        s = x.softmax(-1) if settings.get("score") == "softmax" else x.sigmoid()
+        w = s.gather(1, index)
+        return (w / w.sum(-1, keepdim=True) if settings.get("normalize", True) else w) * settings["route_scale"]
+
+    check_op(lambda x: ops.moe_gate(x, bias, **settings)[1], plain, logits)
+
+
+# ---- permutation ----
+@pytest.mark.parametrize("tokens", [0, 1, 127])
+@pytest.mark.parametrize("topk", [1, 3])
+def test_permutation_is_stable_and_goes_back(tokens, topk, device):
+    experts = 7
+    index = torch.rand(tokens, experts, device=device).argsort(-1)[:, :topk].contiguous()
+    x = torch.randn(tokens, 32, device=device)
+    rows, handle = ops.moe_permute(x, index, experts)
+    pairs = sorted((int(e), p) for p, e in enumerate(index.flatten()))
+    assert handle.source.tolist() == [p for _, p in pairs]
+    assert handle.offsets.dtype == torch.int32
+    assert handle.offsets.tolist() == [sum(e < n for e, _ in pairs) for n in range(experts + 1)]
+    assert torch.equal(rows, x[handle.source // topk])
+    assert torch.equal(handle.source[handle.position.flatten()], torch.arange(tokens * topk, device=device))
+    expected = x.clone()
+    for _ in range(topk - 1):
+        expected += x
+    assert torch.equal(ops.moe_unpermute(rows, handle), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_permutation_gradients(dtype, device):
+    index = torch.rand(50, 8, device=device).argsort(-1)[:, :3].contiguous()
+    x = torch.randn(50, 16, device=device).to(dtype)
+    handle = ops.moe_permute(x, index, 8)[1]
+    order, position = handle.source // 3, handle.position
+    check_op(lambda x: ops.moe_permute(x, index, 8)[0], lambda x: x[order], x)
+    rows = torch.randn(150, 16, device=device).to(dtype)
+    check_op(lambda y: ops.moe_unpermute(y, handle), lambda y: y[position].sum(1), rows)
+    weights = torch.rand(50, 3, device=device)
+
+    def plain(y, w):
+        return (y[position].to(w.dtype) * w[..., None]).sum(1).to(y.dtype)
+
+    check_op(lambda y, w: ops.moe_unpermute(y, handle, w), plain, rows, weights)
+
+
+def test_sum_is_in_fp32(device):
+    """256 + 1 + 1 is 256 when summed in bf16."""
+    y = torch.tensor([[256.0], [1.0], [1.0]], device=device, dtype=torch.bfloat16)
+    handle = ops.moe_permute(y[:1], torch.tensor([[0, 1, 2]], device=device), 3)[1]
+    assert ops.moe_unpermute(y, handle).item() == 258
+
+
+def test_local_buffer(device):
+    buffer = ExpertBuffer(6, transport="local")
+    x = torch.randn(20, 8, device=device, requires_grad=True)
+    index = torch.rand(20, 6, device=device).argsort(-1)[:, :2].contiguous()
+    weights = torch.rand(20, 2, device=device, requires_grad=True)
+    handle = buffer.dispatch(x, index, weights)
+    assert handle.num_recv == 40
+    assert torch.equal(handle.topk_weights, weights.flatten()[handle.source])
+    out = buffer.combine(handle.x * handle.topk_weights[:, None], handle)
+    torch.testing.assert_close(out, x * weights.sum(1, keepdim=True))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, weights.sum(1, keepdim=True).expand_as(x))
+    torch.testing.assert_close(weights.grad, x.sum(1, keepdim=True).expand_as(weights))
+    with pytest.raises(ValueError, match="transport must be one of local, got 'pigeon'"):
+        ExpertBuffer(6, transport="pigeon")
+
+
+# ---- registration, compilation, errors ----
+def test_registration_and_compile(device):
+    logits, bias = torch.randn(9, 16, device=device), torch.rand(16, device=device)
+    args = (4, 2, 3, 2.5, "sigmoid", "top2_sum", True)
+    check_registration("moe_gate", logits, bias, *args)
+    check_registration("moe_gate", logits, None, *args)
+    index, weights, _ = torch.ops.dsv3.moe_gate(logits, bias, *args)
+    check_registration("moe_gate_backward", weights, logits, index, 2.5, "sigmoid", True)
+    check_registration("moe_permutation", index, 16)
+    _, source, position = torch.ops.dsv3.moe_permutation(index, 16)
+    x = torch.randn(9, 32, device=device)
+    check_registration("moe_permute", x, source, position)
+    rows = torch.ops.dsv3.moe_permute(x, source, position)
+    check_registration("moe_unpermute", rows, position, None)
+    check_registration("moe_unpermute", rows, position, weights)
+
+    def route(logits, bias, x):
+        index, weights, _ = ops.moe_gate(logits, bias, **V3)
+        rows, handle = ops.moe_permute(x, index, 16)
+        return ops.moe_unpermute(rows, handle, weights)
+
+    check_compile(route, logits, bias, x)
+
+
+def test_bad_arguments():
+    logits = torch.zeros(2, 16)
+    with pytest.raises(ValueError, match=r"got \(2, 16\) and \(8,\)"):
+        ops.moe_gate(logits, torch.zeros(8), **V3)
+    with pytest.raises(ValueError, match="2 of 3 groups do not divide 16 experts"):
+        ops.moe_gate(logits, None, **{**V3, "num_groups": 3})
+    with pytest.raises(ValueError, match=r"topk must be in 1\.\.8, got 9"):
+        ops.moe_gate(logits, None, **{**V3, "topk": 9})
+    with pytest.raises(ValueError, match="got tanh, top2_sum"):
+        ops.moe_gate(logits, None, **V3, score="tanh")
+    with pytest.raises(ValueError, match=r"got \(2, 16\) and \(3, 1\)"):
+        ops.moe_permute(logits, torch.zeros(3, 1, dtype=torch.int64), 2)
