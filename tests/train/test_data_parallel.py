@@ -30,7 +30,7 @@ def test_two_processes_train_as_one(token_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / f"codes-{rank}").read_text() == "[130, 0, 0]"
     stopped = [line for line in done.stdout.splitlines() if line.startswith("saved ")]
     assert len(stopped) == 1
-    assert "resume with: torchrun --nproc-per-node 2 -m dsv3.cli train " in stopped[0]
+    assert "resume with: torchrun --nproc-per-node 2 -m dsv3 train " in stopped[0]
     two = rows(tmp_path / "two")
     assert [row["step"] for row in two] == list(range(1, 51))
 

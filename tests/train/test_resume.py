@@ -154,14 +154,17 @@ def test_full_disk_ends_the_run_with_one_line(
     assert checkpoint.problem(tmp_path / "step-00000003") is None
 
 
-def test_settings_may_change_on_resume(token_folder: Path, tmp_path: Path) -> None:
+def test_settings_may_change_on_resume(token_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.run(micro(token_folder, tmp_path, max_steps=3))
     recorder = Recorder()
     longer = micro(token_folder, tmp_path, max_steps=5, ema_decay=0.5, lr=1e-3)
+    capsys.readouterr()
     assert train.run(longer, resume=True, callbacks=[recorder]) == 0
+    changes = "max_steps 3 -> 5, lr 0.01 -> 0.001, ema_decay 0.0 -> 0.5"
+    assert f"settings changed since the checkpoint: {changes}\n" in capsys.readouterr().out
     assert [r.step for r in recorder.steps] == [4, 5]
     assert any(name.startswith("ema.") for name in tensors(tmp_path))
-    for changes, message in (({"seed": 1}, "other data"), ({"model": {"hidden_size": 48}}, "does not fit this run")):
+    for changes, message in (({"seed": 1}, "other data"), ({"model": {"hidden_size": 48}}, "another model: expected")):
         with pytest.raises(ValueError, match=message):
             train.run(micro(token_folder, tmp_path, **changes), resume=True)
 

@@ -114,6 +114,20 @@ def test_micro_batches_change_nothing(token_folder: Path, tmp_path: Path) -> Non
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_recomputation_changes_nothing(token_folder: Path, tmp_path: Path) -> None:
+    plain, again = Recorder(), Recorder()
+    train.run(micro(token_folder, tmp_path / "plain"), callbacks=[plain])
+    train.run(micro(token_folder, tmp_path / "again", recompute=True), callbacks=[again])
+    assert again.losses == plain.losses
+
+
+def test_recompute_reaches_the_model(token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[frozenset[str]] = []
+    monkeypatch.setattr(DeepSeekV3, "set_recompute", lambda self, what: asked.append(what))
+    train.run(micro(token_folder, tmp_path, recompute=True, max_steps=1))
+    assert asked == [frozenset({"norm", "mla_up"})]
+
+
 def test_batch_ramp_and_bf16(token_folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(token_folder, tmp_path, precision="bf16", batch_start=4, batch_ramp_tokens=1024)
     trainer.train()

@@ -12,6 +12,7 @@ import torch
 
 from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
+from dsv3.model.transformer import RECOMPUTE
 from dsv3.parallel.data import DataParallel
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig
@@ -53,7 +54,7 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
             trainer.say(str(error))
             return 1
         if trainer.interrupted:
-            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3.cli" if parallel.world > 1 else "dsv3"
+            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else "dsv3"
             trainer.say(f"saved {trainer.last_checkpoint}; resume with: {launcher} train {out / CONFIG_FILE} --resume")
             return 130
         return 0
@@ -101,7 +102,8 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
     sizes = {"seq_len": config.seq_len, "vocab_size": model_config.vocab_size}
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
-    model = DeepSeekV3(model_config, device=parallel.device, dtype=_dtype(config.precision))
+    recompute = RECOMPUTE if config.recompute else frozenset()
+    model = DeepSeekV3(model_config, device=parallel.device, dtype=_dtype(config.precision), recompute=recompute)
     model.init_weights(seed=config.seed)
     return Trainer(
         model,

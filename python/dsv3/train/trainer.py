@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -256,11 +257,13 @@ class Trainer:
         """Continues from the newest intact checkpoint in config.out; False if there is none.
 
         The next step is bit for bit the one that would have followed (with max_seconds, but for its learning rate).
+        Raises ValueError for a checkpoint of another model, or whose data position was counted in other data.
         """
         found = checkpoint.latest(self.out, parallel=self.parallel, report=self.say)
         if found is None:
             return False
         info = checkpoint.read_info(found)
+        self._compare(info)
         self.reader.load_state_dict(info["data"])
         state = self._state()
         stored = checkpoint.stored_names(found)
@@ -276,6 +279,18 @@ class Trainer:
         self._clock = _Clock(info["seconds"])
         self._agreed_seconds = info["seconds"]
         return True
+
+    def _compare(self, info: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another architecture and mentions changed settings."""
+        for key, value in json.loads(json.dumps(self.model.config.to_dict())).items():
+            if info["config"].get(key) != value:
+                raise ValueError(
+                    f"cannot resume another model: expected {key} {info['config'].get(key)}, found {value}"
+                )
+        was, now = info["train_config"], self.config.to_dict()
+        changed = [f"{key} {was.get(key)} -> {value}" for key, value in now.items() if was.get(key) != value]
+        if changed:
+            self.say(f"settings changed since the checkpoint: {', '.join(changed)}")
 
     def start_from(self, path: Path, *, keep_optimizer: bool = True) -> None:
         """Takes weights, routing bias and, if wanted, optimizer state of a checkpoint; steps and data begin anew."""
