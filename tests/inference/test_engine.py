@@ -141,8 +141,8 @@ def test_speculation_without_mtp_is_refused_or_left_out():
 
 # ---- batching ----
 def test_a_full_queue_and_few_pages_change_nothing(model):
-    prompts = random_prompts(20, longest=100)
-    params = [dataclasses.replace(GREEDY, max_tokens=5 + 7 * i % 60) for i in range(20)]
+    prompts = random_prompts(10, longest=100)
+    params = [dataclasses.replace(GREEDY, max_tokens=1 + 7 * i % 30) for i in range(10)]
     alone = [dsv3.generate(model, [p], q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
     tight = Engine(model, max_batch=3, num_pages=8, max_prefill_tokens=120)
     assert _tokens(tight.generate(prompts, params)) == alone
@@ -152,17 +152,17 @@ def test_a_full_queue_and_few_pages_change_nothing(model):
 
 
 def test_a_seed_fixes_a_completion_whatever_else_is_in_the_batch(model):
-    prompts = random_prompts(8)
+    prompts = random_prompts(6)
     params = [
-        SamplingParams(max_tokens=30, temperature=0.7 * (i % 3), top_p=(0.8, 1.0)[i % 2], seed=i, ignore_eos=True)
-        for i in range(8)
+        SamplingParams(max_tokens=16, temperature=0.7 * (i % 3), top_p=(0.8, 1.0)[i % 2], seed=i, ignore_eos=True)
+        for i in range(6)
     ]
     for speculative in (False, True):
         alone = [
             dsv3.generate(model, [p], q, speculative=speculative)[0].token_ids
             for p, q in zip(prompts, params, strict=True)
         ]
-        together = dsv3.generate(model, prompts[::-1], params[::-1], speculative=speculative, max_batch=5)
+        together = dsv3.generate(model, prompts[::-1], params[::-1], speculative=speculative, max_batch=4)
         assert _tokens(together)[::-1] == alone
     other = dsv3.generate(model, prompts[1:2], dataclasses.replace(params[1], seed=99))[0].token_ids
     assert other != alone[1]
@@ -201,16 +201,17 @@ def test_an_interrupted_engine_can_be_used_again(model):
 def test_end_of_sequence_stops_unless_ignored(speculative):
     model = random_model(small_config())
     prompt = random_prompts(1)[0]
-    free = dsv3.generate(model, [prompt], GREEDY)[0].token_ids
+    ignoring = dataclasses.replace(GREEDY, max_tokens=12)
+    free = dsv3.generate(model, [prompt], ignoring)[0].token_ids
     for position in (0, 1, 2, 5):
         eos = free[position]
         for value in (eos, [63, eos]):
             model.config = dataclasses.replace(model.config, eos_token_id=value)
-            params = dataclasses.replace(GREEDY, ignore_eos=False)
+            params = dataclasses.replace(ignoring, ignore_eos=False)
             completion = dsv3.generate(model, [prompt], params, speculative=speculative)[0]
             assert completion.token_ids == free[: free.index(eos) + 1]
             assert completion.finish_reason == "stop"
-        assert dsv3.generate(model, [prompt], GREEDY, speculative=speculative)[0].token_ids == free
+        assert dsv3.generate(model, [prompt], ignoring, speculative=speculative)[0].token_ids == free
 
 
 @pytest.fixture(scope="module")

@@ -87,15 +87,6 @@ def test_equal_distributions_accept_everything():
     assert torch.equal(tokens[:, :2], drafts)
 
 
-def test_without_drafts_a_token_is_drawn_from_p():
-    p = torch.softmax(torch.randn(100, 1, VOCAB), -1)
-    u = torch.rand(100, 1, dtype=torch.float64)
-    none = torch.empty(100, 0, dtype=torch.int64)
-    tokens, accepted = accept_sampled(p, p[:, :0], none, u[:, :0], u)
-    assert torch.equal(tokens, draw(p, u))
-    assert int(accepted.sum()) == 0
-
-
 def test_one_hot_distributions_follow_the_greedy_rule_whatever_q_says():
     """A greedy row beside sampled ones: p is one-hot, and what is stored as q may be anything between 0 and 1."""
     best = torch.randint(VOCAB, (1000, 3))

@@ -65,6 +65,7 @@ class Decoder:
         self.top_k = state()
         self._state = [t for t in vars(self).values() if isinstance(t, Tensor)]
         self._rows = torch.arange(max_batch, device=self.device)
+        self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
 
     # ---- rows ----
     def assign(
@@ -138,10 +139,11 @@ class Decoder:
         if mode == GREEDY:
             return accept_greedy(logits.argmax(-1), drafts)
         p = self._probabilities(logits, rows, mode)
-        key = self.key[rows, None]
         place = n[:, None] + torch.arange(1, 2 + self.depth, device=self.device)
-        u_accept, u_draw = uniform(key, place[:, :-1], ACCEPT), uniform(key, place, DRAW)
-        return accept_sampled(p, self.draft_probs[rows], drafts, u_accept, u_draw)
+        if not self.depth:
+            return draw(p, uniform(self.key[rows, None], place, DRAW)), torch.zeros_like(n)
+        u_accept, u_draw = uniform(self.key[rows, None], place, self._streams).unbind()
+        return accept_sampled(p, self.draft_probs[rows], drafts, u_accept[:, :-1], u_draw)
 
     def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, rows: slice, width: int, mode: int) -> None:
         """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave."""

@@ -268,7 +268,9 @@ def generate(
     if tokenizer is not None and not isinstance(prompts, str):
         prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     params = SamplingParams() if params is None else params
-    longest = params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)
+    longest = (
+        params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)
+    )
     # The cache is as large as these prompts can fill at a time.
     max_batch = min(max_batch, max(len(prompts), 1))
     context, depth = model.config.max_position_embeddings, len(model.mtp)

@@ -93,10 +93,10 @@ def _finalize(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def uniform(key: Tensor, position: Tensor, stream: int) -> Tensor:
+def uniform(key: Tensor, position: Tensor, stream: int | Tensor) -> Tensor:
     """Counter-based noise, fp64 in [0, 1): output number position * 4 + stream of the SplitMix64 generator `key`.
 
-    key, position: int64 of shapes that broadcast; position is the index of the token that the number decides.
+    key, position, stream: int64 of shapes that broadcast; position is the index of the token that the number decides.
     """
     state = key + (position * _STREAMS + (stream + 1)) * _signed(_GAMMA)
     return (_finalize(state) >> 11 & (1 << 53) - 1).double() * 2.0**-53

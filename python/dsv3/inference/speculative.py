@@ -17,7 +17,7 @@ def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u_accept: Tensor, u_dra
     Args:
         p: fp32 [B, D+1, V], the model's distributions (after temperature and top-p) at the drafts' places and behind them.
         q: fp32 [B, D, V], those that the drafts were drawn from.
-        drafts: int64 [B, D].
+        drafts: int64 [B, D], D >= 1.
         u_accept: fp64 [B, D], uniform noise.
         u_draw: fp64 [B, D+1], uniform noise for the added token, by its place.
 
@@ -30,10 +30,8 @@ def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u_accept: Tensor, u_dra
     accepted = _prefix(u_accept * q_draft < p_draft)
     row = torch.arange(p.shape[0], device=p.device)
     p_next = p[row, accepted]
-    residual = p_next
-    if depth:
-        q_next = q[row, accepted.clamp(max=depth - 1)] * (accepted < depth)[:, None]
-        residual = (p_next - q_next).clamp(min=0)
+    q_next = q[row, accepted.clamp(max=depth - 1)] * (accepted < depth)[:, None]
+    residual = (p_next - q_next).clamp(min=0)
     # No residual means p = q up to rounding, where a rejection has a chance of about one ulp.
     weights = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     added = draw(weights, u_draw[row, accepted])

@@ -33,7 +33,8 @@ def load_pretrained(
 ) -> DeepSeekV3:
     """A model from a checkpoint folder, tensor by tensor: nothing but its parameters is ever in memory.
 
-    Where config.json promises MTP modules that the files lack, the model has none, and one warning says so.
+    Where config.json promises MTP modules that the files lack, the model has none, and one warning says so. The path of a
+    tokenizer.json in the folder is left in `model.tokenizer_path`, where generation finds it.
 
     Args:
         path: a folder with config.json and model.safetensors, or shards and model.safetensors.index.json.
@@ -54,7 +55,10 @@ def load_pretrained(
     _check_quantization(folder, config)
     reader = Reader(folder)
     _warn_of_unexpected(config, reader)
-    return _build(_without_absent_mtp(config, reader, mtp), reader, dtype, device)
+    model = _build(_without_absent_mtp(config, reader, mtp), reader, dtype, device)
+    tokenizer = folder / "tokenizer.json"
+    model.tokenizer_path = tokenizer if tokenizer.is_file() else None
+    return model
 
 
 def save_pretrained(
