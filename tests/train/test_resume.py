@@ -90,6 +90,23 @@ def test_interrupted_and_resumed_run_is_bit_identical(
         assert infos[0][key] == infos[1][key]
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_identical_on_a_gpu(token_folder: Path, tmp_path: Path, precision: str) -> None:
+    gpu = {"device": "cuda", "precision": precision, "deterministic": True, "seq_len": 64}
+    whole, parts = (full(token_folder, tmp_path / name, **gpu) for name in ("whole", "parts"))
+    try:
+        assert train.run(whole) == 0
+        assert train.run(parts, callbacks=[Interrupt(4)]) == 130
+        assert train.run(parts, resume=True) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_resume_without_a_checkpoint_starts_anew(
     token_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

