@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -385,7 +386,6 @@ def test_transformers_to_ours_to_transformers(tmp_path: Path, changes: dict[str,
 
 
 def test_the_folder_opens_in_transformers(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "<|eos|>": 3}, [("a", "b")]))
     (tmp_path / "tok").mkdir()
     tokenizer.save(str(tmp_path / "tok/tokenizer.json"))
