@@ -12,7 +12,7 @@ from rich.console import Console
 
 import dsv3.ops  # noqa: F401  (registers the ops)
 from bench.cases import families, load
-from bench.check import check_case, why_not_native
+from bench.check import check_case, require_native
 from bench.results import RESULTS, Environment, csrc_sha, environment, gpu_folder, make_row, write_rows
 from bench.table import print_table
 from bench.timing import FULL, QUICK, Ceilings, Protocol, measure_case, measure_ceilings, one_line, release
@@ -74,10 +74,9 @@ def run_family(
         try:
             if case.measure is None:  # others are too long to run twice
                 check_case(small, device, compiled=False)
+                require_native(case.op)
             timing = measure_case(case, ceilings, protocol)
-            reason = why_not_native(case.op)
-            if reason is not None:
-                raise RuntimeError(reason)
+            require_native(case.op)
         except Exception as error:  # the others still run
             failures.add(f"{case.title}: {one_line(error)}")
             release()
@@ -88,10 +87,9 @@ def run_family(
     return rows
 
 
-def run_benchmarks(args: argparse.Namespace, console: Console, failures: Failures) -> None:
+def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console, failures: Failures) -> None:
     """Ceilings, then the families one after the other; writes each family's file as soon as it is measured."""
     protocol = QUICK if args.quick else FULL
-    env = environment(args.commit)
     out = args.out or (None if args.quick else RESULTS / gpu_folder(env.gpu))
     ceilings, measured = measure_ceilings(protocol)
     for family in args.what:
@@ -108,6 +106,21 @@ def has_hopper() -> bool:
     return torch.cuda.is_available() and registry.is_hopper(torch.device("cuda", torch.cuda.current_device()))
 
 
+def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
+    """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
+    if not has_hopper():
+        raise ValueError("no Hopper GPU here; --dry-run checks the cases on a CPU")
+    if registry.NATIVE_ERROR:
+        raise ValueError(f"nothing to measure: {registry.NATIVE_ERROR}")
+    env = environment(args.commit)
+    if args.what[0] == "tests":
+        from bench.suite import run_tests
+
+        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu), env)
+    run_benchmarks(args, env, console, failures)
+    return 1 if failures.lines else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 1 if anything failed, 2 without a Hopper GPU or with a wrong command line."""
     args = parse(argv)
@@ -121,17 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.dry_run:
         dry_run(args.what, console, failures)
-    elif not has_hopper():
-        print("bench: no Hopper GPU here; --dry-run checks the cases on a CPU", file=sys.stderr)
+        return 1 if failures.lines else 0
+    try:
+        return measure(args, console, failures)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 2
-    elif args.what[0] == "tests":
-        from bench.suite import run_tests
-
-        env = environment(args.commit)
-        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu), env)
-    else:
-        run_benchmarks(args, console, failures)
-    return 1 if failures.lines else 0
 
 
 if __name__ == "__main__":

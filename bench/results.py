@@ -44,9 +44,11 @@ def _output(*command: str, cwd: Path = ROOT) -> str | None:
 
 
 def environment(commit: str | None = None) -> Environment:
-    """Describes this machine and tree. `commit` names the tree where it is no git checkout."""
+    """Describes this machine and tree. `commit` names the tree where it is no git checkout; ValueError without either."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit = commit or (_output("git", "rev-parse", "HEAD") or "unknown").strip()
+    commit = commit or (_output("git", "rev-parse", "HEAD") or "").strip()
+    if not commit:
+        raise ValueError(f"{ROOT} is no git checkout with a commit: name the sources with --commit")
     return Environment(
         gpu=torch.cuda.get_device_name(),
         driver=driver.splitlines()[0].strip() if driver else "unknown",
@@ -64,9 +66,9 @@ def gpu_folder(gpu: str) -> str:
 
 
 def _files(root: Path, folders: list[str]) -> list[str]:
-    """Tracked files as paths from the root; in a tree without git all files but build products."""
+    """Tracked files as paths from the root; where git knows none, in a copied tree, all files but build products."""
     tracked = _output("git", "ls-files", "-z", "--", *folders, cwd=root)
-    if tracked is not None:
+    if tracked:
         return [path for path in tracked.split("\0") if path and (root / path).is_file()]
     found = [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
     return [path.relative_to(root).as_posix() for path in found if path.suffix not in {".pyc", ".so"}]

@@ -15,7 +15,7 @@ from rich.console import Console
 from bench import __main__ as cli
 from bench import results, suite, timing
 from bench.cases import Baseline, Case, Timing, families, load
-from bench.check import check_case, why_not_native
+from bench.check import check_case, require_native
 from bench.plot import plot_all
 from bench.table import print_table
 from dsv3.ops import registry
@@ -88,10 +88,13 @@ def test_one_failing_case_does_not_stop_the_others(monkeypatch, capsys):
 
 def test_an_op_on_its_reference_is_no_measurement(monkeypatch):
     monkeypatch.setattr(registry, "FALLBACKS", {("rmsnorm", "hidden 7 is odd"): None})
-    assert why_not_native("rmsnorm") == "ran on its reference: hidden 7 is odd"
-    assert why_not_native("rmsnorm_backward") is None
+    require_native("rmsnorm_backward")
+    require_native("copy")
+    with pytest.raises(RuntimeError, match="ran on its reference: hidden 7 is odd"):
+        require_native("rmsnorm")
     monkeypatch.setitem(registry.OPS, "rope_", dataclasses.replace(registry.OPS["rope_"], native=False))
-    assert why_not_native("rope_") == "no native kernel"
+    with pytest.raises(RuntimeError, match="no native kernel"):
+        require_native("rope_")
 
 
 # ---- the command line ----
@@ -100,6 +103,18 @@ def test_without_a_hopper_gpu(monkeypatch, capsys):
     for words in (["norm"], ["tests"], ["norm", "--quick"]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err == "bench: no Hopper GPU here; --dry-run checks the cases on a CPU\n"
+
+
+def test_without_native_code_or_a_commit(monkeypatch, capsys, tmp_path):
+    """Both are said before any device time is spent."""
+    monkeypatch.setattr(cli, "has_hopper", lambda: True)
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "dsv3 was installed without native code")
+    assert cli.main(["norm"]) == 2
+    assert capsys.readouterr().err == "bench: nothing to measure: dsv3 was installed without native code\n"
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "")
+    monkeypatch.setattr(results, "_output", lambda *command, cwd=None: None)
+    assert cli.main(["norm"]) == 2
+    assert "name the sources with --commit" in capsys.readouterr().err
 
 
 def test_an_unknown_family(capsys):
@@ -229,6 +244,8 @@ def test_csrc_sha_without_git(tree):
     before = results.csrc_sha("norm", tree)
     shutil.rmtree(tree / ".git")
     (tree / "csrc/norm/_C.so").write_bytes(b"binary")
+    assert results.csrc_sha("norm", tree) == before
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)  # a repository that knows no file
     assert results.csrc_sha("norm", tree) == before
 
 
