@@ -9,8 +9,8 @@ from torch import Tensor
 from dsv3 import DeepSeekV3, Engine, SamplingParams
 from dsv3.inference import decoder
 from dsv3.inference.sampling import probabilities
+from tests.inference.chi_square import chi_square
 from tests.inference.small import random_model, small_config
-from tests.inference.statistics import chi_square
 from tests.inference.wrong_rules import WRONG_RULES
 
 DRAWS, VOCAB, PROMPT = 20000, 8, [3, 1, 4]

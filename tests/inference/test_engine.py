@@ -61,24 +61,26 @@ def test_speculative_greedy_with_dense_layers_and_without_query_compression():
     assert _tokens(dsv3.generate(model, prompts, GREEDY)) == _tokens(plain)
 
 
-def test_speculative_greedy_in_bf16_differs_only_where_two_tokens_tie(device):
-    """At the first difference the two best logits of a full pass are as close as bf16 rounding puts them."""
+def test_greedy_in_bf16_differs_only_where_two_tokens_tie(device):
+    """Where speculative and plain output part, and wherever a token is not the best of a full pass (naive attention, no
+    cache), the logits are as close as bf16 rounding puts them; most places are far clearer than that."""
     model = random_model(small_config(dtype="bfloat16"), device)
     prompts = random_prompts(32)
     plain = _tokens(dsv3.generate(model, prompts, GREEDY, speculative=False))
     speculative = _tokens(dsv3.generate(model, prompts, GREEDY))
-    gaps, typical = [], []
+    partings, deficits, gaps = [], [], []
     for prompt, a, b in zip(prompts, plain, speculative, strict=True):
-        logits = full_logits(model, prompt + a).float()
+        logits = full_logits(model, prompt + b)[len(prompt) - 1 : -1].float().cpu()
         best = logits.topk(2).values
         gap = (best[:, 0] - best[:, 1]) / best[:, 0].abs()
-        first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-        if first is not None:
-            gaps.append(float(gap[len(prompt) - 1 + first]))
-        typical += gap[len(prompt) - 1 : -1].tolist()
+        partings += gap[[i for i in range(64) if a[:i] == b[:i] and a[i] != b[i]]].tolist()
+        chosen = logits.gather(1, torch.tensor(b)[:, None]).squeeze(1)
+        deficits += ((best[:, 0] - chosen) / best[:, 0].abs()).tolist()
+        gaps += gap.tolist()
     rounding = 4 * 2.0**-8
-    assert all(gap <= rounding for gap in gaps), gaps
-    assert torch.tensor(typical).median() > 2 * rounding
+    assert all(gap <= rounding for gap in partings), partings
+    assert 0 < max(deficits) <= rounding
+    assert torch.tensor(gaps).median() > 4 * rounding
 
 
 # ---- the drafter ----

@@ -7,7 +7,7 @@ import torch
 
 from dsv3 import SamplingParams
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, draw, noise_key, probabilities, uniform
-from tests.inference.statistics import chi_square
+from tests.inference.chi_square import chi_square
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, draw, noise_key, probabilities, uniform
 from dsv3.inference.speculative import accept_greedy, accept_sampled
-from tests.inference.statistics import chi_square
+from tests.inference.chi_square import chi_square
 from tests.inference.wrong_rules import WRONG_RULES
 
 DRAWS, VOCAB = 20000, 6
