@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import dsv3.ops  # noqa: F401  (registers the ops)
-from bench.cases import families, load
+from bench.cases import Case, Timing, families, load
 from bench.check import check_case, require_native
 from bench.results import RESULTS, Environment, csrc_sha, environment, gpu_folder, make_row, write_rows
 from bench.table import print_table
@@ -63,12 +63,9 @@ def dry_run(names: list[str], console: Console, failures: Failures) -> None:
         console.print(f"{family}: {len(cases)} cases on {device.type}")
 
 
-def run_family(
-    family: str, ceilings: Ceilings, protocol: Protocol, env: Environment, failures: Failures
-) -> list[dict[str, Any]]:
-    """The rows of a family's cases, those that failed left out."""
-    rows = []
-    sha = csrc_sha(family)
+def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Failures) -> list[tuple[Case, Timing]]:
+    """The times of a family's cases, those that failed left out."""
+    measured = []
     device = torch.device("cuda", torch.cuda.current_device())
     for case, small in zip(load(family, tiny=False), load(family, tiny=True), strict=True):
         try:
@@ -83,22 +80,27 @@ def run_family(
             continue
         for line in timing.errors:
             failures.add(f"{case.title}: {line}")
-        rows.append(make_row(case, timing, ceilings=ceilings, env=env, sha=sha))
-    return rows
+        measured.append((case, timing))
+    return measured
 
 
 def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console, failures: Failures) -> None:
     """Ceilings, then the families one after the other; writes each family's file as soon as it is measured."""
     protocol = QUICK if args.quick else FULL
     out = args.out or (None if args.quick else RESULTS / gpu_folder(env.gpu))
-    ceilings, measured = measure_ceilings(protocol)
+    ceilings, top = measure_ceilings(protocol)
+
+    def rows(measured: list[tuple[Case, Timing]], sha: str) -> list[dict[str, Any]]:
+        return [make_row(case, timing, ceilings=ceilings, env=env, sha=sha) for case, timing in measured]
+
+    print_table(console, "ceilings", rows(top, ""))
     for family in args.what:
-        sha = csrc_sha(family)
-        top = [make_row(case, timing, ceilings=ceilings, env=env, sha=sha) for case, timing in measured]
-        rows = run_family(family, ceilings, protocol, env, failures)
-        print_table(console, family, top + rows)
+        sha = csrc_sha(family)  # before the run: what is measured is what was there when it began
+        measured = run_family(family, ceilings, protocol, failures)
+        if measured:
+            print_table(console, family, rows(measured, sha))
         if out is not None:
-            write_rows(out / f"{family}.jsonl", top + rows)
+            write_rows(out / f"{family}.jsonl", rows([*top, *measured], sha))
 
 
 def has_hopper() -> bool:

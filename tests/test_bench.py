@@ -175,6 +175,34 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / "h100" / "norm.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_writes_what_succeeded(monkeypatch, tmp_path, capsys):
+    """The loop around the measurements, with the measurements replaced: one case fails, one peer fails."""
+    top = [(Case(op="copy", case={"mib": 1024}, flops=0, bytes=2**31), Timing(700.0, {}))]
+
+    def measured(case, ceilings, protocol):
+        if case.op == "rope_":
+            raise RuntimeError("out of luck")
+        errors = ["F.rms_norm: too old"] if case.op == "rmsnorm_backward" and not case.case["residual"] else []
+        return Timing(50.0, {"torch": 60.0}, errors=errors)
+
+    monkeypatch.setattr(cli, "has_hopper", lambda: True)
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "environment", lambda commit: dataclasses.replace(ENV, commit=commit))
+    monkeypatch.setattr(cli, "check_case", lambda case, device, compiled: None)
+    monkeypatch.setattr(cli, "require_native", lambda op: None)
+    monkeypatch.setattr(cli, "measure_ceilings", lambda protocol: (CEILINGS, top))
+    monkeypatch.setattr(cli, "measure_case", measured)
+    assert cli.main(["norm", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    rows = results.read_rows(tmp_path / "norm.jsonl")
+    assert [r["op"] for r in rows] == ["copy", "rmsnorm", "rmsnorm", "rmsnorm_backward", "rmsnorm_backward"]
+    assert {r["csrc_sha"] for r in rows} == {results.csrc_sha("norm")}
+    assert {r["commit"] for r in rows} == {"abc"}
+    printed = capsys.readouterr().out
+    assert "RuntimeError: out of luck" in printed
+    assert "F.rms_norm: too old" in printed
+
+
 # ---- csrc_sha ----
 FILES = {
     "csrc/common/vector.cuh": b"a",
@@ -329,7 +357,7 @@ def test_graphs_are_long_enough():
 @pytest.mark.cuda
 def test_a_quick_run_measures_natively(tmp_path):
     out = tmp_path / "h"
-    assert cli.main(["norm", "--quick", "--out", str(out)]) == 0
+    assert cli.main(["norm", "--quick", "--out", str(out), "--commit", ENV.commit]) == 0
     rows = results.read_rows(out / "norm.jsonl")
     assert [r["op"] for r in rows[:4]] == ["copy", "read", "matmul", "matmul"]
     assert len(rows) == 4 + len(load("norm", tiny=False))
