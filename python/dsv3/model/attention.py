@@ -131,7 +131,8 @@ class MLA(nn.Module):
             out = self._absorbed(self._query(q_down, ctx, wgrad), ctx, cache)
         elif self.recompute and torch.is_grad_enabled():
             options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_attention}
-            out = checkpoint(self._naive, q_down, kv_a, ctx, wgrad, **options)
+            # A view has no recipe: the region keeps its inputs as they are.
+            out = checkpoint(self._naive, q_down.view_as(q_down), kv_a, ctx, wgrad, **options)
         else:
             out = self._naive(q_down, kv_a, ctx, wgrad)
         return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad))
