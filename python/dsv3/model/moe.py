@@ -44,7 +44,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
         c = self.config
-        logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
         groups, kept = c.gate_groups
         topk_idx, topk_weights, counts = ops.moe_gate(
             logits,
