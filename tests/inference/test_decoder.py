@@ -39,7 +39,7 @@ class _Stub(nn.Module):
 
 @pytest.mark.parametrize("mode", [GREEDY, PLAIN, FILTERED])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_round_reads_nothing_on_the_host(depth, mode):
     """On the meta device there are no values: what the host reads, and shapes that depend on values, are errors there."""
     decoder = Decoder(_Stub(depth).to("meta"), depth=depth, max_batch=8, num_pages=40, max_pages=5)
@@ -52,7 +52,7 @@ def test_a_round_reads_nothing_on_the_host(depth, mode):
 
 
 @pytest.mark.parametrize("mode", [GREEDY, FILTERED])
-@torch.inference_mode()
+@torch.no_grad()
 def test_idle_rows_and_a_wider_table_change_nothing(device, mode):
     model, prompts = random_model(small_config(num_nextn_predict_layers=2), device), random_prompts(3)
     exact, padded = _decoder(model, prompts, mode), _decoder(model, prompts, mode)
@@ -65,7 +65,7 @@ def test_idle_rows_and_a_wider_table_change_nothing(device, mode):
         assert not b[7:].any()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_moved_row_goes_on_as_before():
     model, prompts = random_model(small_config(num_nextn_predict_layers=2)), random_prompts(3)
     stayed, moved = _decoder(model, prompts, FILTERED), _decoder(model, prompts, FILTERED)

@@ -108,6 +108,7 @@ def test_drafts_are_those_of_mtp_over_the_whole_sequence(depth, length):
     assert len(set(sizes[1:])) > 1
 
 
+@torch.no_grad()
 def _draft_probs(model: DeepSeekV3, sequence: list[int], drafts: Tensor) -> Tensor:
     """[D, V]: what the modules say behind `sequence`, given the drafts before, as in training."""
     tokens = torch.tensor(sequence)
@@ -196,6 +197,14 @@ def test_an_interrupted_engine_can_be_used_again(model):
         engine.generate(random_prompts(5), GREEDY, on_token=stop)
     prompts = random_prompts(3)
     assert _tokens(engine.generate(prompts, GREEDY)) == _tokens(dsv3.generate(model, prompts, GREEDY))
+
+
+def test_training_goes_on_after_generating():
+    """Whatever the model makes once and keeps (rotary tables) must not be made in a mode that autograd refuses."""
+    model = random_model(small_config(rope_theta=12345.0))
+    dsv3.generate(model, [[1, 2, 3]], GREEDY)
+    model.loss(dsv3.Batch(torch.randint(64, (2, 9)))).total.backward()
+    assert float(model.embed.weight.grad.abs().sum()) > 0
 
 
 # ---- ends, text ----

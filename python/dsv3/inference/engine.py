@@ -124,7 +124,7 @@ class Engine:
         requests = self._requests(prompts, params)
         self._scheduler.waiting.extend(requests)
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 while self._scheduler.waiting or self._scheduler.running:
                     self._step(on_token)
         finally:
