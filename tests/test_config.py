@@ -78,7 +78,8 @@ def test_softmax_scale():
     pretraining = dataclasses.replace(c, rope_scaling=None)
     assert pretraining.softmax_scale == 192**-0.5
     # The factor belongs to yarn: mscale keys beside another rope type mean nothing.
-    assert dataclasses.replace(c, rope_scaling={"type": "default", "mscale_all_dim": 1.0}).softmax_scale == 192**-0.5
+    unscaled = {"type": "default", "factor": 40, "mscale_all_dim": 1.0}
+    assert dataclasses.replace(c, rope_scaling=unscaled).softmax_scale == 192**-0.5
 
 
 OLD = {

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, DeepseekV3
 from transformers.modeling_layers import MtpModel
 
 from dsv3 import DeepSeekV3
+from dsv3.model import AttentionContext
 from tests.model.cases import BASE, CASES, random_model, tokens_for
 
 
@@ -57,6 +58,16 @@ def test_their_checkpoints(name, tmp_path):
     assert read == {key: getattr(config, key) for key in read}
 
 
+@torch.no_grad()
+def test_negative_biased_scores(tmp_path):
+    """All choices below 0: experts of dropped groups must be at -inf, not at 0."""
+    model = random_model(BASE)
+    for layer in model.layers[1:]:
+        layer.moe.gate.bias -= 2
+    tokens = tokens_for(BASE, 2, 60)
+    assert error(model(tokens), save_and_open(model, tmp_path)(tokens, use_cache=False).logits) < 1e-4
+
+
 @pytest.mark.parametrize("depths", [1, 2])
 @torch.no_grad()
 def test_mtp_drafts(depths, tmp_path):
@@ -72,8 +83,6 @@ def test_mtp_drafts(depths, tmp_path):
     positions = torch.arange(1, 30)[None]
     drafts, logits, _ = mtp(shifted, hidden, None, positions, None)
     assert drafts.shape == (1, depths)
-
-    from dsv3.model import AttentionContext
 
     ctx = AttentionContext.batch(1, 29)
     h, _ = model.hidden(prompt[0], ctx)
