@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dsv3 import train
+from dsv3.parallel.data import DataParallel
 from dsv3.train import launch
 from dsv3.train.metrics import StepReport
 from dsv3.train.trainer import Trainer
@@ -29,13 +30,16 @@ class InterruptSecondRank(Trainer):
 def main() -> None:
     torch.set_num_threads(1)
     tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
+    parallel = DataParallel.start("cpu")  # once: gloo cannot meet twice at the same torchrun store
+    assert (parallel.rank, parallel.world) == (int(os.environ["RANK"]), 2)
     config = same_losses(tokens, out / "two")
     launch.Trainer = InterruptSecondRank
     codes = [train.run(config)]
     launch.Trainer = Trainer
     codes.append(train.run(config, resume=True))
     codes.append(train.run(micro(tokens, out / "timed", max_steps=10**6, max_seconds=1.0)))
-    (out / f"codes-{os.environ['RANK']}").write_text(str(codes))
+    (out / f"codes-{parallel.rank}").write_text(str(codes))
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ class DataParallel:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    joined: bool = False  # whether `start` made the process group
 
     @classmethod
     def start(cls, device: str = "auto") -> DataParallel:
         """Joins the process group that torchrun announced (NCCL on CUDA devices, gloo otherwise), or stays alone.
 
+        A process group that exists already is used as it is.
         device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the device of the local rank.
         """
         if device == "auto":
@@ -32,16 +34,19 @@ class DataParallel:
         kind = torch.device(device)
         if kind.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device")
-        if not dist.is_torchelastic_launched():
+        if not (dist.is_initialized() or dist.is_torchelastic_launched()):
             return cls(device=kind)
         if kind.type == "cuda":
             kind = torch.device("cuda", dist.get_node_local_rank())
             torch.cuda.set_device(kind)
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), kind)
+        joins = not dist.is_initialized()
+        if joins:
+            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), kind, joins)
 
     def stop(self) -> None:
-        if self.world > 1 or dist.is_initialized():
+        """Leaves the process group, if `start` joined it."""
+        if self.joined:
             dist.destroy_process_group()
 
     @property

@@ -48,7 +48,7 @@ class AdamW:
         loss: [], the step's loss; if it or the gradient norm is not finite, weights, moments and step_count stay.
         """
         buffers = self.buffers
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g.main_grad for g in buffers.groups])))
+        norm = buffers.grad_norm()
         skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
         scale = (self.clip / norm).clamp(max=1.0)
         self._lr.fill_(lr)
