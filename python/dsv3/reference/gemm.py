@@ -66,7 +66,7 @@ def add_product_(out: Tensor, dy: Tensor, x: Tensor) -> None:
 
 def _grouped_mm(x: Tensor) -> bool:
     """torch has a grouped product, with offsets that stay on the device, for bf16 on CUDA."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
 
 
 def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, slice]]:
