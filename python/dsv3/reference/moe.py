@@ -16,14 +16,6 @@ def top(x: Tensor, k: int) -> Tensor:
     return torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
-def count(index: Tensor, experts: int) -> Tensor:
-    """int32 [experts]: how often each expert occurs. Unlike torch.bincount it never waits for the device."""
-    flat = index.reshape(-1)
-    return torch.zeros(experts, dtype=torch.int32, device=index.device).scatter_add_(
-        0, flat, torch.ones_like(flat).int()
-    )
-
-
 def moe_gate(
     logits: Tensor,
     bias: Tensor | None,
