@@ -5,8 +5,10 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "tensor.h"
 
@@ -57,17 +59,25 @@ struct Launch {
   int cluster = 1;
 };
 
+// Dynamic shared memory beyond what every kernel may use must be asked for, once a kernel and device.
+template <class Kernel>
+void allow_smem(const char* name, Kernel kernel, size_t bytes) {
+  constexpr size_t kDefault = 32 * 1024;  // 48 KiB with the static part
+  if (bytes <= kDefault) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+}
+
 // Launches with programmatic stream serialisation: the kernel may start while the one before it drains, and must call
 // `wait_for_inputs` before it reads anything that an earlier kernel wrote.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cudaStream_t stream, Args&&... args) {
   if (shape.grid.x == 0) return;
+  allow_smem(name, kernel, shape.smem);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = shape.cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -76,6 +86,31 @@ void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cu
   config.attrs = attributes;
   config.numAttrs = shape.cluster > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+}
+
+// Clusters (of one block: blocks) of a kernel that fit on the current device at once: the grid of a persistent kernel.
+// Kept a kernel and device, since asking takes longer than a launch.
+template <class... Params>
+int resident_clusters(const char* name, void (*kernel)(Params...), const Launch& shape) {
+  using Key = std::tuple<int, const void*, size_t>;
+  static std::map<Key, int> known;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  int& clusters = known[Key{device, reinterpret_cast<const void*>(kernel), shape.smem}];
+  if (clusters > 0) return clusters;
+  allow_smem(name, kernel, shape.smem);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.cluster);
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.smem;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), name);
+  if (clusters == 0) throw std::runtime_error(std::string(name) + ": no cluster of this kernel fits on the device");
+  return clusters;
 }
 
 // Calls f with a value of the C++ type of a floating dtype: visit_float(x.dtype(), [&](auto zero) { using T =

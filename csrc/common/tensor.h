@@ -108,12 +108,14 @@ template <class... Args>
     if (!(condition)) ::dsv3::detail::fail(__VA_ARGS__); \
   } while (0)
 
-// What every operand of a kernel must be: on the GPU, contiguous, 16-byte aligned, of the dtype named.
+// What every operand of a kernel must be: on the GPU, contiguous, of the dtype named, and 16-byte aligned, since all but
+// integers are read in vectors.
 inline void check_operand(const char* name, const Tensor& t, Dtype dtype) {
   DSV3_CHECK(t.is_cuda(), name, " must be on a CUDA device, got a CPU tensor of shape ", t);
   DSV3_CHECK(t.dtype() == dtype, name, " must be ", dtype, ", got ", t);
   DSV3_CHECK(t.is_contiguous(), name, " must be contiguous, got strides that are not, of shape ", t);
-  DSV3_CHECK(t.aligned(16) || t.numel() == 0, name, " must be 16-byte aligned, of shape ", t);
+  const bool scalars = dtype == Dtype::kInt32 || dtype == Dtype::kInt64;
+  DSV3_CHECK(scalars || t.aligned(16) || t.numel() == 0, name, " must be 16-byte aligned, of shape ", t);
 }
 
 template <class... Sizes>

@@ -3,20 +3,25 @@
 //   loss_t = logsumexp_v x_tv - x_t,target;   x_tv <- exp(x_tv - logsumexp) - [v == target]
 //
 // Memory-bound: logits are read once and written once. A row of V3's vocabulary (129280 bf16, 253 KiB) is larger than
-// the shared memory of a multiprocessor and as large as its registers, so a cluster of blocks holds it: every thread
-// keeps up to kVecs 16-byte vectors in registers between the reductions and the write, and the blocks exchange one
-// (maximum, sum) pair each through distributed shared memory, combined in the order of their ranks.
+// the shared memory of a multiprocessor, so a cluster of up to 8 blocks holds it, a slice of at most 32 KiB (64 KiB in
+// fp32) each. The kernel is persistent: while a row is worked on, the next slices arrive in a ring of three stages by
+// bulk copies, and the gradient of the last row leaves by another; two blocks a multiprocessor hide each other's
+// latencies. A thread keeps its part of the slice in registers between the two passes. There is one barrier a row:
+// before it every warp sends its (maximum, sum of exponentials) to all blocks of the cluster; behind it each combines
+// all of them in the same order.
 #include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/util.hpp>
 
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
+#include "../hopper/bulk.cuh"
 #include "../ops.h"
 
 namespace dsv3 {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kStages = 3;
 constexpr int kMaxCluster = 8;
 constexpr int64_t kIgnored = -100;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -25,120 +30,194 @@ struct CrossEntropyParams {
   void* logits;            // [T, V]
   float* loss;             // [T]
   const int64_t* targets;  // [T]
+  int64_t tokens;
   int vocab;
+  int slice;  // values of a row that a block holds, a multiple of a vector; the last block's may be shorter
   bool write_gradient;
 };
 
-// Maximum and sum of exponentials (relative to the maximum) of a part of a row.
+// Maximum and sum of exponentials relative to the maximum, of a part of a row.
 struct alignas(8) Partial {
   float max;
   float sum;
 };
 
-template <int kCluster>
-__device__ __forceinline__ Partial combine_cluster(Partial mine, Partial* shared) {
-  if constexpr (kCluster == 1) return mine;
-  const int rank = static_cast<int>(cute::block_rank_in_cluster());
-  // Each block stores its pair into slot `rank` of every block, so that the exit of a block can not race with a read.
-  // The first wait is for the arrival at the top of the kernel: every block of the cluster is running.
-  cute::cluster_wait();
-  if (threadIdx.x < kCluster) {
-    const uint32_t slot = cute::set_block_rank(cute::cast_smem_ptr_to_uint(shared + rank), threadIdx.x);
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(slot), "f"(mine.max), "f"(mine.sum) : "memory");
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ Partial combine(Partial a, Partial b) {
+  const float max = fmaxf(a.max, b.max);
+  if (max == -INFINITY) return a;  // both empty, or all logits -inf
+  return {max, a.sum * exp2_fast((a.max - max) * kLog2e) + b.sum * exp2_fast((b.max - max) * kLog2e)};
+}
+__device__ __forceinline__ Partial warp_combine(Partial x) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x = combine(x, {__shfl_xor_sync(0xffffffffu, x.max, offset), __shfl_xor_sync(0xffffffffu, x.sum, offset)});
   }
-  cute::cluster_arrive();
-  cute::cluster_wait();
-  Partial total = shared[0];
+  return x;
+}
+
+// A thread's part of a slice: reads it from shared memory, leaves exp(x - maximum) in `exps`, and returns maximum and
+// sum. One exponential a logit: the probabilities are these, scaled.
+template <class T, int kVecs>
+__device__ __forceinline__ Partial exponentials(const T* stage, int vecs, float (&exps)[kVecs][Vec<T>::kSize]) {
+  constexpr int kSize = Vec<T>::kSize;
+  float max = -INFINITY, sum = 0.f;
 #pragma unroll
-  for (int r = 1; r < kCluster; ++r) total.max = fmaxf(total.max, shared[r].max);
-  total.sum = 0.f;
+  for (int i = 0; i < kVecs; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    if (v >= vecs) continue;
+    unpack(load(stage + v * kSize), exps[i]);
 #pragma unroll
-  for (int r = 0; r < kCluster; ++r) total.sum += shared[r].sum * exp2f((shared[r].max - total.max) * kLog2e);
-  return total;
+    for (int j = 0; j < kSize; ++j) max = fmaxf(max, exps[i][j]);
+  }
+  const float offset = max == -INFINITY ? 0.f : max * kLog2e;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    if (static_cast<int>(threadIdx.x) + i * kThreads >= vecs) continue;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      exps[i][j] = exp2_fast(exps[i][j] * kLog2e - offset);
+      sum += exps[i][j];
+    }
+  }
+  return {max, sum};
+}
+
+// The sum over the row: every warp gives its partial to every block of the cluster, then all combine all of them in
+// order.
+template <int kCluster>
+__device__ __forceinline__ Partial exchange(Partial mine, Partial* slots) {
+  const int rank = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  mine = warp_combine(mine);
+  Partial* const slot = slots + rank * kWarps + warp;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) *slot = mine;
+    __syncthreads();
+  } else {
+    if (lane < kCluster) {
+      const uint32_t remote = cute::set_block_rank(cute::cast_smem_ptr_to_uint(slot), lane);
+      asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(mine.max), "f"(mine.sum) : "memory");
+    }
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+  Partial total{-INFINITY, 0.f};
+#pragma unroll
+  for (int i = lane; i < kCluster * kWarps; i += kWarpSize) total = combine(total, slots[i]);
+  return warp_combine(total);
 }
 
 template <class T, int kCluster, int kVecs>
-__global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(CrossEntropyParams p) {
+__global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
+    cross_entropy_kernel(CrossEntropyParams p) {
   constexpr int kSize = Vec<T>::kSize;
-  __shared__ float scratch[2][kThreads / kWarpSize];
-  __shared__ Partial partials[kCluster];
-  if constexpr (kCluster > 1) cute::cluster_arrive_relaxed();
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ uint64_t barriers[kStages];
+  __shared__ Partial slots[2][kCluster * kWarps];  // of even and odd rows: a slow block may still read the row before
+  TransactionBarrier* const full = reinterpret_cast<TransactionBarrier*>(barriers);
+  const int begin = static_cast<int>(blockIdx.x % kCluster) * p.slice;
+  const int size = max(0, min(p.slice, p.vocab - begin)), vecs = size / kSize;
+  const int64_t stride = gridDim.x / kCluster;
+  T* const logits = static_cast<T*>(p.logits) + begin;
+  const auto row_of = [&](int64_t step) { return blockIdx.x / kCluster + step * stride; };
+  const auto stage_of = [&](int64_t step) { return reinterpret_cast<T*>(ring) + step % kStages * p.slice; };
+  const auto request = [&](int64_t step) {
+    if (row_of(step) >= p.tokens || size == 0) return;
+    const int bytes = size * static_cast<int>(sizeof(T));
+    full[step % kStages].arrive_and_expect_tx(bytes);
+    bulk_load(stage_of(step), logits + row_of(step) * p.vocab, bytes, full[step % kStages]);
+  };
+  const auto target_of = [&](int64_t step) { return row_of(step) < p.tokens ? p.targets[row_of(step)] : kIgnored; };
+
+  if (threadIdx.x == 0) init_barriers(full, kStages);
+  if constexpr (kCluster > 1) {
+    cute::cluster_arrive();  // also: every block of the cluster runs before one writes to its shared memory
+    cute::cluster_wait();
+  } else {
+    __syncthreads();
+  }
   wait_for_inputs();
   release_dependents();
-  const int64_t t = blockIdx.x / kCluster;
-  const int part = blockIdx.x % kCluster;
-  const int vecs = p.vocab / kSize;
-  T* const row = static_cast<T*>(p.logits) + t * p.vocab;
-  const int64_t target = p.targets[t];
-  const bool ignored = target == kIgnored, valid = target >= 0 && target < p.vocab;
-
-  Vec<T> x[kVecs];
-  float max = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int v = (i * kCluster + part) * kThreads + threadIdx.x;
-    if (v < vecs) x[i] = load_streaming(row + v * kSize);
+  if (threadIdx.x == 0) {
+    for (int step = 0; step + 1 < kStages; ++step) request(step);
   }
-  // Read before any block of the cluster can write: writes come after the exchange.
-  const float target_logit = valid ? to_float(row[target]) : NAN;
+  int64_t next_target = target_of(0);
+  for (int64_t step = 0; row_of(step) < p.tokens; ++step) {
+    const int64_t target = next_target;
+    next_target = target_of(step + 1);
+    const bool ignored = target == kIgnored, valid = target >= 0 && target < p.vocab;
+    const int column = valid ? static_cast<int>(target) - begin : -1;  // in this block's slice, if in [0, size)
+    T* const stage = stage_of(step);
+    if (size > 0) full[step % kStages].wait(step / kStages % 2);
+    // The thread that holds the target reports the loss; where there is none, the cluster's first.
+    const bool holds = column >= 0 && column < size && column / kSize % kThreads == static_cast<int>(threadIdx.x);
+    const float target_logit = holds ? to_float(stage[column]) : NAN;
+    float exps[kVecs][kSize];
+    const Partial mine = exponentials<T, kVecs>(stage, vecs, exps);
+    const Partial total = exchange<kCluster>(mine, slots[step % 2]);
+    const float lse = total.max + logf(total.sum);
+    if (holds || (!valid && begin == 0 && threadIdx.x == 0)) p.loss[row_of(step)] = ignored ? 0.f : lse - target_logit;
+    if (p.write_gradient) {
+      // Ignored rows have a zero gradient; a target outside the vocabulary makes its row NaN, like its loss.
+      const float scale = ignored ? 0.f : valid ? exp2_fast((mine.max - lse) * kLog2e) : NAN;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    if ((i * kCluster + part) * kThreads + threadIdx.x >= vecs) continue;
-    float values[kSize];
-    unpack(x[i], values);
+      for (int i = 0; i < kVecs; ++i) {
+        const int v = threadIdx.x + i * kThreads;
+        if (v >= vecs) continue;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) max = fmaxf(max, values[j]);
-  }
-  max = block_reduce<Max, kThreads>(max, scratch[0]);
-  const float offset = max == -INFINITY ? 0.f : max;
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    if ((i * kCluster + part) * kThreads + threadIdx.x >= vecs) continue;
-    float values[kSize];
-    unpack(x[i], values);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sum += exp2f((values[j] - offset) * kLog2e);
-  }
-  sum = block_reduce<Sum, kThreads>(sum, scratch[1]);
-  const Partial total = combine_cluster<kCluster>({offset, sum}, partials);
-
-  const float lse = total.max + logf(total.sum);
-  if (part == 0 && threadIdx.x == 0) p.loss[t] = ignored ? 0.f : lse - target_logit;
-  if (!p.write_gradient) return;
-  // Ignored rows have a zero gradient; a target outside the vocabulary makes its row NaN, like its loss.
-  const float one = valid ? 1.f : NAN;
-  const int column = valid ? static_cast<int>(target) : -1;
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int v = (i * kCluster + part) * kThreads + threadIdx.x;
-    if (v >= vecs) continue;
-    const int target_in_vector = column - v * kSize;
-    float values[kSize];
-    unpack(x[i], values);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float probability = exp2f((values[j] - lse) * kLog2e);
-      values[j] = ignored ? 0.f : probability * one - (j == target_in_vector ? 1.f : 0.f);
+        for (int j = 0; j < kSize; ++j) exps[i][j] = ignored ? 0.f : exps[i][j] * scale;
+        Vec<T> gradient;
+        pack(exps[i], gradient);
+        store(stage + v * kSize, gradient);
+      }
+      if (holds) stage[column] = from_float<T>(exp2_fast((target_logit - lse) * kLog2e) - 1.f);
+      fence_bulk_store();
     }
-    pack(values, x[i]);
-    store_streaming(row + v * kSize, x[i]);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (p.write_gradient && size > 0) {
+        bulk_store(logits + row_of(step) * p.vocab, stage, size * static_cast<int>(sizeof(T)));
+        wait_bulk_stores_read<1>();  // the row before has left its stage, which is the next to fill
+      }
+      request(step + kStages - 1);
+    }
   }
+  if (threadIdx.x == 0) wait_bulk_stores_read<0>();
+}
+
+template <class T, int kCluster, int kVecs>
+void launch_persistent(const CrossEntropyParams& p, cudaStream_t stream) {
+  const auto kernel = cross_entropy_kernel<T, kCluster, kVecs>;
+  Launch shape{.block = dim3(kThreads), .smem = kStages * p.slice * sizeof(T), .cluster = kCluster};
+  const int64_t clusters = std::min<int64_t>(p.tokens, resident_clusters("cross_entropy", kernel, shape));
+  shape.grid = dim3(clusters * kCluster);
+  launch("cross_entropy", kernel, shape, stream, p);
 }
 
 template <class T>
-void launch_cross_entropy(const CrossEntropyParams& p, int64_t tokens, cudaStream_t stream) {
-  const int blocks = (p.vocab / Vec<T>::kSize + kThreads - 1) / kThreads;  // of one vector a thread
-  const auto run = [&](auto kernel, int cluster) {
-    launch("cross_entropy", kernel, {.grid = dim3(tokens * cluster), .block = dim3(kThreads), .cluster = cluster},
-           stream, p);
+void launch_cross_entropy(CrossEntropyParams p, cudaStream_t stream) {
+  constexpr int kSize = Vec<T>::kSize;
+  const int vecs = p.vocab / kSize, blocks = (vecs + kThreads - 1) / kThreads;  // of one vector a thread
+  const auto run = [&](auto cluster, auto slice_vecs) {
+    p.slice = (vecs + cluster() - 1) / cluster() * kSize;
+    launch_persistent<T, cluster(), slice_vecs()>(p, stream);
   };
-  if (blocks <= 1) return run(cross_entropy_kernel<T, 1, 1>, 1);
-  if (blocks <= 4) return run(cross_entropy_kernel<T, 1, 4>, 1);
-  if (blocks <= 8) return run(cross_entropy_kernel<T, 1, 8>, 1);
-  if (blocks <= 16) return run(cross_entropy_kernel<T, 2, 8>, 2);
-  if (blocks <= 32) return run(cross_entropy_kernel<T, 4, 8>, 4);
-  return run(cross_entropy_kernel<T, kMaxCluster, 8>, kMaxCluster);
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Four = std::integral_constant<int, 4>;
+  using Eight = std::integral_constant<int, 8>;
+  if (blocks <= 1) return run(One{}, One{});
+  if (blocks <= 4) return run(One{}, Four{});
+  if (blocks <= 8) return run(Two{}, Four{});
+  if (blocks <= 16) return run(Four{}, Four{});
+  if (blocks <= 32) return run(Eight{}, Four{});
+  return run(Eight{}, Eight{});
 }
 
 }  // namespace
@@ -157,9 +236,10 @@ void cross_entropy_(Tensor loss, Tensor logits, Tensor targets, bool write_gradi
     launch_cross_entropy<T>({.logits = logits.data<T>(),
                              .loss = loss.data<float>(),
                              .targets = targets.data<int64_t>(),
+                             .tokens = logits.size(0),
                              .vocab = static_cast<int>(logits.size(1)),
                              .write_gradient = write_gradient},
-                            logits.size(0), stream);
+                            stream);
   });
 }
 

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(RowsParams p) {
   if (threadIdx.x < p.topk) rows[threadIdx.x] = p.position[t * p.topk + threadIdx.x];
   __syncthreads();
   for (int v = threadIdx.x; v < p.hidden / kSize; v += kThreads) {
-    const Vec<T> x = load_streaming(static_cast<const T*>(p.in) + t * p.hidden + v * kSize);
+    const Vec<T> x = load(static_cast<const T*>(p.in) + t * p.hidden + v * kSize);
 #pragma unroll 8
     for (int j = 0; j < p.topk; ++j) store(static_cast<T*>(p.out) + rows[j] * p.hidden + v * kSize, x);
   }
@@ -167,8 +167,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(RowsParams p) {
       Vec<T> y[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (first + j < p.topk)
-          y[j] = load_streaming(static_cast<const T*>(p.in) + rows[first + j] * p.hidden + v * kSize);
+        if (first + j < p.topk) y[j] = load(static_cast<const T*>(p.in) + rows[first + j] * p.hidden + v * kSize);
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
   for (int i = 0; i < kVecs; ++i) {
     const int v = first + i * kThreads;
     if (v >= vecs) continue;
-    g[i] = load_streaming(gate + v * kSize);
-    u[i] = load_streaming(gate + p.inner + v * kSize);
+    g[i] = load(gate + v * kSize);
+    u[i] = load(gate + p.inner + v * kSize);
   }
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
   const float weight = p.weights ? p.weights[t] : 1.f;
   float sum = 0.f;
   for (int v = threadIdx.x; v < p.inner / kSize; v += kThreads) {
-    Vec<T> g = load_streaming(gate + v * kSize);
-    Vec<T> u = load_streaming(gate + p.inner + v * kSize);
-    const Vec<T> dout = load_streaming(static_cast<const T*>(p.dout) + t * p.inner + v * kSize);
+    Vec<T> g = load(gate + v * kSize);
+    Vec<T> u = load(gate + p.inner + v * kSize);
+    const Vec<T> dout = load(static_cast<const T*>(p.dout) + t * p.inner + v * kSize);
     float gs[kSize], us[kSize], ds[kSize];
     unpack(g, gs);
     unpack(u, us);

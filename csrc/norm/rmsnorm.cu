@@ -9,6 +9,7 @@
 // small kernel adds the partial rows in order. No atomics: results do not change from run to run.
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
+#include "../hopper/bulk.cuh"
 #include "../ops.h"
 
 namespace dsv3 {
@@ -40,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * kThreads;
     if (v >= vecs) continue;
-    x[i] = load_streaming(static_cast<const T*>(p.x) + row + v * kSize);
-    if (p.residual) residual[i] = load_streaming(static_cast<const T*>(p.residual) + row + v * kSize);
+    x[i] = load(static_cast<const T*>(p.x) + row + v * kSize);
+    if (p.residual) residual[i] = load(static_cast<const T*>(p.residual) + row + v * kSize);
   }
   float sum = 0.f;
 #pragma unroll
@@ -90,46 +91,83 @@ struct BackwardParams {
   const float* rstd;      // [T]
   int64_t tokens;
   int hidden;
+  int stages;
 };
 
-// kRows rows at a time, kRowThreads threads a row; the block walks over the rows with the stride of the grid.
+constexpr int kMaxStages = 8;
+constexpr int kRingBytes = 200 * 1024;  // a multiprocessor
+
+// A block walks over groups of kRows neighbouring rows with the stride of the grid, kRowThreads threads a row. The rows
+// of the next groups arrive in a ring of stages in shared memory meanwhile: [dy | x | dresidual], kRows rows each.
 template <class T, int kRowThreads, int kRows, int kVecs>
-__global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backward_kernel(BackwardParams p) {
   constexpr int kSize = Vec<T>::kSize;
   constexpr int kRowWarps = kRowThreads / kWarpSize;
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ uint64_t barriers[kMaxStages];
+  TransactionBarrier* const full = reinterpret_cast<TransactionBarrier*>(barriers);
   __shared__ float scratch[2][kRows][kRowWarps];
-  extern __shared__ float combined[];  // [H], where kRows > 1
-  wait_for_inputs();
-  release_dependents();
   const int lane = threadIdx.x % kRowThreads;
   const int group = threadIdx.x / kRowThreads;
   const int vecs = p.hidden / kSize;
+  const int tensor_bytes = kRows * p.hidden * static_cast<int>(sizeof(T));
+  const int tensors = p.dresidual ? 3 : 2;
+  const auto first_row = [&](int64_t step) { return (blockIdx.x + step * gridDim.x) * kRows; };
+  const auto request = [&](int64_t step) {
+    const int64_t first = first_row(step);
+    if (first >= p.tokens) return;
+    const int stage = static_cast<int>(step % p.stages);
+    uint8_t* const base = ring + static_cast<int64_t>(stage) * tensors * tensor_bytes;
+    const int64_t rows = p.tokens - first;
+    const int bytes = rows < kRows ? static_cast<int>(rows) * p.hidden * static_cast<int>(sizeof(T)) : tensor_bytes;
+    full[stage].arrive_and_expect_tx(bytes * tensors);
+    bulk_load(base, static_cast<const T*>(p.dy) + first * p.hidden, bytes, full[stage]);
+    bulk_load(base + tensor_bytes, static_cast<const T*>(p.x) + first * p.hidden, bytes, full[stage]);
+    if (p.dresidual) {
+      bulk_load(base + 2 * tensor_bytes, static_cast<const T*>(p.dresidual) + first * p.hidden, bytes, full[stage]);
+    }
+  };
+
+  if (threadIdx.x == 0) init_barriers(full, p.stages);
+  __syncthreads();
+  wait_for_inputs();
+  release_dependents();
+  if (threadIdx.x == 0) {
+    for (int step = 0; step < p.stages; ++step) request(step);
+  }
+  // Read again for every row, from the L1 cache: registers are scarcer.
+  const auto load_weight = [&](int v, float (&weights)[kSize]) {
+    unpack(load(static_cast<const T*>(p.weight) + v * kSize), weights);
+  };
+  const auto load_rstd = [&](int64_t step) {
+    const int64_t t = first_row(step) + group;
+    return t < p.tokens ? p.rstd[t] : 0.f;
+  };
 
   float dweight[kVecs][kSize] = {};
-  int phase = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.tokens;
-       first += gridDim.x * kRows, phase ^= 1) {
-    const int64_t t = first + group;
+  float next_rstd = load_rstd(0);
+  for (int64_t step = 0; first_row(step) < p.tokens; ++step) {
+    const int64_t t = first_row(step) + group;
     const bool live = t < p.tokens;
-    Vec<T> x[kVecs], dy[kVecs];
-    const float rstd = live ? p.rstd[t] : 0.f;
+    const int stage = static_cast<int>(step % p.stages);
+    const T* const rows =
+        reinterpret_cast<const T*>(ring + static_cast<int64_t>(stage) * tensors * tensor_bytes) + group * p.hidden;
+    const float rstd = next_rstd;
+    next_rstd = load_rstd(step + 1);
+    full[stage].wait(step / p.stages % 2);
+    Vec<T> x[kVecs], dy[kVecs], residual[kVecs] = {};
     float dot = 0.f;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = lane + i * kRowThreads;
       if (!live || v >= vecs) continue;
-      x[i] = load_streaming(static_cast<const T*>(p.x) + t * p.hidden + v * kSize);
-      dy[i] = load_streaming(static_cast<const T*>(p.dy) + t * p.hidden + v * kSize);
-    }
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int v = lane + i * kRowThreads;
-      if (!live || v >= vecs) continue;
-      const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
+      dy[i] = load(rows + v * kSize);
+      x[i] = load(rows + kRows * p.hidden + v * kSize);
+      if (p.dresidual) residual[i] = load(rows + 2 * kRows * p.hidden + v * kSize);
       float values[kSize], grads[kSize], weights[kSize];
       unpack(x[i], values);
       unpack(dy[i], grads);
-      unpack(weight, weights);
+      load_weight(v, weights);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float product = grads[j] * values[j] * rstd;
@@ -138,24 +176,22 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
       }
     }
     dot = warp_reduce<Sum>(dot);
-    if (lane % kWarpSize == 0) scratch[phase][group][lane / kWarpSize] = dot;
+    if (lane % kWarpSize == 0) scratch[step % 2][group][lane / kWarpSize] = dot;
     __syncthreads();
+    if (threadIdx.x == 0) request(step + p.stages);  // every thread holds its part of this stage in registers
     dot = 0.f;
 #pragma unroll
-    for (int w = 0; w < kRowWarps; ++w) dot += scratch[phase][group][w];
+    for (int w = 0; w < kRowWarps; ++w) dot += scratch[step % 2][group][w];
     const float mean = dot / p.hidden;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = lane + i * kRowThreads;
       if (!live || v >= vecs) continue;
-      const Vec<T> weight = load(static_cast<const T*>(p.weight) + v * kSize);
-      Vec<T> residual{};
-      if (p.dresidual) residual = load_streaming(static_cast<const T*>(p.dresidual) + t * p.hidden + v * kSize);
       float values[kSize], grads[kSize], weights[kSize], addends[kSize];
       unpack(x[i], values);
       unpack(dy[i], grads);
-      unpack(weight, weights);
-      unpack(residual, addends);
+      load_weight(v, weights);
+      unpack(residual[i], addends);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         values[j] = rstd * (weights[j] * grads[j] - values[j] * rstd * mean) + addends[j];
@@ -165,10 +201,11 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
     }
   }
 
-  // The groups add their sums in order; the last one writes the block's row.
+  // The groups add their sums in order, in the ring, which is free now; the last one writes the block's row.
+  float* const combined = reinterpret_cast<float*>(ring);
   float* const row = p.partial + static_cast<int64_t>(blockIdx.x) * p.hidden;
   for (int g = 0; g < kRows; ++g) {
-    if (g > 0) __syncthreads();
+    __syncthreads();
     if (group != g) continue;
     float* const target = g == kRows - 1 ? row : combined;
 #pragma unroll
@@ -218,17 +255,22 @@ void launch_forward(const ForwardParams& p, int64_t tokens, cudaStream_t stream)
 }
 
 template <class T>
-void launch_backward(const BackwardParams& p, int blocks, cudaStream_t stream) {
+void launch_backward(BackwardParams p, int blocks, cudaStream_t stream) {
+  constexpr int kThreads = 512;
   const int vecs = p.hidden / Vec<T>::kSize;
-  const auto run = [&](auto kernel, int threads, bool combine) {
-    const size_t smem = combine ? p.hidden * sizeof(float) : 0;
-    launch("rmsnorm_backward", kernel, {.grid = dim3(blocks), .block = dim3(threads), .smem = smem}, stream, p);
+  // Two blocks a multiprocessor hide each other's reductions, where their registers allow it.
+  const auto run = [&](auto kernel, int rows, int resident = 2) {
+    const int stage = (p.dresidual ? 3 : 2) * rows * p.hidden * static_cast<int>(sizeof(T));
+    p.stages = std::min(kMaxStages, kRingBytes / resident / stage);
+    const size_t smem = std::max<size_t>(p.stages * stage, p.hidden * sizeof(float));
+    launch("rmsnorm_backward", kernel, {.grid = dim3(blocks), .block = dim3(kThreads), .smem = smem}, stream, p);
   };
-  if (vecs <= 128) return run(backward_kernel<T, 128, 8, 1>, 1024, true);
-  if (vecs <= 256) return run(backward_kernel<T, 256, 4, 1>, 1024, true);
-  if (vecs <= 512) return run(backward_kernel<T, 512, 2, 1>, 1024, true);
-  if (vecs <= 1024) return run(backward_kernel<T, 512, 2, 2>, 1024, true);
-  return run(backward_kernel<T, 512, 1, 4>, 512, false);
+  if (vecs <= 64) return run(backward_kernel<T, 64, 8, 1>, 8);
+  if (vecs <= 128) return run(backward_kernel<T, 128, 4, 1>, 4);
+  if (vecs <= 256) return run(backward_kernel<T, 256, 2, 1>, 2);
+  if (vecs <= 512) return run(backward_kernel<T, 512, 1, 1>, 1);
+  if (vecs <= 1024) return run(backward_kernel<T, 512, 1, 2>, 1);
+  return run(backward_kernel<T, 512, 1, 4>, 1, 1);
 }
 
 constexpr int kMaxVecs = 2048;  // vectors of 16 bytes in a row: hidden <= 16384 in bf16, 8192 in fp32

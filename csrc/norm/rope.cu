@@ -27,6 +27,21 @@ struct RopeParams {
   float sign;  // -1: the inverse rotation
 };
 
+// The angles of vector v at the token's position; NaN marks a position outside the table.
+template <int kPairs>
+__device__ __forceinline__ void load_angles(const RopeParams& p, int64_t token, int v, float (&cos)[kPairs],
+                                            float (&sin)[kPairs]) {
+  const int64_t position = p.wide_positions ? static_cast<const int64_t*>(p.positions)[token]
+                                            : static_cast<const int32_t*>(p.positions)[token];
+  const bool valid = position >= 0 && position < p.max_positions;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int64_t entry = position * (p.rope_dim / 2) + v * kPairs + i;
+    cos[i] = valid ? p.cos[entry] : NAN;
+    sin[i] = valid ? p.sin[entry] * p.sign : NAN;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) rope_kernel(RopeParams p) {
   constexpr int kSize = Vec<T>::kSize, kPairs = kSize / 2;
@@ -35,24 +50,16 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeParams p) {
   const int vecs = p.rope_dim / kSize;
   const int v = threadIdx.x % vecs, first_head = threadIdx.x / vecs, head_step = kThreads / vecs;
   const int64_t token = blockIdx.x;
-  const int64_t position = p.wide_positions ? static_cast<const int64_t*>(p.positions)[token]
-                                            : static_cast<const int32_t*>(p.positions)[token];
-  const bool valid = position >= 0 && position < p.max_positions;  // NaN marks a position outside the table
-  float cos[kPairs], sin[kPairs];
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int64_t entry = position * (p.rope_dim / 2) + v * kPairs + i;
-    cos[i] = valid ? p.cos[entry] : NAN;
-    sin[i] = valid ? p.sin[entry] * p.sign : NAN;
-  }
   T* const base = static_cast<T*>(p.x) + token * p.row + p.head_dim - p.rope_dim + v * kSize;
+  float cos[kPairs], sin[kPairs];
   for (int head = first_head; head < p.heads; head += head_step * kUnroll) {
+    // The loads of x do not wait for those of the position and its angles.
     Vec<T> x[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (head + u * head_step < p.heads)
-        x[u] = load_streaming(base + static_cast<int64_t>(head + u * head_step) * p.head_dim);
+      if (head + u * head_step < p.heads) x[u] = load(base + static_cast<int64_t>(head + u * head_step) * p.head_dim);
     }
+    if (head == first_head) load_angles<kPairs>(p, token, v, cos, sin);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (head + u * head_step >= p.heads) continue;

@@ -56,11 +56,11 @@ __device__ __forceinline__ float update(float master, float grad, float& m, floa
 
 __device__ __forceinline__ void update_chunk(const Entry& e, int64_t first, float decay, const Scalars& s) {
   float master[kElements], grad[kElements];
-  *reinterpret_cast<Vec<float>*>(master) = load_streaming(e.master + first);
-  *reinterpret_cast<Vec<float>*>(master + 4) = load_streaming(e.master + first + 4);
-  *reinterpret_cast<Vec<float>*>(grad) = load_streaming(e.grad + first);
-  *reinterpret_cast<Vec<float>*>(grad + 4) = load_streaming(e.grad + first + 4);
-  Vec<__nv_bfloat16> m = load_streaming(e.exp_avg + first), v = load_streaming(e.exp_avg_sq + first), weight;
+  *reinterpret_cast<Vec<float>*>(master) = load(e.master + first);
+  *reinterpret_cast<Vec<float>*>(master + 4) = load(e.master + first + 4);
+  *reinterpret_cast<Vec<float>*>(grad) = load(e.grad + first);
+  *reinterpret_cast<Vec<float>*>(grad + 4) = load(e.grad + first + 4);
+  Vec<__nv_bfloat16> m = load(e.exp_avg + first), v = load(e.exp_avg_sq + first), weight;
   float ms[kElements], vs[kElements];
   unpack(m, ms);
   unpack(v, vs);
@@ -69,11 +69,11 @@ __device__ __forceinline__ void update_chunk(const Entry& e, int64_t first, floa
   pack(ms, m);
   pack(vs, v);
   pack(master, weight);
-  store_streaming(e.master + first, *reinterpret_cast<Vec<float>*>(master));
-  store_streaming(e.master + first + 4, *reinterpret_cast<Vec<float>*>(master + 4));
-  store_streaming(e.exp_avg + first, m);
-  store_streaming(e.exp_avg_sq + first, v);
-  if (e.weight) store_streaming(e.weight + first, weight);
+  store(e.master + first, *reinterpret_cast<Vec<float>*>(master));
+  store(e.master + first + 4, *reinterpret_cast<Vec<float>*>(master + 4));
+  store(e.exp_avg + first, m);
+  store(e.exp_avg_sq + first, v);
+  if (e.weight) store(e.weight + first, weight);
 }
 
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ AdamwParams p) {

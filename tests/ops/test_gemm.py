@@ -175,7 +175,7 @@ def test_linear_cross_entropy_of_nothing(device):
     h, weight, targets = head_case(device, torch.float32)
     for rows, ignored in ((0, False), (70, True)):
         inputs = h[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = ops.linear_cross_entropy(*inputs, targets[:rows].masked_fill(torch.tensor(ignored), -100))
+        loss = ops.linear_cross_entropy(*inputs, targets[:rows].masked_fill(torch.tensor(ignored, device=device), -100))
         loss.backward()
         assert loss == 0
         assert not any(x.grad.any() for x in inputs)
