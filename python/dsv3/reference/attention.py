@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+# cuDNN first: with keys of 192 and values of 128 it is 4 (forward) to 8 times (backward) as fast as the next on an H100.
+CUDA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def mla_attention(
@@ -42,12 +51,16 @@ def mla_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """softmax(q k^T * scale) v for [B, H, S, D]; causal is bottom-right."""
     rows, columns, value_dim = q.shape[2], k.shape[2], v.shape[3]
-    if not q.is_cuda and value_dim < q.shape[3]:  # torch's fused CPU attention wants values as wide as keys
+    mask = None
+    if causal and rows != columns:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+    options = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale}
+    if q.is_cuda:
+        with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
+            return scaled_dot_product_attention(q, k, v, **options)
+    if value_dim < q.shape[3]:  # torch's fused CPU attention wants values as wide as keys
         v = pad(v, (0, q.shape[3] - value_dim))
-    if not causal or rows == columns:
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)[..., :value_dim]
-    mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :value_dim]
+    return scaled_dot_product_attention(q, k, v, **options)[..., :value_dim]
 
 
 def mla_decode(
