@@ -12,7 +12,7 @@ from dsv3.config import Rope
 from dsv3.model import AttentionContext
 from dsv3.model.attention import MLA, segment_of
 from dsv3.model.layers import rope_tables
-from tests.model.cases import BASE, CASES, random_model
+from tests.model.cases import BASE, CASES, random_model, tokens_for
 
 ATTENTION = ["groups and q_lora", "without q_lora", "yarn", "yarn with two mscales", "yarn without mscales"]
 
@@ -130,6 +130,15 @@ def test_tables():
 
     scaled = rope_tables(replace(yarn, attention_factor=1.5), torch.device("cpu"))
     torch.testing.assert_close(scaled[0], 1.5 * cos)
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    config = replace(BASE, rope_theta=777.0)
+    model, tokens = random_model(config), tokens_for(config, 1, 9)
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens).sum().backward()
+    assert model.layers[0].attention.kv_a.weight.grad.isfinite().all()
 
 
 def test_contexts(device):

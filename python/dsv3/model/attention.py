@@ -100,7 +100,7 @@ class MLA(nn.Module):
     ) -> None:
         super().__init__()
         at = {"device": device, "dtype": dtype}
-        self.config = config
+        self.config, self.rope, self.softmax_scale = config, config.rope, config.softmax_scale
         self.num_heads = heads = num_heads or config.num_attention_heads
         hidden, q_rank, rank = config.hidden_size, config.q_lora_rank, config.kv_lora_rank
         if q_rank:
@@ -125,7 +125,7 @@ class MLA(nn.Module):
         q_down = self.q_a(x, wgrad) if c.q_lora_rank else x
         kv_a = self.kv_a(x, wgrad)
         if cache is not None and ctx.slot_mapping is not None:
-            weight, tables = self.kv_a_norm.weight, rope_tables(c.rope, x.device)
+            weight, tables = self.kv_a_norm.weight, rope_tables(self.rope, x.device)
             ops.mla_append_kv(kv_a, weight, *tables, ctx.positions, ctx.slot_mapping, cache, eps=LATENT_NORM_EPS)
         if ctx.block_table is not None:
             out = self._absorbed(self._query(q_down, ctx, wgrad), ctx, cache)
@@ -140,7 +140,7 @@ class MLA(nn.Module):
     def _query(self, q_down: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
         c = self.config
         q = self.q_b(self.q_a_norm(q_down), wgrad) if c.q_lora_rank else self.q(q_down, wgrad)
-        q = ops.rope_(q, *rope_tables(c.rope, q.device), ctx.positions, head_dim=c.qk_head_dim)
+        q = ops.rope_(q, *rope_tables(self.rope, q.device), ctx.positions, head_dim=c.qk_head_dim)
         return q.view(-1, self.num_heads, c.qk_head_dim)
 
     def _naive(self, q_down: Tensor, kv_a: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
@@ -150,12 +150,12 @@ class MLA(nn.Module):
         assert ctx.cu_seqlens_k is not None
         q = self._query(q_down, ctx, wgrad)
         latent, k_rope = kv_a.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        tables = rope_tables(c.rope, q.device)
+        tables = rope_tables(self.rope, q.device)
         k_rope = ops.rope_(k_rope.clone(), *tables, ctx.positions, head_dim=c.qk_rope_head_dim)
         kv = self.kv_b(self.kv_a_norm(latent), wgrad).view(q.shape[0], self.num_heads, -1)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         lengths = ctx.cu_seqlens_q, ctx.cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k
-        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=c.softmax_scale)
+        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=self.softmax_scale)
 
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
         """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding."""
@@ -169,7 +169,7 @@ class MLA(nn.Module):
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         batch = ctx.seq_lens.shape[0]
         query = torch.cat([q_latent, q_rope], -1).view(batch, -1, self.num_heads, c.latent_dim)
-        settings = {"softmax_scale": c.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
+        settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
         latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, **settings)
         latent = latent.view(-1, self.num_heads, c.kv_lora_rank).transpose(0, 1)
         return torch.bmm(latent, w_uv.transpose(1, 2)).transpose(0, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def _with_recipe(self, y: Tensor, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            y.recipe = ops.Recipe(partial(_norm_again, eps=self.eps), (x, self.weight))
+            y.recipe = ops.Recipe(functools.partial(_norm_again, eps=self.eps), (x, self.weight))
         return y
 
 
@@ -71,7 +70,8 @@ class MLP(nn.Module):
         return self.reduce(self.down(ops.swiglu(self.gate_up(self.gather(x), wgrad)), wgrad))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
+@torch.inference_mode(False)  # tables first made by an engine must serve training too
 def rope_tables(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [max_positions, dim/2], of the angles position * frequency (YaRN, arXiv 2309.00071, section 3.2).
 

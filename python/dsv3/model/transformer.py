@@ -150,14 +150,17 @@ class DeepSeekV3(nn.Module):
     def loss(
         self, batch: Batch, *, mtp_weight: float = 0.3, balance_alpha: float = 1e-4, wgrad: ops.WgradQueue | None = None
     ) -> Loss:
-        """Cross-entropy, MTP and balance losses of a batch (V3 report, equations 17 to 25), without a host sync."""
+        """Cross-entropy, MTP and balance losses of a batch (V3 report, equations 17 to 25), without a host sync.
+
+        With mtp_weight 0 the MTP modules do not run: their loss and their rows of expert_load are 0.
+        """
         rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
         ctx, segment = self._context(batch, rows, length)
         tokens = batch.tokens[:, :-1].reshape(-1)
         h, stats = self.hidden(tokens, ctx, wgrad=wgrad)
         ce, num_tokens = self._cross_entropy(h, _targets(batch, segment, 0))
         depths = []
-        for k, mtp in enumerate(self.mtp, start=1):
+        for k, mtp in enumerate(self.mtp if mtp_weight else (), start=1):
             h, block_stats = mtp(h, _shift(batch.tokens, k, 0), ctx, wgrad=wgrad)
             depths.append(self._cross_entropy(h, _targets(batch, segment, k))[0])
             if block_stats is not None:
@@ -170,11 +173,9 @@ class DeepSeekV3(nn.Module):
             else zero
         )
         total = ce + mtp_weight * mtp_loss + balance
-        load = (
-            torch.stack([s.counts for s in stats])
-            if stats
-            else torch.zeros(0, 0, dtype=torch.int32, device=tokens.device)
-        )
+        experts = self.config.n_routed_experts
+        idle = 0 if mtp_weight or not experts else len(self.mtp)
+        load = torch.stack([*(s.counts for s in stats), *tokens.new_zeros(idle, experts, dtype=torch.int32)])
         return Loss(total, ce.detach(), mtp_loss.detach(), balance.detach(), num_tokens, load)
 
     def _context(self, batch: Batch, rows: int, length: int) -> tuple[AttentionContext, Tensor | None]:
