@@ -21,7 +21,8 @@ try:
     NATIVE_ERROR = ""
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    NATIVE_ERROR = str(error) if "_C" not in str(error) else "dsv3 was installed without native code"
+    absent = "cannot import name" in str(error)  # a module that is there but does not load says what it lacks
+    NATIVE_ERROR = "dsv3 was installed without native code" if absent else str(error)
 
 log = logging.getLogger("dsv3")
 library = torch.library.Library("dsv3", "DEF")

@@ -1,0 +1,62 @@
+"""What the demo decides by itself: the preset, the vocabulary, the time, the place; and what it promises on a terminal."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dsv3 import cli, demo
+from dsv3.config import Config
+from dsv3.model import DeepSeekV3
+from dsv3.ops import registry
+from dsv3.terminal import ShowProgress
+from dsv3.train.metrics import StepReport
+
+
+def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, hopper: bool) -> str:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(registry, "is_hopper", lambda device: hopper)
+    return demo._choose(None, 240.0)
+
+
+def test_mini_on_a_hopper_gpu_and_tiny_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_machine(monkeypatch, gpu=False, hopper=False) == "tiny"
+    assert on_machine(monkeypatch, gpu=True, hopper=False) == "tiny"
+    assert on_machine(monkeypatch, gpu=True, hopper=True) == "mini"
+
+
+def test_vocabularies_and_sizes() -> None:
+    tiny, mini = Config.preset("tiny"), Config.preset("mini")
+    assert (tiny.vocab_size, mini.vocab_size) == (4096, 32000)
+    parameters = sum(p.numel() for p in DeepSeekV3(tiny, device="meta").parameters())
+    assert 2e6 <= parameters <= 4e6
+
+
+def test_four_minutes_under_runs() -> None:
+    for function in (cli.demo, demo.demo):
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        assert defaults["seconds"] == 240.0
+        assert defaults["out"] == Path("runs/demo")
+        assert defaults["data"] is defaults["preset"] is None
+
+
+def report(step: int, progress: float, seconds: float) -> StepReport:
+    return StepReport(
+        step=step, loss=3.0, ce=2.5, mtp=1.25, balance=0.0, bits_per_byte=2.125, tokens=100 * step, seconds=seconds,
+        tokens_per_s=5000.0, progress=progress, lr=1e-3, mtp_weight=0.3, gamma=0.0, batch=1, grad_norm=1.0, skipped=False,
+        skipped_total=0, skipped_in_row=0, expert_load=torch.ones(1, 4),
+    )  # fmt: skip
+
+
+def test_the_bar_shows_the_time_left() -> None:
+    """A quarter of the run took a minute: three are left. The first steps, which warm up, do not count."""
+    shown = ShowProgress(Console(file=io.StringIO(), highlight=False))
+    shown.on_step(report(1, 0.05, 40.0))
+    shown.on_step(report(2, 0.25 + 0.05 * 0.75, 100.0))
+    text = shown._text(report(2, 0.25 + 0.05 * 0.75, 100.0))
+    assert text == "loss 2.500  bits/byte 2.125  MTP 1.250  5,000 tok/s  3:00 left"

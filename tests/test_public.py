@@ -1,0 +1,171 @@
+"""What other code sees of the package: its names, what an import costs, the list of ops, two ops under torch.compile."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv3
+from bench.cases import Case, families, load
+from dsv3 import doctor, ops
+from dsv3.ops import __main__ as listing
+from dsv3.ops import registry
+
+ROOT = Path(__file__).parents[1]
+# The ops that the first issue wants natively, as primitives.
+NATIVE = {
+    "rmsnorm", "rmsnorm_backward", "rope_", "swiglu", "swiglu_backward", "per_token_cast", "per_block_cast",
+    "cast_transpose", "cross_entropy_", "adamw",
+}  # fmt: skip
+
+
+# ---- names ----
+def test_public_names() -> None:
+    assert {"Config", "DeepSeekV3", "SamplingParams", "generate"} <= set(dsv3.__all__)
+    assert len(dsv3.__all__) <= 12
+    assert all(getattr(dsv3, name) is not None for name in dsv3.__all__)
+    assert set(dsv3.__all__) <= set(dir(dsv3))
+    with pytest.raises(AttributeError, match="module 'dsv3' has no attribute 'generat'"):
+        _ = dsv3.generat
+
+
+def test_the_ops_are_not_burdened_with_the_rest() -> None:
+    """A framework that imports an op gets no model, no trainer, no command line, no tokenizer."""
+    heavy = "dsv3.model dsv3.train dsv3.inference dsv3.weights dsv3.cli transformers tokenizers safetensors typer rich"
+    code = f"import sys, dsv3.ops; print(*sorted(set({heavy.split()}) & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_nothing_is_read_from_the_environment() -> None:
+    """torch wants one variable for deterministic cuBLAS calls, which is set for it; no other is touched."""
+    touched = []
+    for path in (ROOT / "python" / "dsv3").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):
+                touched.append(path.name)
+            if isinstance(node, ast.ImportFrom) and node.module == "os":
+                touched += [path.name for name in node.names if name.name in ("environ", "getenv")]
+    assert touched == ["launch.py"]
+    assert 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ' in (ROOT / "python/dsv3/train/launch.py").read_text()
+    native = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    assert len(native) > 10
+    assert [p.name for p in native if "getenv" in p.read_text()] == []
+
+
+# ---- the list of ops ----
+def test_the_list_of_ops_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    listing.main()
+    head, *entries = capsys.readouterr().out.strip().split("\n\n")
+    assert (registry.NATIVE_ERROR or "available") in head
+    found = {}
+    for entry in entries:
+        schema, shapes, where = entry.split("\n")
+        name = re.fullmatch(r"dsv3::(\w+)\(.*\) -> .+", schema).group(1)
+        assert re.search(r"\[[\w\]]", shapes), f"{name}: no shapes"
+        assert re.search("bf16|fp32|int32|int64|e4m3", shapes), f"{name}: no dtypes"
+        found[name] = where.strip()
+        assert torch._C.parse_schema(schema) == getattr(torch.ops.dsv3, name).default._schema
+    registered = {
+        str(name).removeprefix("dsv3::") for name in torch._C._dispatch_get_all_op_names() if "dsv3::" in name
+    }
+    assert found.keys() == registered
+    assert set(found.values()) <= {"native", "reference"}
+    assert {name for name, where in found.items() if where == "native"} >= NATIVE
+
+
+def test_the_list_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "dsv3.ops"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("dsv3::") == len(registry.OPS)
+    assert done.stderr == ""
+
+
+def test_every_native_op_is_checked_and_measured() -> None:
+    """A test of its registration (schema, fake kernel), a native function, a benchmark case."""
+    checked = "".join(path.read_text() for path in (ROOT / "tests" / "ops").glob("test_*.py"))
+    measured = {case.op for family in families() for case in load(family, tiny=True)}
+    declared = set(re.findall(r"^void (\w+)\(", (ROOT / "csrc" / "ops.h").read_text(), re.M))
+    assert {n for n in NATIVE if "cast" not in n and f'check_registration("{n}"' not in checked} == set()
+    assert NATIVE - measured == set()
+    assert {name.removesuffix("_") for name in NATIVE} - {name.removesuffix("_") for name in declared} == set()
+
+
+def test_doctor_names_the_gpu_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three machines that this one is not: no GPU, another GPU, no native code."""
+    hopper = registry.is_hopper
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (doctor.why_no_native_ops(), doctor.gpu()[:10]) == ("no GPU", "none found")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 9")
+    monkeypatch.setattr(registry, "is_hopper", lambda device: False)
+    assert doctor.why_no_native_ops() == "RTX 9 is not a Hopper GPU"
+    monkeypatch.setattr(registry, "is_hopper", lambda device: True)
+    assert doctor.why_no_native_ops() == ""
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "no native code")
+    assert doctor.why_no_native_ops() == "no native code"
+    monkeypatch.undo()
+    assert registry.is_hopper is hopper
+    doctor.report()
+    out = capsys.readouterr().out
+    for name in ("dsv3", "python", *doctor.REQUIRED, *doctor.OPTIONAL, "GPU"):
+        assert re.search(rf"^ *{name} +\S", out, re.M), name
+    assert doctor.gpu().split(" (")[0] in out
+
+
+# ---- for framework authors ----
+def test_two_ops_under_compile(device: torch.device) -> None:
+    """The default backend, code generation included: no graph break, the eager result and gradients."""
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.swiglu(ops.rmsnorm(x, weight))
+
+    compiled = torch.compile(layer, fullgraph=True)
+    weight = torch.rand(64, device=device).add(0.5).requires_grad_()
+    results = []
+    for f in (layer, compiled):
+        x = torch.linspace(-3, 3, 320, device=device).view(5, 64).requires_grad_()
+        y = f(x, weight)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+# ---- what the issue wants measured ----
+def rows(family: str, op: str) -> list[Case]:
+    return [case for case in load(family, tiny=False) if case.op == op]
+
+
+def test_the_benchmark_has_the_sizes_of_the_issue() -> None:
+    row_wise = {"norm": NATIVE & {"rmsnorm", "rmsnorm_backward"}, "quant": {n for n in NATIVE if "cast" in n}}
+    for family, names in row_wise.items():
+        for op in names:
+            assert (4096, 7168) in {(c.case["tokens"], c.case["hidden"]) for c in rows(family, op)}, op
+    assert {c.case["residual"] for c in rows("norm", "rmsnorm")} == {False, True}
+    (rope,) = rows("norm", "rope_")
+    assert (rope.case["tokens"], rope.case["heads"], rope.case["head_dim"]) == (4096, 128, 192)
+    rotated = 4096 * 128 * 64 * 2  # bytes: two whole sectors a head, read and written
+    assert 2 * rotated < rope.bytes < 2.1 * rotated
+    (loss,) = rows("loss", "cross_entropy_")
+    assert (loss.case["tokens"], loss.case["hidden"]) == (4096, 129280)
+    logits = 4096 * 129280 * 2
+    assert 2 * logits <= loss.bytes < 2.01 * logits
+    for adamw in rows("optim", "adamw"):
+        assert adamw.case["tensors"] == 200
+        assert 0.99e9 < adamw.case["parameters"] < 1.01e9
+    for family in ("norm", "quant", "moe", "loss", "optim"):
+        assert load(family, tiny=False)
+        assert all("torch.compile" in case.baselines for case in load(family, tiny=False)), family
+    steps = {c.case["mtp"]: c.case for c in rows("model", "train_step")}
+    assert steps.keys() == {False, True}
+    assert steps[False].items() >= {"model": "mini", "rows": 8, "length": 2048}.items()
+    assert [c.case["steps"] for c in rows("model", "train_losses")] == [200]
