@@ -14,7 +14,7 @@ typedef struct CUstream_st* cudaStream_t;  // as the CUDA headers have it, so th
 namespace dsv3 {
 
 // norm/rmsnorm.cu. x, y, residual, residual_out, dy, dx, dresidual: float [T, H]; weight float [H]; rstd, dweight fp32;
-// partial fp32 [blocks, H] is workspace (two rows a multiprocessor are best).
+// partial fp32 [blocks, H] is workspace (one row a multiprocessor is best).
 void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x, std::optional<Tensor> residual,
              Tensor weight, double eps, cudaStream_t stream);
 void rmsnorm_backward(Tensor dx, Tensor dweight, Tensor partial, Tensor dy, std::optional<Tensor> dresidual, Tensor x,

@@ -48,17 +48,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-__device__ __forceinline__ Partial combine(Partial a, Partial b) {
-  const float max = fmaxf(a.max, b.max);
-  if (max == -INFINITY) return a;  // both empty, or all logits -inf
-  return {max, a.sum * exp2_fast((a.max - max) * kLog2e) + b.sum * exp2_fast((b.max - max) * kLog2e)};
+// Integers in the order of the floats, so that the maximum of a warp is one instruction.
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
 }
-__device__ __forceinline__ Partial warp_combine(Partial x) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    x = combine(x, {__shfl_xor_sync(0xffffffffu, x.max, offset), __shfl_xor_sync(0xffffffffu, x.sum, offset)});
-  }
-  return x;
+__device__ __forceinline__ float warp_max(float x) {
+  const int best = __reduce_max_sync(0xffffffffu, ordered(x));
+  return __int_as_float(best ^ (best >> 31 & 0x7fffffff));
+}
+// exp(max - offset), 1 for an empty or infinite pair against itself.
+__device__ __forceinline__ float rescale(float max, float offset) {
+  return max == offset ? 1.f : exp2_fast((max - offset) * kLog2e);
 }
 
 // A thread's part of a slice: reads it from shared memory, leaves exp(x - maximum) in `exps`, and returns maximum and
@@ -94,7 +95,8 @@ template <int kCluster>
 __device__ __forceinline__ Partial exchange(Partial mine, Partial* slots) {
   const int rank = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  mine = warp_combine(mine);
+  const float warp_best = warp_max(mine.max);
+  mine = {warp_best, warp_reduce<Sum>(mine.sum * rescale(mine.max, warp_best))};
   Partial* const slot = slots + rank * kWarps + warp;
   if constexpr (kCluster == 1) {
     if (lane == 0) *slot = mine;
@@ -107,10 +109,19 @@ __device__ __forceinline__ Partial exchange(Partial mine, Partial* slots) {
     cute::cluster_arrive();
     cute::cluster_wait();
   }
-  Partial total{-INFINITY, 0.f};
+  constexpr int kPerLane = (kCluster * kWarps + kWarpSize - 1) / kWarpSize;
+  Partial parts[kPerLane];
+  float max = -INFINITY, sum = 0.f;
 #pragma unroll
-  for (int i = lane; i < kCluster * kWarps; i += kWarpSize) total = combine(total, slots[i]);
-  return warp_combine(total);
+  for (int i = 0; i < kPerLane; ++i) {
+    const int index = lane + i * kWarpSize;
+    parts[i] = index < kCluster * kWarps ? slots[index] : Partial{-INFINITY, 0.f};
+    max = fmaxf(max, parts[i].max);
+  }
+  max = warp_max(max);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) sum += parts[i].sum * rescale(parts[i].max, max);
+  return {max, warp_reduce<Sum>(sum)};
 }
 
 template <class T, int kCluster, int kVecs>
@@ -125,15 +136,14 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
   const int size = max(0, min(p.slice, p.vocab - begin)), vecs = size / kSize;
   const int64_t stride = gridDim.x / kCluster;
   T* const logits = static_cast<T*>(p.logits) + begin;
-  const auto row_of = [&](int64_t step) { return blockIdx.x / kCluster + step * stride; };
-  const auto stage_of = [&](int64_t step) { return reinterpret_cast<T*>(ring) + step % kStages * p.slice; };
-  const auto request = [&](int64_t step) {
-    if (row_of(step) >= p.tokens || size == 0) return;
+  const auto stage_of = [&](int stage) { return reinterpret_cast<T*>(ring) + stage * p.slice; };
+  const auto request = [&](int64_t row, int stage) {
+    if (row >= p.tokens || size == 0) return;
     const int bytes = size * static_cast<int>(sizeof(T));
-    full[step % kStages].arrive_and_expect_tx(bytes);
-    bulk_load(stage_of(step), logits + row_of(step) * p.vocab, bytes, full[step % kStages]);
+    full[stage].arrive_and_expect_tx(bytes);
+    bulk_load(stage_of(stage), logits + row * p.vocab, bytes, full[stage]);
   };
-  const auto target_of = [&](int64_t step) { return row_of(step) < p.tokens ? p.targets[row_of(step)] : kIgnored; };
+  const auto target_of = [&](int64_t row) { return row < p.tokens ? p.targets[row] : kIgnored; };
 
   if (threadIdx.x == 0) init_barriers(full, kStages);
   if constexpr (kCluster > 1) {
@@ -145,24 +155,26 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
   wait_for_inputs();
   release_dependents();
   if (threadIdx.x == 0) {
-    for (int step = 0; step + 1 < kStages; ++step) request(step);
+    for (int stage = 0; stage + 1 < kStages; ++stage) request(blockIdx.x / kCluster + stage * stride, stage);
   }
-  int64_t next_target = target_of(0);
-  for (int64_t step = 0; row_of(step) < p.tokens; ++step) {
+  int stage_index = 0, phase = 0, parity = 0;
+  int64_t row = blockIdx.x / kCluster;
+  int64_t next_target = target_of(row);
+  for (; row < p.tokens; row += stride, parity ^= 1) {
     const int64_t target = next_target;
-    next_target = target_of(step + 1);
+    next_target = target_of(row + stride);
     const bool ignored = target == kIgnored, valid = target >= 0 && target < p.vocab;
     const int column = valid ? static_cast<int>(target) - begin : -1;  // in this block's slice, if in [0, size)
-    T* const stage = stage_of(step);
-    if (size > 0) full[step % kStages].wait(step / kStages % 2);
+    T* const stage = stage_of(stage_index);
+    if (size > 0) full[stage_index].wait(phase);
     // The thread that holds the target reports the loss; where there is none, the cluster's first.
     const bool holds = column >= 0 && column < size && column / kSize % kThreads == static_cast<int>(threadIdx.x);
     const float target_logit = holds ? to_float(stage[column]) : NAN;
     float exps[kVecs][kSize];
     const Partial mine = exponentials<T, kVecs>(stage, vecs, exps);
-    const Partial total = exchange<kCluster>(mine, slots[step % 2]);
+    const Partial total = exchange<kCluster>(mine, slots[parity]);
     const float lse = total.max + logf(total.sum);
-    if (holds || (!valid && begin == 0 && threadIdx.x == 0)) p.loss[row_of(step)] = ignored ? 0.f : lse - target_logit;
+    if (holds || (!valid && begin == 0 && threadIdx.x == 0)) p.loss[row] = ignored ? 0.f : lse - target_logit;
     if (p.write_gradient) {
       // Ignored rows have a zero gradient; a target outside the vocabulary makes its row NaN, like its loss.
       const float scale = ignored ? 0.f : valid ? exp2_fast((mine.max - lse) * kLog2e) : NAN;
@@ -182,11 +194,12 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
     __syncthreads();
     if (threadIdx.x == 0) {
       if (p.write_gradient && size > 0) {
-        bulk_store(logits + row_of(step) * p.vocab, stage, size * static_cast<int>(sizeof(T)));
+        bulk_store(logits + row * p.vocab, stage, size * static_cast<int>(sizeof(T)));
         wait_bulk_stores_read<1>();  // the row before has left its stage, which is the next to fill
       }
-      request(step + kStages - 1);
+      request(row + (kStages - 1) * stride, stage_index == 0 ? kStages - 1 : stage_index - 1);
     }
+    if (++stage_index == kStages) stage_index = 0, phase ^= 1;
   }
   if (threadIdx.x == 0) wait_bulk_stores_read<0>();
 }

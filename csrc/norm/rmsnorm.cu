@@ -95,12 +95,12 @@ struct BackwardParams {
 };
 
 constexpr int kMaxStages = 8;
-constexpr int kRingBytes = 200 * 1024;  // a multiprocessor
+constexpr int kRingBytes = 200 * 1024;
 
 // A block walks over groups of kRows neighbouring rows with the stride of the grid, kRowThreads threads a row. The rows
 // of the next groups arrive in a ring of stages in shared memory meanwhile: [dy | x | dresidual], kRows rows each.
 template <class T, int kRowThreads, int kRows, int kVecs>
-__global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backward_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(BackwardParams p) {
   constexpr int kSize = Vec<T>::kSize;
   constexpr int kRowWarps = kRowThreads / kWarpSize;
   extern __shared__ __align__(128) uint8_t ring[];
@@ -112,12 +112,10 @@ __global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backwa
   const int vecs = p.hidden / kSize;
   const int tensor_bytes = kRows * p.hidden * static_cast<int>(sizeof(T));
   const int tensors = p.dresidual ? 3 : 2;
-  const auto first_row = [&](int64_t step) { return (blockIdx.x + step * gridDim.x) * kRows; };
-  const auto request = [&](int64_t step) {
-    const int64_t first = first_row(step);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kRows;
+  const auto request = [&](int64_t first, int stage) {
     if (first >= p.tokens) return;
-    const int stage = static_cast<int>(step % p.stages);
-    uint8_t* const base = ring + static_cast<int64_t>(stage) * tensors * tensor_bytes;
+    uint8_t* const base = ring + stage * tensors * tensor_bytes;
     const int64_t rows = p.tokens - first;
     const int bytes = rows < kRows ? static_cast<int>(rows) * p.hidden * static_cast<int>(sizeof(T)) : tensor_bytes;
     full[stage].arrive_and_expect_tx(bytes * tensors);
@@ -133,28 +131,30 @@ __global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backwa
   wait_for_inputs();
   release_dependents();
   if (threadIdx.x == 0) {
-    for (int step = 0; step < p.stages; ++step) request(step);
+    for (int stage = 0; stage < p.stages; ++stage)
+      request(blockIdx.x * static_cast<int64_t>(kRows) + stage * stride, stage);
   }
-  // Read again for every row, from the L1 cache: registers are scarcer.
-  const auto load_weight = [&](int v, float (&weights)[kSize]) {
-    unpack(load(static_cast<const T*>(p.weight) + v * kSize), weights);
-  };
-  const auto load_rstd = [&](int64_t step) {
-    const int64_t t = first_row(step) + group;
-    return t < p.tokens ? p.rstd[t] : 0.f;
-  };
+  Vec<T> weight[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int v = lane + i * kRowThreads;
+    if (v < vecs) weight[i] = load(static_cast<const T*>(p.weight) + v * kSize);
+  }
+  const auto load_rstd = [&](int64_t t) { return t < p.tokens ? p.rstd[t] : 0.f; };
 
   float dweight[kVecs][kSize] = {};
-  float next_rstd = load_rstd(0);
-  for (int64_t step = 0; first_row(step) < p.tokens; ++step) {
-    const int64_t t = first_row(step) + group;
+  const float inverse_hidden = 1.f / p.hidden;
+  int stage = 0, phase = 0,
+      parity = 0;  // counted, not divided out: 64-bit divisions cost more than the row's arithmetic
+  int64_t first = blockIdx.x * static_cast<int64_t>(kRows);
+  float next_rstd = load_rstd(first + group);
+  for (; first < p.tokens; first += stride, parity ^= 1) {
+    const int64_t t = first + group;
     const bool live = t < p.tokens;
-    const int stage = static_cast<int>(step % p.stages);
-    const T* const rows =
-        reinterpret_cast<const T*>(ring + static_cast<int64_t>(stage) * tensors * tensor_bytes) + group * p.hidden;
+    const T* const rows = reinterpret_cast<const T*>(ring + stage * tensors * tensor_bytes) + group * p.hidden;
     const float rstd = next_rstd;
-    next_rstd = load_rstd(step + 1);
-    full[stage].wait(step / p.stages % 2);
+    next_rstd = load_rstd(t + stride);
+    full[stage].wait(phase);
     Vec<T> x[kVecs], dy[kVecs], residual[kVecs] = {};
     float dot = 0.f;
 #pragma unroll
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backwa
       float values[kSize], grads[kSize], weights[kSize];
       unpack(x[i], values);
       unpack(dy[i], grads);
-      load_weight(v, weights);
+      unpack(weight[i], weights);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float product = grads[j] * values[j] * rstd;
@@ -176,13 +176,15 @@ __global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backwa
       }
     }
     dot = warp_reduce<Sum>(dot);
-    if (lane % kWarpSize == 0) scratch[step % 2][group][lane / kWarpSize] = dot;
+    if (lane % kWarpSize == 0) scratch[parity][group][lane / kWarpSize] = dot;
     __syncthreads();
-    if (threadIdx.x == 0) request(step + p.stages);  // every thread holds its part of this stage in registers
+    // Every thread holds its part of this stage in registers.
+    if (threadIdx.x == 0) request(first + p.stages * stride, stage);
+    if (++stage == p.stages) stage = 0, phase ^= 1;
     dot = 0.f;
 #pragma unroll
-    for (int w = 0; w < kRowWarps; ++w) dot += scratch[step % 2][group][w];
-    const float mean = dot / p.hidden;
+    for (int w = 0; w < kRowWarps; ++w) dot += scratch[parity][group][w];
+    const float mean = dot * inverse_hidden;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = lane + i * kRowThreads;
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads* kRows, kVecs <= 2 ? 2 : 1) backwa
       float values[kSize], grads[kSize], weights[kSize], addends[kSize];
       unpack(x[i], values);
       unpack(dy[i], grads);
-      load_weight(v, weights);
+      unpack(weight[i], weights);
       unpack(residual[i], addends);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
@@ -258,10 +260,9 @@ template <class T>
 void launch_backward(BackwardParams p, int blocks, cudaStream_t stream) {
   constexpr int kThreads = 512;
   const int vecs = p.hidden / Vec<T>::kSize;
-  // Two blocks a multiprocessor hide each other's reductions, where their registers allow it.
-  const auto run = [&](auto kernel, int rows, int resident = 2) {
+  const auto run = [&](auto kernel, int rows) {
     const int stage = (p.dresidual ? 3 : 2) * rows * p.hidden * static_cast<int>(sizeof(T));
-    p.stages = std::min(kMaxStages, kRingBytes / resident / stage);
+    p.stages = std::min(kMaxStages, kRingBytes / stage);
     const size_t smem = std::max<size_t>(p.stages * stage, p.hidden * sizeof(float));
     launch("rmsnorm_backward", kernel, {.grid = dim3(blocks), .block = dim3(kThreads), .smem = smem}, stream, p);
   };
@@ -270,7 +271,7 @@ void launch_backward(BackwardParams p, int blocks, cudaStream_t stream) {
   if (vecs <= 256) return run(backward_kernel<T, 256, 2, 1>, 2);
   if (vecs <= 512) return run(backward_kernel<T, 512, 1, 1>, 1);
   if (vecs <= 1024) return run(backward_kernel<T, 512, 1, 2>, 1);
-  return run(backward_kernel<T, 512, 1, 4>, 1, 1);
+  return run(backward_kernel<T, 512, 1, 4>, 1);
 }
 
 constexpr int kMaxVecs = 2048;  // vectors of 16 bytes in a row: hidden <= 16384 in bf16, 8192 in fp32

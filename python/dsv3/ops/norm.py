@@ -41,7 +41,7 @@ def _allocate_backward(
 def _launch_backward(
     outputs: Any, dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> None:
-    blocks = min(2 * sm_count(x.device), max(1, x.shape[0]))
+    blocks = min(sm_count(x.device), max(1, x.shape[0]))
     partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
     native().rmsnorm_backward(*outputs, partial, dy, dresidual, x, weight, rstd)
 
