@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from dsv3 import demo as demo_module
 from dsv3 import plots
 from dsv3.demo import demo, train_config
 from dsv3.inference import Engine, SamplingParams
@@ -19,6 +21,15 @@ from dsv3.terminal import clock, printable
 from dsv3.train.tokenizer import load_tokenizer
 
 PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Fewer tokens to generate: the speeds are not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "SPEED_TOKENS", 16)
+        patch.setattr(demo_module, "SAMPLE_TOKENS", 24)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,9 @@ def test_loss_is_made_of_its_parts(device):
     assert loss.expert_load.dtype == torch.int32
     assert torch.equal(loss.expert_load[:2], torch.stack([s.counts for s in stats[:2]]))
     assert loss.expert_load.sum(-1).tolist() == [3 * 17 * 3] * 4
+    without = model.loss(batch, mtp_weight=0.0)
+    assert torch.equal(without.expert_load, torch.cat([loss.expert_load[:2], torch.zeros_like(loss.expert_load[2:])]))
+    assert (without.ce, without.mtp) == (loss.ce, 0)
     assert loss.total.dtype == torch.float32
 
 

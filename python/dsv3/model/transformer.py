@@ -175,7 +175,9 @@ class DeepSeekV3(nn.Module):
         total = ce + mtp_weight * mtp_loss + balance
         experts = self.config.n_routed_experts
         idle = 0 if mtp_weight or not experts else len(self.mtp)
-        load = torch.stack([*(s.counts for s in stats), *tokens.new_zeros(idle, experts, dtype=torch.int32)])
+        load = tokens.new_zeros(idle, experts, dtype=torch.int32)
+        if stats:
+            load = torch.cat([torch.stack([s.counts for s in stats]), load])
         return Loss(total, ce.detach(), mtp_loss.detach(), balance.detach(), num_tokens, load)
 
     def _context(self, batch: Batch, rows: int, length: int) -> tuple[AttentionContext, Tensor | None]:
