@@ -132,41 +132,6 @@ __device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[
   *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
 }
 
-// A 128 x 128 tile of bytes in shared memory, written a word of four consecutive rows at a time and read along the
-// columns of what was written, 16 bytes at a time. Word `quad` (rows 4 quad to 4 quad + 3) of a column lies at
-// quad ^ column / 4, so that a warp whose lanes hold consecutive vectors of columns (of any dtype) and, beyond these,
-// consecutive quads writes to 32 banks, and eight lanes that read a column read all 32.
-struct ByteTile {
-  uint32_t words[kTile][kTile / 4];
-
-  __device__ __forceinline__ void put(int column, int quad, uint32_t word) {
-    words[column][quad ^ (column >> 2)] = word;
-  }
-
-  // Rows 16 * chunk to 16 * chunk + 15 of a column.
-  __device__ __forceinline__ uint4 get(int column, int chunk) const {
-    uint4 v = *reinterpret_cast<const uint4*>(&words[column][4 * (chunk ^ (column >> 4))]);
-    if (column & 4) v = make_uint4(v.y, v.x, v.w, v.z);
-    if (column & 8) v = make_uint4(v.z, v.w, v.x, v.y);
-    return v;
-  }
-};
-
-// Writes the tile as rows of `out`: column c to out + c * stride. Columns from `columns` on, and bytes of a row from
-// `rows` on (a multiple of 16), do not exist.
-template <int kThreads>
-__device__ __forceinline__ void store_transposed(const ByteTile& tile, uint8_t* out, int64_t stride, int columns,
-                                                 int rows) {
-  constexpr int kChunks = kTile / 16;
-  const int chunk = threadIdx.x % kChunks;
-#pragma unroll
-  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
-    const int column = threadIdx.x / kChunks + i * (kThreads / kChunks);
-    if (column >= columns || chunk * 16 >= rows) continue;
-    *reinterpret_cast<uint4*>(out + column * stride + chunk * 16) = tile.get(column, chunk);
-  }
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Scales of rows of tiles: fp32 (rows, tiles) with the rows contiguous and a column stride that is a multiple of 16

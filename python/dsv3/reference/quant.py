@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ def cast_transpose(
     slots = num_slots(tokens, None if offsets is None else len(bounds) - 1)
     padded = torch.zeros(slots, k, dtype=torch.float32, device=x.device)
     at = 0
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         rows = x[start:end].float() if x_sf is None else dequantize(x[start:end], x_sf[start:end])
         padded[at : at + end - start] = rows
         at += _round_up(end - start, TILE)
