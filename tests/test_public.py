@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -58,6 +59,18 @@ def test_nothing_is_read_from_the_environment() -> None:
     native = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
     assert len(native) > 10
     assert [p.name for p in native if "getenv" in p.read_text()] == []
+
+
+def test_loading_onto_a_device(device: torch.device, tmp_path: Path) -> None:
+    config = dataclasses.replace(dsv3.Config.preset("tiny"), num_hidden_layers=2)
+    saved = dsv3.DeepSeekV3(config).init_weights()
+    saved.save_pretrained(tmp_path)
+    model = dsv3.DeepSeekV3.from_pretrained(tmp_path, dtype=torch.bfloat16, device=device)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device.type, torch.bfloat16)}
+    with torch.no_grad():
+        logits = model(torch.zeros(2, 5, dtype=torch.int64, device=device))
+    assert logits.shape == (2, 5, config.vocab_size)
+    assert torch.equal(model.embed.weight.cpu(), saved.embed.weight.bfloat16())
 
 
 # ---- the list of ops ----

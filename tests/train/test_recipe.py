@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dsv3 import DeepSeekV3
+from dsv3 import DeepSeekV3, train
 from dsv3.config import Config
 from dsv3.inference.cache import PAGE, allocate_cache
+from dsv3.parallel.data import DataParallel
+from dsv3.train import checkpoint, optimizer
 from dsv3.train.balance import ExpertBias
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
 from dsv3.train.data import TokenDataset
 from dsv3.train.ema import Ema
-from tests.train.common import micro
+from tests.train.common import Recorder, micro
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -32,12 +36,9 @@ def test_defaults_are_the_published_recipe() -> None:
 
 def test_settings_reach_the_optimizer(token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """betas, decay and the schedule's learning rate are those of the config, not of the code that is called."""
-    from dsv3 import train
-    from dsv3.train import optimizer as module
-
     seen = []
-    real = module.ops.adamw
-    monkeypatch.setattr(module.ops, "adamw", lambda *args: (seen.append(args), real(*args))[1])
+    real = optimizer.ops.adamw
+    monkeypatch.setattr(optimizer.ops, "adamw", lambda *args: (seen.append(args), real(*args))[1])
     config = micro(
         token_folder, tmp_path, max_steps=2, beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.3,
         lr_schedule="constant", warmup_steps=0,
@@ -90,3 +91,28 @@ def test_the_cache_holds_576_values_a_token_in_pages_of_64() -> None:
     cache = allocate_cache(config, 3, layers=config.num_cache_layers, device=torch.device("meta"), dtype=torch.bfloat16)
     assert [tuple(c.shape) for c in cache] == [(3, 64, 1, 576)] * 62  # 61 layers and MTP's
     assert sum(c[0, 0].nbytes for c in cache[:61]) == 70272  # bytes a token, as published
+
+
+def test_the_bias_follows_the_load_of_the_whole_batch(token_folder: Path, tmp_path: Path) -> None:
+    """One update a step, by gamma, from the sum over the micro-batches: not one a micro-batch, nor from the last one."""
+    recorder = Recorder()
+    assert train.run(micro(token_folder, tmp_path, max_steps=1, gamma=0.25, micro_batch=2), callbacks=[recorder]) == 0
+    load = recorder.steps[0].expert_load.double()
+    assert load.sum(-1).tolist() == [8 * 32 * 2] * 2
+    state = {"expert_bias": torch.empty(2, 4)}
+    checkpoint.load(checkpoint.find(tmp_path), state, parallel=DataParallel())
+    assert torch.equal(state["expert_bias"], 0.25 * torch.sign(load.mean(-1, keepdim=True) - load).float())
+
+
+def test_dsv3_train_under_torchrun(token_folder: Path, tmp_path: Path) -> None:
+    """The command itself: two processes, one run, one set of records."""
+    config = micro(token_folder, tmp_path / "run", max_steps=2)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsv3"]
+    arguments = [*command, "train", str(tmp_path / "run.json"), "gamma=0.5"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert rows[0]["gamma"] == 0.5
+    assert (checkpoint.find(tmp_path / "run") / "__1_0.distcp").is_file(), "both processes have written their part"

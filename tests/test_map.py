@@ -1,0 +1,41 @@
+"""tests/README.md names tests that exist, and admits as open only what no file proves."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+MAP = (TESTS / "README.md").read_text()
+SECTIONS = ["The two commands", "The model", "Checkpoints", "Training", "The native path", "Bad input", "Done when"]
+
+
+def test_every_test_of_the_map_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::([\w, ]+)`", MAP)
+    assert len(named) > 80
+    assert len(named) == MAP.count(".py::"), "an entry that this test does not understand"
+    missing = []
+    for path, names in named:
+        tree = ast.parse((TESTS / path).read_text())
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        missing += [f"{path}::test_{name}" for name in names.split(", ") if f"test_{name}" not in defined]
+    assert missing == []
+
+
+def test_every_section_of_the_issue_is_there() -> None:
+    assert re.findall(r"^## (.+)", MAP, re.M) == SECTIONS
+    rows = [line for line in MAP.splitlines() if re.match(r"\| (?!---|sentence|input)", line)]
+    assert len(rows) > 70
+    for row in rows:
+        assert len(re.findall(r"(?<!\\) \|", row)) == 2, row
+        proof = row.split(" | ", 1)[1]
+        assert ".py::" in proof or "**open**" in proof or ".ci/run" in proof or "by construction" in proof, row
+
+
+def test_a_recorded_run_is_there_unless_it_is_open() -> None:
+    for row in MAP.splitlines():
+        for folder, names in re.findall(r"`(bench/results/\w+)/(\{[\w,]+\}\.jsonl|\w+\.jsonl?)`", row):
+            stem, suffix = names.rsplit(".", 1)
+            files = [TESTS.parent / folder / f"{name}.{suffix}" for name in stem.strip("{}").split(",")]
+            assert "**open**" in row or all(file.is_file() for file in files), row
