@@ -15,6 +15,8 @@ from dsv3.config import Config
 from dsv3.model import DeepSeekV3
 from dsv3.ops import registry
 from dsv3.terminal import ShowProgress
+from dsv3.train import tokenizer
+from dsv3.train.corpus import open_corpus
 from dsv3.train.metrics import StepReport
 
 
@@ -60,3 +62,16 @@ def test_the_bar_shows_the_time_left() -> None:
     shown.on_step(report(2, 0.25 + 0.05 * 0.75, 100.0))
     text = shown._text(report(2, 0.25 + 0.05 * 0.75, 100.0))
     assert text == "loss 2.500  bits/byte 2.125  MTP 1.250  5,000 tok/s  3:00 left"
+
+
+def test_the_tokenizer_is_trained_on_the_training_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for i in range(60):
+        (tmp_path / f"f{i}.txt").write_text(f"document {i} " * 40)
+    corpus = open_corpus(tmp_path)
+    seen: list[str] = []
+    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda texts, size: seen.extend(texts))
+    tokenizer.train_on_corpus(corpus, 300)
+    valid = {document.text for document in corpus.documents("valid")}
+    assert valid
+    assert sorted(seen) == sorted(document.text for document in corpus.documents("train"))
+    assert not valid & set(seen)
