@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dsv3
 from bench.cases import Case, families, load
+from bench.check import require_native
 from dsv3 import doctor, ops
 from dsv3.ops import __main__ as listing
 from dsv3.ops import registry
@@ -108,6 +109,16 @@ def test_every_native_op_is_checked_and_measured() -> None:
     assert {n for n in NATIVE if "cast" not in n and f'check_registration("{n}"' not in checked} == set()
     assert NATIVE - measured == set()
     assert {name.removesuffix("_") for name in NATIVE} - {name.removesuffix("_") for name in declared} == set()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", ["norm", "quant", "moe", "loss", "optim"])
+def test_nothing_falls_back_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """A test that compares an op with its reference says nothing where the op quietly runs on it."""
+    monkeypatch.setattr(registry, "FALLBACKS", {})
+    for case in load(family, tiny=True):
+        case.run(*case.inputs(torch.device("cuda")))
+        require_native(case.op)
 
 
 def test_doctor_names_the_gpu_and_the_reason(
