@@ -25,10 +25,10 @@ struct Pack {
   uint32_t words[4];
 };
 
-// Read once, never again. Zeros where not `live`.
+// Zeros where not `live`.
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p, bool live) {
-  const uint4 v = live ? __ldcs(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+  const uint4 v = live ? *reinterpret_cast<const uint4*>(p) : make_uint4(0, 0, 0, 0);
   return {v.x, v.y, v.z, v.w};
 }
 

@@ -24,7 +24,7 @@ def _scale(amax: Tensor, pow2_scale: bool, amax_floor: float) -> Tensor:
     return torch.where(bound == 0, 1.0, sf)
 
 
-def _encode(x: Tensor, sf: Tensor) -> Tensor:
+def encode(x: Tensor, sf: Tensor) -> Tensor:
     """x * (1 / sf), rounded to nearest even, beyond 448 to 448; every NaN is 0x7f."""
     scaled = (x * sf.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX)
     return scaled.masked_fill_(scaled.isnan(), float("nan")).to(torch.float8_e4m3fn)
@@ -51,7 +51,7 @@ def per_token_cast(x: Tensor, pow2_scale: bool, amax_floor: float) -> tuple[Tens
     tiles = padded.view(tokens, -(-k // TILE), TILE)
     sf = empty_row_scales(x, tokens, tiles.shape[1])
     sf.copy_(_scale(tiles.abs().amax(-1), pow2_scale, amax_floor))
-    return _encode(tiles, sf[..., None]).view(padded.shape)[:, :k].contiguous(), sf
+    return encode(tiles, sf[..., None]).view(padded.shape)[:, :k].contiguous(), sf
 
 
 def per_block_cast(w: Tensor, pow2_scale: bool, transpose: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ def per_block_cast(w: Tensor, pow2_scale: bool, transpose: bool) -> tuple[Tensor
     padded = F.pad(w.float(), (0, -k % TILE, 0, -n % TILE))
     blocks = padded.view(g, -(-n // TILE), TILE, -(-k // TILE), TILE)
     sf = _scale(blocks.abs().amax((2, 4)), pow2_scale, 0.0)
-    data = _encode(blocks, sf[:, :, None, :, None]).view(padded.shape)[:, :n, :k].contiguous()
+    data = encode(blocks, sf[:, :, None, :, None]).view(padded.shape)[:, :n, :k].contiguous()
     if not transpose:
         return data, sf, data.new_empty(0), sf.new_empty(0)
     turned = [t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (data, sf)]
@@ -73,7 +73,7 @@ def cast_transpose(
 ) -> tuple[Tensor, Tensor]:
     """xt_fp8 [K, Tp] and xt_sf [K, Tp/128] of x [T, K] (dequantised first, where it has scales), in tiles of 128x1.
 
-    Rows offsets[g] to offsets[g+1] go to slots P[g] on, P[g+1] = P[g] + 128 * ceil(length / 128); the other slots are 0.
+    Rows offsets[g] to offsets[g+1] go to slots P[g] on, P[g+1] = P[g] + 128 * ceil(length / 128); other slots are 0.
     """
     tokens, k = x.shape
     bounds = [0, tokens] if offsets is None else offsets.tolist()
@@ -87,7 +87,7 @@ def cast_transpose(
     tiles = padded.view(slots // TILE, TILE, k)
     sf = _scale(tiles.abs().amax(1), pow2_scale, amax_floor)
     sf[at // TILE :] = 1.0
-    data = _encode(tiles, sf[:, None]).view(slots, k).t().contiguous()
+    data = encode(tiles, sf[:, None]).view(slots, k).t().contiguous()
     xt_sf = empty_row_scales(x, k, slots // TILE)
     xt_sf.copy_(sf.t())
     return data, xt_sf
