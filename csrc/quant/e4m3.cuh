@@ -1,6 +1,5 @@
-// What the FP8 casts share: the scale of a tile, conversions between fp32 and e4m3, and the transposition of a tile of
-// bytes through shared memory. Everything here is IEEE arithmetic, bit for bit what python/dsv3/reference/quant.py
-// does.
+// The arithmetic that the FP8 casts share: maxima, the scale of a tile, conversions between fp32 and e4m3. All of it is
+// IEEE, bit for bit what python/dsv3/reference/quant.py does.
 #pragma once
 
 #include <cuda_fp8.h>

@@ -1,11 +1,11 @@
-"""Casts to FP8 (e4m3) with one fp32 scale a tile of 128 (DeepSeek-V3 report, section 3.3): activations and their gradients
+"""Casts to FP8 (e4m3) with one fp32 scale a tile of 128 (DeepSeek-V3 report, section 3.3): activations and gradients
 1x128, weights 128x128, weight-gradient operands 128x1. A scale multiplies back: dequantised = fp8 * sf.
 
-With amax the largest absolute value of a tile, sf = max(amax, amax_floor) / 448 in fp32, or with pow2_scale the smallest
-power of two that is not below it; the code is that of x * (1 / sf), rounded to nearest even, saturating. All of it is IEEE
-arithmetic: native and reference agree in every bit. Where everything is 0 (with a floor of 0) sf is 1; sf is never below
-2^-126. A tile with a NaN or an infinity has that as its scale, so that it dequantises to nothing but NaN; other tiles do
-not change. The casts have no gradient.
+With amax the largest absolute value of a tile, sf = max(amax, amax_floor) / 448 in fp32, or with pow2_scale the
+smallest power of two not below it; the code is that of x * (1 / sf), rounded to nearest even, saturating. All of it is
+IEEE arithmetic: native and reference agree in every bit. Where everything is 0 (with a floor of 0) sf is 1; sf is never
+below 2^-126. A tile with a NaN or an infinity has that as its scale, so that it dequantises to nothing but NaN; other
+tiles do not change. The casts have no gradient.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ def cast_transpose(
     """Cast to FP8 in tiles of 128x1 and transpose: the operands of a weight gradient, K-major over the tokens.
 
     Group g (rows offsets[g] to offsets[g+1]) starts at slot P[g], P[g+1] = P[g] + 128 * ceil(length / 128), so no tile
-    mixes groups; slots without a token are 0, tiles without one have scale 1. Tp = 128 * ceil((T + 127 G) / 128) is known
-    without the counts (128 * ceil(T / 128) without offsets). Rows past offsets[G] are not read; the host reads nothing.
-    An already cast x is dequantised in fp32 and cast again; with powers of two on both sides that loses only what falls
-    below e4m3's smallest normal number.
+    mixes groups; slots without a token are 0, tiles without one have scale 1. Tp = 128 * ceil((T + 127 G) / 128) is
+    known without the counts (128 * ceil(T / 128) without offsets). Rows past offsets[G] are not read; the host reads
+    nothing. An already cast x is dequantised in fp32 and cast again; with powers of two on both sides that loses only
+    what falls below e4m3's smallest normal number.
 
     Args:
         x: [T, K] bf16 or fp32, K a multiple of 16, or the pair (x_fp8, x_sf) from per_token_cast; made contiguous.
