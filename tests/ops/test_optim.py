@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3 import ops
-from dsv3.testing import check_registration, reference_ops
+from dsv3.testing import check_graph, check_registration, reference_ops
 
 SIZES = [0, 1, 7, 127, 2048, 4001, 65536 * 2 + 24]
 
@@ -84,3 +84,37 @@ def test_bad_arguments():
     args[2][1] = args[2][1][:3]
     with pytest.raises(ValueError, match=r"tensor 1 has 4 master weights but sizes \[4, 3, 4, 4\]"):
         ops.adamw(*args)
+
+
+@pytest.mark.cuda
+def test_a_captured_step_reads_its_scalars_on_replay():
+    args = state([65536, 24], torch.device("cuda"))
+    tensors = [t for group in args[:5] for t in group] + list(args[5:9])
+
+    def step(*tensors):
+        lists = [[t.clone() for t in tensors[2 * i : 2 * i + 2]] for i in range(5)]
+        torch.ops.dsv3.adamw(*lists, *tensors[10:], *args[9:])
+        return [t for i in (0, 2, 3, 4) for t in lists[i]]
+
+    check_graph(step, *tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*tensors)
+    for lr, skip in ((0.5, False), (0.25, True)):
+        args[5].fill_(lr)
+        args[7].fill_(skip)
+        graph.replay()
+        captured = [t.clone() for t in outputs]
+        for ours, theirs in zip(captured, step(*tensors), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.cuda
+def test_two_hundred_tensors_are_one_launch():
+    args = state([1000] * 200, torch.device("cuda"))
+    ops.adamw(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.adamw(*args)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "kernel" in event.name]
+    assert len(kernels) == 1, kernels

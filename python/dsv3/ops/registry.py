@@ -1,7 +1,7 @@
 """How an op becomes `torch.ops.dsv3.<name>`: schema, reference, output allocation, native launch.
 
 An op runs natively where its tensors are on a Hopper GPU (compute capability 9.0) and its `supports` has no objection;
-otherwise its reference runs, on the same device. The fallback is noted once an op and reason, for `dsv3 doctor`.
+otherwise its reference runs, on the same device. The fallback is logged once an op and reason.
 Primitives have no autograd of their own: the functions of `dsv3.ops` differentiate by calling a backward primitive.
 """
 
