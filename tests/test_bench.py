@@ -50,7 +50,7 @@ def test_full_and_tiny_cases_are_the_same_list(family):
     assert flags[0] == flags[1]
     assert len({case.title for case in full}) == len(full)
     for case, small in zip(full, tiny, strict=True):
-        assert case.flops > small.flops > 0
+        assert case.flops > small.flops > 0 or case.flops == small.flops == 0  # copies compute nothing
         assert case.bytes > small.bytes > 0
 
 

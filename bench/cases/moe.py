@@ -1,4 +1,5 @@
-"""csrc/moe: SwiGLU at the sizes of V3's experts (inner 2048, with routing weights) and of its dense blocks (18432)."""
+"""csrc/moe: SwiGLU at the sizes of V3's experts (inner 2048, with routing weights) and of its dense blocks (18432); the
+gate over 256 experts, and the way of 4096 tokens to their 8 experts and back."""
 
 from __future__ import annotations
 
@@ -34,8 +35,71 @@ def _case(tokens: int, inner: int, *, weighted: bool, backward: bool) -> Case:
     )
 
 
+_GATE = (8, 4, 8, 2.5, "sigmoid", "top2_sum", True)  # groups, kept, topk, scale, score, group score, normalise
+
+
+def _gate(tokens: int, experts: int) -> Case:
+    return Case(
+        op="moe_gate",
+        case={"tokens": tokens, "experts": experts, "topk": 8},
+        flops=10 * tokens * experts,
+        bytes=tokens * (4 * experts + 8 * 12) + 8 * experts,
+        inputs=lambda device: (torch.randn(tokens, experts, device=device), torch.rand(experts, device=device) - 0.5),
+        run=lambda logits, bias: torch.ops.dsv3.moe_gate(logits, bias, *_GATE),
+        baselines=peers(lambda logits, bias: reference.moe_gate(logits, bias, *_GATE)),
+    )
+
+
+def _order(tokens: int, experts: int, topk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    choice = torch.rand(tokens, experts, device=device).topk(topk, sorted=False).indices
+    return reference.moe_permutation(choice, experts)
+
+
+def _permutation(tokens: int, experts: int, topk: int) -> Case:
+    return Case(
+        op="moe_permutation",
+        case={"tokens": tokens, "experts": experts, "topk": topk},
+        flops=0,
+        bytes=tokens * topk * 24 + 4 * (experts + 1),
+        inputs=lambda device: (torch.rand(tokens, experts, device=device).topk(topk, sorted=False).indices,),
+        run=lambda choice: torch.ops.dsv3.moe_permutation(choice, experts),
+        baselines=peers(lambda choice: reference.moe_permutation(choice, experts)),
+    )
+
+
+def _permute(tokens: int, hidden: int, topk: int, *, back: bool) -> Case:
+    experts = 256 if topk == 8 else 16
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        _, source, position = _order(tokens, experts, topk, device)
+        rows = torch.randn(tokens * topk if back else tokens, hidden, device=device, dtype=torch.bfloat16)
+        return (rows, position) if back else (rows, source, position)
+
+    def unpermute(rows: Tensor, position: Tensor) -> Tensor:
+        return torch.ops.dsv3.moe_unpermute(rows, position, None)
+
+    return Case(
+        op="moe_unpermute" if back else "moe_permute",
+        case={"tokens": tokens, "hidden": hidden, "topk": topk},
+        flops=tokens * hidden * topk if back else 0,
+        bytes=2 * tokens * hidden * (topk + 1) + 8 * tokens * topk * (1 if back else 2),  # the order, one way or both
+        inputs=inputs,
+        run=unpermute if back else torch.ops.dsv3.moe_permute,
+        baselines=peers(
+            (lambda y, position: reference.moe_unpermute(y, position, None)) if back else reference.moe_permute
+        ),
+    )
+
+
 def cases(tiny: bool) -> list[Case]:
     """`hidden` is the width of the output."""
+    tokens, hidden, topk = (32, 128, 4) if tiny else (4096, 7168, 8)
+    gates = [_gate(n, 64 if tiny else 256) for n in ((16, 32) if tiny else (128, 4096))]
+    moves = [_permute(tokens, hidden, topk, back=back) for back in (False, True)]
+    return [*_swiglu_cases(tiny), *gates, _permutation(tokens, 16 if tiny else 256, topk), *moves]
+
+
+def _swiglu_cases(tiny: bool) -> list[Case]:
     expert, dense = ((64, 128), (16, 256)) if tiny else ((32768, 2048), (4096, 18432))
     shapes = [(*expert, True), (*expert, False), (*dense, False)]
     return [
