@@ -89,10 +89,20 @@ __device__ __forceinline__ Partial exponentials(const T* stage, int vecs, float 
   return {max, sum};
 }
 
+// Writes a pair into the shared memory of another block of the cluster and counts its 8 bytes on that block's barrier:
+// data and signal in one, without the fence over all of memory that a cluster barrier brings.
+__device__ __forceinline__ void send(Partial x, Partial* slot, TransactionBarrier* arrived, int block) {
+  const uint32_t target = cute::set_block_rank(cute::cast_smem_ptr_to_uint(slot), block);
+  const uint32_t barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(arrived), block);
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target),
+               "f"(x.max), "f"(x.sum), "r"(barrier)
+               : "memory");
+}
+
 // The sum over the row: every warp gives its partial to every block of the cluster, then all combine all of them in
 // order.
 template <int kCluster>
-__device__ __forceinline__ Partial exchange(Partial mine, Partial* slots) {
+__device__ __forceinline__ Partial exchange(Partial mine, Partial* slots, TransactionBarrier* arrived, int phase) {
   const int rank = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const float warp_best = warp_max(mine.max);
@@ -102,12 +112,9 @@ __device__ __forceinline__ Partial exchange(Partial mine, Partial* slots) {
     if (lane == 0) *slot = mine;
     __syncthreads();
   } else {
-    if (lane < kCluster) {
-      const uint32_t remote = cute::set_block_rank(cute::cast_smem_ptr_to_uint(slot), lane);
-      asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(mine.max), "f"(mine.sum) : "memory");
-    }
-    cute::cluster_arrive();
-    cute::cluster_wait();
+    if (threadIdx.x == 0) arrived->arrive_and_expect_tx(kCluster * kWarps * sizeof(Partial));
+    if (lane < kCluster) send(mine, slot, arrived, lane);
+    arrived->wait(phase);
   }
   constexpr int kPerLane = (kCluster * kWarps + kWarpSize - 1) / kWarpSize;
   Partial parts[kPerLane];
@@ -129,9 +136,12 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
     cross_entropy_kernel(CrossEntropyParams p) {
   constexpr int kSize = Vec<T>::kSize;
   extern __shared__ __align__(128) uint8_t ring[];
-  __shared__ uint64_t barriers[kStages];
-  __shared__ Partial slots[2][kCluster * kWarps];  // of even and odd rows: a slow block may still read the row before
+  __shared__ uint64_t barriers[kStages + 2];
+  // Of even and odd rows: a warp sends its partial of the next row when it has read all of this one, so that two are
+  // enough.
+  __shared__ __align__(16) Partial slots[2][kCluster * kWarps];
   TransactionBarrier* const full = reinterpret_cast<TransactionBarrier*>(barriers);
+  TransactionBarrier* const arrived = full + kStages;
   const int begin = static_cast<int>(blockIdx.x % kCluster) * p.slice;
   const int size = max(0, min(p.slice, p.vocab - begin)), vecs = size / kSize;
   const int64_t stride = gridDim.x / kCluster;
@@ -145,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
   };
   const auto target_of = [&](int64_t row) { return row < p.tokens ? p.targets[row] : kIgnored; };
 
-  if (threadIdx.x == 0) init_barriers(full, kStages);
+  if (threadIdx.x == 0) init_barriers(full, kStages + 2);
   if constexpr (kCluster > 1) {
     cute::cluster_arrive();  // also: every block of the cluster runs before one writes to its shared memory
     cute::cluster_wait();
@@ -157,10 +167,10 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage + 1 < kStages; ++stage) request(blockIdx.x / kCluster + stage * stride, stage);
   }
-  int stage_index = 0, phase = 0, parity = 0;
+  int stage_index = 0, phase = 0, parity = 0, exchange_phase = 0;
   int64_t row = blockIdx.x / kCluster;
   int64_t next_target = target_of(row);
-  for (; row < p.tokens; row += stride, parity ^= 1) {
+  for (; row < p.tokens; row += stride) {
     const int64_t target = next_target;
     next_target = target_of(row + stride);
     const bool ignored = target == kIgnored, valid = target >= 0 && target < p.vocab;
@@ -172,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
     const float target_logit = holds ? to_float(stage[column]) : NAN;
     float exps[kVecs][kSize];
     const Partial mine = exponentials<T, kVecs>(stage, vecs, exps);
-    const Partial total = exchange<kCluster>(mine, slots[parity]);
+    const Partial total = exchange<kCluster>(mine, slots[parity], arrived + parity, exchange_phase);
     const float lse = total.max + logf(total.sum);
     if (holds || (!valid && begin == 0 && threadIdx.x == 0)) p.loss[row] = ignored ? 0.f : lse - target_logit;
     if (p.write_gradient) {
@@ -200,6 +210,8 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
       request(row + (kStages - 1) * stride, stage_index == 0 ? kStages - 1 : stage_index - 1);
     }
     if (++stage_index == kStages) stage_index = 0, phase ^= 1;
+    parity ^= 1;
+    if (parity == 0) exchange_phase ^= 1;
   }
   if (threadIdx.x == 0) wait_bulk_stores_read<0>();
 }
