@@ -140,86 +140,67 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
     const int v = lane + i * kRowThreads;
     if (v < vecs) weight[i] = load(static_cast<const T*>(p.weight) + v * kSize);
   }
-  const float inverse_hidden = 1.f / p.hidden;
   const auto load_rstd = [&](int64_t t) { return t < p.tokens ? p.rstd[t] : 0.f; };
 
-  // What a thread holds of a row between its two halves.
-  struct Row {
-    Vec<T> x[kVecs], dy[kVecs], residual[kVecs];
-    float rstd;
-  };
   float dweight[kVecs][kSize] = {};
-  float next_rstd = load_rstd(blockIdx.x * static_cast<int64_t>(kRows) + group);
-  // First half: takes the row out of its stage, adds to dweight, and leaves the warps' parts of mean_h(w*dy*xhat).
-  const auto start = [&](int64_t first, int stage, int phase, int parity, Row& r) {
-    const bool live = first + group < p.tokens;
+  const float inverse_hidden = 1.f / p.hidden;
+  int stage = 0, phase = 0,
+      parity = 0;  // counted, not divided out: 64-bit divisions cost more than the row's arithmetic
+  int64_t first = blockIdx.x * static_cast<int64_t>(kRows);
+  float next_rstd = load_rstd(first + group);
+  for (; first < p.tokens; first += stride, parity ^= 1) {
+    const int64_t t = first + group;
+    const bool live = t < p.tokens;
     const T* const rows = reinterpret_cast<const T*>(ring + stage * tensors * tensor_bytes) + group * p.hidden;
-    r.rstd = next_rstd;
-    next_rstd = load_rstd(first + stride + group);
+    const float rstd = next_rstd;
+    next_rstd = load_rstd(t + stride);
     full[stage].wait(phase);
+    Vec<T> x[kVecs], dy[kVecs], residual[kVecs] = {};
     float dot = 0.f;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = lane + i * kRowThreads;
       if (!live || v >= vecs) continue;
-      r.dy[i] = load(rows + v * kSize);
-      r.x[i] = load(rows + kRows * p.hidden + v * kSize);
-      if (p.dresidual) r.residual[i] = load(rows + 2 * kRows * p.hidden + v * kSize);
+      dy[i] = load(rows + v * kSize);
+      x[i] = load(rows + kRows * p.hidden + v * kSize);
+      if (p.dresidual) residual[i] = load(rows + 2 * kRows * p.hidden + v * kSize);
       float values[kSize], grads[kSize], weights[kSize];
-      unpack(r.x[i], values);
-      unpack(r.dy[i], grads);
+      unpack(x[i], values);
+      unpack(dy[i], grads);
       unpack(weight[i], weights);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float product = grads[j] * values[j] * r.rstd;
+        const float product = grads[j] * values[j] * rstd;
         dweight[i][j] += product;
         dot += product * weights[j];
       }
     }
     dot = warp_reduce<Sum>(dot);
     if (lane % kWarpSize == 0) scratch[parity][group][lane / kWarpSize] = dot;
-  };
-  // Second half, behind a barrier: dx.
-  const auto finish = [&](int64_t t, int parity, Row& r) {
-    float dot = 0.f;
+    __syncthreads();
+    // Every thread holds its part of this stage in registers.
+    if (threadIdx.x == 0) request(first + p.stages * stride, stage);
+    if (++stage == p.stages) stage = 0, phase ^= 1;
+    dot = 0.f;
 #pragma unroll
     for (int w = 0; w < kRowWarps; ++w) dot += scratch[parity][group][w];
     const float mean = dot * inverse_hidden;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = lane + i * kRowThreads;
-      if (t >= p.tokens || v >= vecs) continue;
-      float values[kSize], grads[kSize], weights[kSize], addends[kSize] = {};
-      unpack(r.x[i], values);
-      unpack(r.dy[i], grads);
+      if (!live || v >= vecs) continue;
+      float values[kSize], grads[kSize], weights[kSize], addends[kSize];
+      unpack(x[i], values);
+      unpack(dy[i], grads);
       unpack(weight[i], weights);
-      if (p.dresidual) unpack(r.residual[i], addends);
+      unpack(residual[i], addends);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        values[j] = r.rstd * (weights[j] * grads[j] - values[j] * r.rstd * mean) + addends[j];
+        values[j] = rstd * (weights[j] * grads[j] - values[j] * rstd * mean) + addends[j];
       }
-      pack(values, r.x[i]);
-      store(static_cast<T*>(p.dx) + t * p.hidden + v * kSize, r.x[i]);
+      pack(values, x[i]);
+      store(static_cast<T*>(p.dx) + t * p.hidden + v * kSize, x[i]);
     }
-  };
-
-  // The first half of a row and the second half of the one before it lie between the same two barriers: neither waits
-  // for the other's latencies. Stages are counted, not divided out: 64-bit divisions cost more than the row's
-  // arithmetic.
-  int stage = 0, phase = 0, parity = 0;
-  int64_t first = blockIdx.x * static_cast<int64_t>(kRows);
-  Row current, next;
-  if (first < p.tokens) start(first, stage, phase, parity, current);
-  while (first < p.tokens) {
-    __syncthreads();
-    // Every thread holds its part of this stage in registers.
-    if (threadIdx.x == 0) request(first + p.stages * stride, stage);
-    if (++stage == p.stages) stage = 0, phase ^= 1;
-    if (first + stride < p.tokens) start(first + stride, stage, phase, parity ^ 1, next);
-    finish(first + group, parity, current);
-    current = next;
-    first += stride;
-    parity ^= 1;
   }
 
   // The groups add their sums in order, in the ring, which is free now; the last one writes the block's row.
@@ -239,7 +220,7 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
   }
 }
 
-constexpr int kReduceWarps = 32;  // a few loads each, all in flight at once
+constexpr int kReduceWarps = 8;
 
 // dweight[h] = sum over the partial rows, in an order that depends on their number alone. 32 columns a block.
 __global__ void __launch_bounds__(kReduceWarps* kWarpSize)
