@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config
 
-from dsv3 import Config, DeepSeekV3
+from dsv3 import Batch, Config, DeepSeekV3
 from dsv3.config import PRESETS
 from tests.model.cases import BASE, CASES
 
@@ -191,6 +191,42 @@ def test_what_cannot_be_computed_is_refused(key, value, message):
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rms_norm_eps", "1e-6", "rms_norm_eps must be a positive number, got '1e-6'"),
+        ("initializer_range", 0, "initializer_range must be a positive number, got 0"),
+        ("rope_theta", "x", "rope_theta must be a positive number, got 'x'"),
+        ("rope_scaling", [1], r"must be an object, got \[1\]"),
+        ("rope_scaling", {"type": "yarn", "factor": 0}, "the rope factor must be a number of at least 1, got 0"),
+        ("quantization_config", 3, "quantization_config must be an object, got 3"),
+        ("eos_token_id", "a", "eos_token_id must be a token number, got 'a'"),
+    ],
+)
+def test_values_of_the_wrong_kind(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict({**MIN, key: value})
+
+
+def test_null_numbers_take_their_defaults():
+    config = Config.from_dict({**MIN, "routed_scaling_factor": None, "initializer_range": None})
+    assert (config.routed_scaling_factor, config.initializer_range) == (1.0, 0.006)
+
+
+def test_all_dense_is_written_so_that_others_make_no_empty_experts():
+    assert (
+        Config.from_dict({**MIN, "n_routed_experts": 0}).to_dict()["first_k_dense_replace"] == MIN["num_hidden_layers"]
+    )
+
+
+def test_sequences_longer_than_the_context_are_refused():
+    model = DeepSeekV3(Config.from_dict({**MIN, "max_position_embeddings": 8}), dtype=torch.float32).init_weights()
+    with pytest.raises(ValueError, match="at most max_position_embeddings 8 tokens, got 9"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at most max_position_embeddings 8 tokens, got 9"):
+        model.loss(Batch(torch.zeros(1, 10, dtype=torch.int64)))
 
 
 def test_files(tmp_path):

@@ -20,6 +20,7 @@ NOT_NEGATIVE = (
     "q_lora_rank", "moe_intermediate_size", "first_k_dense_replace", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "num_nextn_predict_layers",
 )  # fmt: skip
+POSITIVE_NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "initializer_range")
 # Keys that this code computes in one way only; a file that asks for anything else is refused.
 FIXED = {
     "attention_bias": (False, None),
@@ -137,6 +138,8 @@ class Config:
             "tie_word_embeddings": False,
             "moe_layer_freq": 1,
         }
+        if self.n_routed_experts == 0:  # elsewhere layers past this one would be made with no experts
+            fixed["first_k_dense_replace"] = self.num_hidden_layers
         return {**self.extra, **values, **fixed}
 
     # ---- what follows from the fields ----
@@ -247,7 +250,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: num_key_value_heads must equal num_attention_heads {heads}, got {values['num_key_value_heads']}"
         )
-    out = {key: value for key, value in values.items() if key in names}
+    out = {key: value for key, value in values.items() if key in names and (value is not None or key not in POSITIVE_NUMBERS)}
     for short, name in (
         ("num_mtp_layers", "num_nextn_predict_layers"),
         ("num_local_experts", "n_routed_experts"),
@@ -260,6 +263,8 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         out[key] = out.get(key) or 0
     for key in ("n_group", "topk_group"):
         out[key] = out.get(key) or 1
+    if out["n_routed_experts"] == 0:
+        out["first_k_dense_replace"] = out.get("num_hidden_layers") or 0
     out.setdefault("norm_topk_prob", model_type == "deepseek_v3")
     if out.get("scoring_func") is None:
         out["scoring_func"] = SCORING[model_type]
@@ -279,7 +284,10 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
-    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"config.json: rope_parameters or rope_scaling must be an object, got {parameters!r}")
+    parameters = dict(parameters)
     theta = parameters.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
     partial = parameters.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1
     if partial != 1:
@@ -287,7 +295,7 @@ def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"config.json: the rope type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
-    return {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else parameters}
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else parameters}
 
 
 def _validate(c: Config) -> None:
@@ -298,6 +306,18 @@ def _validate(c: Config) -> None:
     for name in POSITIVE + NOT_NEGATIVE:
         value, least = getattr(c, name), int(name in POSITIVE)
         need(type(value) is int and value >= least, f"{name} must be an integer of at least {least}, got {value!r}")
+    for name in POSITIVE_NUMBERS:
+        value = getattr(c, name)
+        need(type(value) in (int, float) and value > 0, f"{name} must be a positive number, got {value!r}")
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = getattr(c, name)
+        found = ids if name == "eos_token_id" and isinstance(ids, list) else [ids]
+        need(all(i is None or type(i) is int for i in found), f"{name} must be a token number, got {ids!r}")
+    for name in ("rope_scaling", "quantization_config"):
+        value = getattr(c, name)
+        need(value is None or isinstance(value, dict), f"{name} must be an object, got {value!r}")
+    factor = (c.rope_scaling or {}).get("factor", 1)
+    need(type(factor) in (int, float) and factor >= 1, f"the rope factor must be a number of at least 1, got {factor!r}")
     need(c.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {c.dtype!r}")
     need(c.model_type in SCORING, f"model_type must be one of {', '.join(SCORING)}, got {c.model_type!r}")
     need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, got {c.qk_rope_head_dim}")

@@ -122,6 +122,7 @@ class DeepSeekV3(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, S] -> logits [B, S, V] of the next token."""
         batch, length = tokens.shape
+        self._check_length(length)
         h, _ = self.hidden(tokens.flatten(), AttentionContext.batch(batch, length, tokens.device))
         return self.logits(h).view(batch, length, -1)
 
@@ -180,7 +181,13 @@ class DeepSeekV3(nn.Module):
             load = torch.cat([torch.stack([s.counts for s in stats]), load])
         return Loss(total, ce.detach(), mtp_loss.detach(), balance.detach(), num_tokens, load)
 
+    def _check_length(self, length: int) -> None:
+        longest = self.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"expected sequences of at most max_position_embeddings {longest} tokens, got {length}")
+
     def _context(self, batch: Batch, rows: int, length: int) -> tuple[AttentionContext, Tensor | None]:
+        self._check_length(length)
         if batch.cu_seqlens is None:
             return AttentionContext.batch(rows, length, batch.tokens.device), None
         segment = segment_of(batch.cu_seqlens, rows * length)
