@@ -107,7 +107,14 @@ def train_config(preset: str, seconds: float, tokens: Path, out: Path) -> TrainC
         return TrainConfig(**common, **epochs, **sizes, **start, precision="bf16", lr=1e-3, warmup_steps=50)
     # MTP joins for the last 40%: its work is better spent on the main model until then, and it drafts as well.
     sizes = {"seq_len": 128, "batch": 8, "micro_batch": 8}
-    recipe = {"lr": 1e-2, "warmup_steps": 200, "beta2": 0.98, "weight_decay": 0.02, "gamma": 0.01, "balance_alpha": 1e-3}
+    recipe = {
+        "lr": 1e-2,
+        "warmup_steps": 200,
+        "beta2": 0.98,
+        "weight_decay": 0.02,
+        "gamma": 0.01,
+        "balance_alpha": 1e-3,
+    }
     mtp = {"mtp_weight": 0.0, "mtp_weight_final": 0.3, "mtp_switch": 0.6}
     return TrainConfig(**common, **sizes, **recipe, **mtp, model={"initializer_range": 0.04}, precision="fp32")
 
