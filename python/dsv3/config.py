@@ -250,7 +250,11 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: num_key_value_heads must equal num_attention_heads {heads}, got {values['num_key_value_heads']}"
         )
-    out = {key: value for key, value in values.items() if key in names and (value is not None or key not in POSITIVE_NUMBERS)}
+    out = {
+        key: value
+        for key, value in values.items()
+        if key in names and (value is not None or key not in POSITIVE_NUMBERS)
+    }
     for short, name in (
         ("num_mtp_layers", "num_nextn_predict_layers"),
         ("num_local_experts", "n_routed_experts"),
@@ -317,7 +321,9 @@ def _validate(c: Config) -> None:
         value = getattr(c, name)
         need(value is None or isinstance(value, dict), f"{name} must be an object, got {value!r}")
     factor = (c.rope_scaling or {}).get("factor", 1)
-    need(type(factor) in (int, float) and factor >= 1, f"the rope factor must be a number of at least 1, got {factor!r}")
+    need(
+        type(factor) in (int, float) and factor >= 1, f"the rope factor must be a number of at least 1, got {factor!r}"
+    )
     need(c.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {c.dtype!r}")
     need(c.model_type in SCORING, f"model_type must be one of {', '.join(SCORING)}, got {c.model_type!r}")
     need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, got {c.qk_rope_head_dim}")
