@@ -121,6 +121,7 @@ def full_disk(limit: int, work: Path) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the parent's OpenMP threads did not come along: waiting for them would never end
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
