@@ -48,7 +48,8 @@ class ShowProgress(Callback):
             self._seconds_before, self._progress_before = report.seconds, report.progress
         for name in ("ce", "mtp", "bits_per_byte", "tokens_per_s"):
             value = getattr(report, name)
-            self._smooth[name] = value + SMOOTHING * (self._smooth.get(name, value) - value)
+            before = self._smooth.get(name) or value  # 0: MTP has just joined
+            self._smooth[name] = value + SMOOTHING * (before - value)
         if self._bar is not None:
             self._bar.update(self._task, completed=report.progress, text=self._text(report))
         elif time.monotonic() - self._shown > PLAIN_SECONDS:
