@@ -277,3 +277,12 @@ def test_tensorboard_is_optional(
     assert train.run(micro(token_folder, tmp_path / "with", max_steps=2, tensorboard=True)) == 0
     assert {step for _, _, step in scalars} == {1, 2}
     assert {"train/loss", "train/lr", "train/load_imbalance", "validation/bits_per_byte"} <= {s[0] for s in scalars}
+
+
+def test_tensorboard_events_are_written(token_folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train.run(micro(token_folder, tmp_path, max_steps=2, tensorboard=True)) == 0
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/loss")] == [1, 2]
