@@ -94,6 +94,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.n_routed_experts == 0:  # transformers would make layers past first_k_dense_replace with no experts
+            object.__setattr__(self, "first_k_dense_replace", self.num_hidden_layers)
 
     # ---- construction ----
     @staticmethod
@@ -138,8 +140,6 @@ class Config:
             "tie_word_embeddings": False,
             "moe_layer_freq": 1,
         }
-        if self.n_routed_experts == 0:  # elsewhere layers past this one would be made with no experts
-            fixed["first_k_dense_replace"] = self.num_hidden_layers
         return {**self.extra, **values, **fixed}
 
     # ---- what follows from the fields ----
@@ -267,8 +267,6 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         out[key] = out.get(key) or 0
     for key in ("n_group", "topk_group"):
         out[key] = out.get(key) or 1
-    if out["n_routed_experts"] == 0:
-        out["first_k_dense_replace"] = out.get("num_hidden_layers") or 0
     out.setdefault("norm_topk_prob", model_type == "deepseek_v3")
     if out.get("scoring_func") is None:
         out["scoring_func"] = SCORING[model_type]
