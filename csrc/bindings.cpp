@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/device_error.h"
 #include "common/dlpack.h"
 #include "common/tensor.h"
 #include "ops.h"
@@ -53,6 +54,7 @@ template <class First, class... Args, size_t... kIndex>
 void define(py::module_& m, const char* name, void (*op)(First, Args...), std::index_sequence<kIndex...>) {
   using All = std::tuple<First, Args...>;
   m.def(name, [op](std::tuple_element_t<kIndex, All>... args) {
+    dsv3::raise_device_error();
     const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
     op(std::move(args)..., stream);
   });
@@ -82,10 +84,16 @@ struct type_caster<dsv3::Tensor> {
 
 PYBIND11_MODULE(_C, m) {
   define(m, "rmsnorm", dsv3::rmsnorm);
+  define(m, "rmsnorm_cast", dsv3::rmsnorm_cast);
   define(m, "rmsnorm_backward", dsv3::rmsnorm_backward);
   define(m, "per_token_cast", dsv3::per_token_cast);
   define(m, "per_block_cast", dsv3::per_block_cast);
   define(m, "cast_transpose", dsv3::cast_transpose);
+  define(m, "per_token_cast_and_transpose", dsv3::per_token_cast_and_transpose);
+  define(m, "fp8_gemm", dsv3::fp8_gemm);
+  define(m, "grouped_fp8_gemm", dsv3::grouped_fp8_gemm);
+  define(m, "masked_grouped_fp8_gemm", dsv3::masked_grouped_fp8_gemm);
+  define(m, "grouped_fp8_wgrad", dsv3::grouped_fp8_wgrad);
   define(m, "rope_", dsv3::rope_);
   define(m, "moe_gate", dsv3::moe_gate);
   define(m, "moe_gate_backward", dsv3::moe_gate_backward);
@@ -94,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
   define(m, "moe_unpermute", dsv3::moe_unpermute);
   define(m, "swiglu", dsv3::swiglu);
   define(m, "swiglu_backward", dsv3::swiglu_backward);
+  define(m, "swiglu_cast", dsv3::swiglu_cast);
+  define(m, "swiglu_cast_backward", dsv3::swiglu_cast_backward);
   define(m, "cross_entropy_", dsv3::cross_entropy_);
   define(m, "adamw", dsv3::adamw);
 }

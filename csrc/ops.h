@@ -17,6 +17,10 @@ namespace dsv3 {
 // partial fp32 [blocks, H] is workspace (one row a multiprocessor is best).
 void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x, std::optional<Tensor> residual,
              Tensor weight, double eps, cudaStream_t stream);
+// The output as per_token_cast makes it of y, which itself is written only where given.
+void rmsnorm_cast(Tensor y_fp8, Tensor y_sf, std::optional<Tensor> y, std::optional<Tensor> residual_out, Tensor rstd,
+                  Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, bool pow2_scale,
+                  double amax_floor, cudaStream_t stream);
 void rmsnorm_backward(Tensor dx, Tensor dweight, Tensor partial, Tensor dy, std::optional<Tensor> dresidual, Tensor x,
                       Tensor weight, Tensor rstd, cudaStream_t stream);
 
@@ -34,6 +38,29 @@ void per_block_cast(Tensor w_fp8, Tensor w_sf, std::optional<Tensor> wt_fp8, std
 // with strides (1, K rounded up to 4).
 void cast_transpose(Tensor xt_fp8, Tensor xt_sf, Tensor x, std::optional<Tensor> x_sf, std::optional<Tensor> offsets,
                     bool pow2_scale, double amax_floor, cudaStream_t stream);
+// Its outputs and those of per_token_cast from one read of x float [T, K].
+void per_token_cast_and_transpose(Tensor x_fp8, Tensor x_sf, Tensor xt_fp8, Tensor xt_sf, Tensor x,
+                                  std::optional<Tensor> offsets, bool pow2_scale, double amax_floor,
+                                  cudaStream_t stream);
+
+// gemm/fp8_gemm.cu. a e4m3 [M, K], a_sf fp32 [M, ceil(K / 128)] with strides (1, M rounded up to 4); b e4m3 [N, K], b_sf
+// fp32 [ceil(N / 128), ceil(K / 128)], or [N, ceil(K / 128)] strided like a_sf; out bf16 [M, N], or fp32, to which the
+// product may be added. static_weights: no kernel of this stream writes b and b_sf.
+void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate, bool batch_invariant,
+              bool static_weights, cudaStream_t stream);
+
+// gemm/grouped_fp8_gemm.cu. a e4m3 [R, K] sorted by group, offsets int32 [G + 1], out bf16 or fp32 [R, N]; or a
+// [G, R, K], counts int32 [G], out [G, R, N]. b e4m3 [G, N, K], b_sf fp32 [G, ceil(N / 128), ceil(K / 128)]. a_sf as of
+// fp8_gemm for the rows of all groups.
+void grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, bool batch_invariant,
+                      cudaStream_t stream);
+void masked_grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts,
+                             bool batch_invariant, cudaStream_t stream);
+
+// gemm/grouped_fp8_wgrad.cu. a_t e4m3 [N, Tp], b_t e4m3 [K, Tp], scales fp32 [N or K, Tp / 128], all as cast_transpose
+// makes them with the offsets int32 [G + 1]; out fp32 [G, N, K], added to.
+void grouped_fp8_wgrad(Tensor out, Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b_sf, Tensor offsets,
+                       cudaStream_t stream);
 
 // norm/rope.cu. x float [T, heads * head_dim], rotated in place; cos, sin fp32 [positions, rope_dim / 2]; positions
 // int32 or int64 [T]. inverse rotates back (the gradient).
@@ -43,6 +70,13 @@ void rope_(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t head_dim,
 void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream);
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
                      std::optional<Tensor> weights, cudaStream_t stream);
+// Their outputs as per_token_cast makes them: out_fp8 [T, I], dgate_up_fp8 [T, 2I] (I a multiple of 128 there); offsets
+// int32 [G + 1], rows past the last are left alone. dgate_up itself is written only where given.
+void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Tensor> weights,
+                 std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream);
+void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
+                          std::optional<Tensor> dweights, Tensor dout, Tensor gate_up, std::optional<Tensor> weights,
+                          std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream);
 
 // moe/gate.cu. logits, dlogits fp32 [T, E]; bias fp32 [E]; index int64 [T, k]; weights, dweights fp32 [T, k]; counts
 // int32 [E], zeroed by the caller.

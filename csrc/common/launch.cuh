@@ -92,11 +92,11 @@ void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cu
 // Kept a kernel and device, since asking takes longer than a launch.
 template <class... Params>
 int resident_clusters(const char* name, void (*kernel)(Params...), const Launch& shape) {
-  using Key = std::tuple<int, const void*, size_t>;
+  using Key = std::tuple<int, const void*, size_t, int>;
   static std::map<Key, int> known;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  int& clusters = known[Key{device, reinterpret_cast<const void*>(kernel), shape.smem}];
+  int& clusters = known[Key{device, reinterpret_cast<const void*>(kernel), shape.smem, shape.cluster}];
   if (clusters > 0) return clusters;
   allow_smem(name, kernel, shape.smem);
   cudaLaunchAttribute attribute = {};

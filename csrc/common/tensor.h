@@ -138,4 +138,22 @@ void check_operand(const char* name, const Tensor& t, Dtype dtype, Sizes... size
   check_shape(name, t, sizes...);
 }
 
+template <class A, class B>
+constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+
+// Scales of rows of tiles: fp32 (rows, tiles) with the rows contiguous and a column stride that is a multiple of 16
+// bytes, as TMA wants it. Returns the stride.
+inline int64_t check_row_scales(const char* name, const Tensor& sf, int64_t rows, int64_t tiles) {
+  const int64_t stride = ceil_div(rows, 4) * 4;
+  DSV3_CHECK(sf.is_cuda(), name, " must be on a CUDA device, got a CPU tensor of shape ", sf);
+  DSV3_CHECK(sf.dtype() == Dtype::kFloat32, name, " must be float32, got ", sf);
+  check_shape(name, sf, rows, tiles);
+  const bool strided = (rows <= 1 || sf.stride(0) == 1) && (tiles <= 1 || sf.stride(1) == stride);
+  DSV3_CHECK(strided || sf.numel() == 0, name, " must have strides (1, ", stride, "), got (", sf.stride(0), ", ",
+             sf.stride(1), ")");
+  return stride;
+}
+
 }  // namespace dsv3

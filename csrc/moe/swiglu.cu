@@ -1,10 +1,14 @@
-// SwiGLU of fused gate and up projections, times an optional routing weight a row, forward and backward.
+// SwiGLU of fused gate and up projections, times an optional routing weight a row, forward and backward; and both with
+// their output in e4m3 tiles of 1 x 128.
 //
 //   out = silu(g) * u * w,   g = gate_up[:, :I], u = gate_up[:, I:],   silu(g) = g * s, s = 1 / (1 + exp(-g))
 //   dg = dout * w * u * s * (1 + g * (1 - s)),   du = dout * w * silu(g),   dw = sum_i dout * silu(g) * u
 //
-// Memory-bound: forward moves 3 values an output, backward 5. One block a row (and, forward, a piece of a long row);
-// the backward's row sum is a block reduction in a fixed order.
+// Memory-bound: forward moves 3 values an output, backward 5; with the cast 5 bytes an output of bf16 instead of 6, and 8
+// instead of 10 (12 where the bf16 gradient is wanted too). One block a row (and, forward, a piece of a long row); the
+// backward's row sum is a block reduction in a fixed order. With the cast, values are rounded as they would have been
+// stored, a tile lies in neighbouring lanes, and rows past offsets[G] are left alone.
+#include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
@@ -13,23 +17,26 @@ namespace dsv3 {
 namespace {
 
 struct SwigluParams {
-  void* out;             // [T, I]; backward: dgate_up [T, 2I]
+  void* out;             // [T, I]; backward: dgate_up [T, 2I], null where only the cast is wanted
   float* dweights;       // backward: [T] or null
   const void* dout;      // backward: [T, I]
   const void* gate_up;   // [T, 2I]
   const float* weights;  // [T] or null
   int inner;             // I
   int pieces;            // blocks a row
+  const int* end;        // where kCast: row from which on there is nothing, or null
+  RowCasts casts;        // where kCast: of out
 };
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
-template <class T, int kThreads, int kVecs>
+template <class T, int kThreads, int kVecs, bool kCast>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
   constexpr int kSize = Vec<T>::kSize;
   wait_for_inputs();
   release_dependents();
   const int64_t t = blockIdx.x / p.pieces;
+  if (kCast && p.end && t >= *p.end) return;
   const int first = (blockIdx.x % p.pieces) * (kThreads * kVecs) + threadIdx.x;
   const int vecs = p.inner / kSize;
   const T* const gate = static_cast<const T*>(p.gate_up) + t * 2 * p.inner;
@@ -42,6 +49,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
     g[i] = load(gate + v * kSize);
     u[i] = load(gate + p.inner + v * kSize);
   }
+  Pack<T> rounded[kVecs] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int v = first + i * kThreads;
@@ -52,105 +60,170 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) gs[j] *= sigmoid(gs[j]) * us[j] * weight;
     pack(gs, g[i]);
-    store(static_cast<T*>(p.out) + t * p.inner + v * kSize, g[i]);
+    if constexpr (kCast) {
+      rounded[i] = as_pack(g[i]);
+    } else {
+      store(static_cast<T*>(p.out) + t * p.inner + v * kSize, g[i]);
+    }
   }
+  if constexpr (kCast) cast_packs(p.casts, rounded, t, p.inner, first, kThreads, vecs);
 }
 
-template <class T, int kThreads>
+template <class T, int kThreads, bool kCast>
 __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams p) {
   constexpr int kSize = Vec<T>::kSize;
   __shared__ float scratch[kThreads / kWarpSize];
   wait_for_inputs();
   release_dependents();
   const int64_t t = blockIdx.x;
+  if (kCast && p.end && t >= *p.end) return;
+  const int vecs = p.inner / kSize;
   const T* const gate = static_cast<const T*>(p.gate_up) + t * 2 * p.inner;
   T* const dgate = static_cast<T*>(p.out) + t * 2 * p.inner;
   const float weight = p.weights ? p.weights[t] : 1.f;
   float sum = 0.f;
-  for (int v = threadIdx.x; v < p.inner / kSize; v += kThreads) {
-    Vec<T> g = load(gate + v * kSize);
-    Vec<T> u = load(gate + p.inner + v * kSize);
-    const Vec<T> dout = load(static_cast<const T*>(p.dout) + t * p.inner + v * kSize);
-    float gs[kSize], us[kSize], ds[kSize];
-    unpack(g, gs);
-    unpack(u, us);
-    unpack(dout, ds);
+  // The cast goes round with whole warps: inner is whole tiles then, but the last ones may not fill a warp.
+  const int lane = kCast ? threadIdx.x % kWarpSize : 0;
+  for (int v = threadIdx.x; v - lane < vecs; v += kThreads) {
+    Pack<T> rounded[2] = {};
+    if (v < vecs) {
+      Vec<T> g = load(gate + v * kSize);
+      Vec<T> u = load(gate + p.inner + v * kSize);
+      const Vec<T> dout = load(static_cast<const T*>(p.dout) + t * p.inner + v * kSize);
+      float gs[kSize], us[kSize], ds[kSize];
+      unpack(g, gs);
+      unpack(u, us);
+      unpack(dout, ds);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float s = sigmoid(gs[j]), silu = gs[j] * s;
-      sum += ds[j] * silu * us[j];
-      gs[j] = ds[j] * weight * us[j] * s * (1.f + gs[j] * (1.f - s));
-      us[j] = ds[j] * weight * silu;
+      for (int j = 0; j < kSize; ++j) {
+        const float s = sigmoid(gs[j]), silu = gs[j] * s;
+        sum = __fmaf_rn(ds[j] * silu, us[j], sum);
+        gs[j] = ds[j] * weight * us[j] * s * __fmaf_rn(gs[j], 1.f - s, 1.f);
+        us[j] = ds[j] * weight * silu;
+      }
+      pack(gs, g);
+      pack(us, u);
+      if (!kCast || p.out) {
+        store(dgate + v * kSize, g);
+        store(dgate + p.inner + v * kSize, u);
+      }
+      rounded[0] = as_pack(g);
+      rounded[1] = as_pack(u);
     }
-    pack(gs, g);
-    pack(us, u);
-    store(dgate + v * kSize, g);
-    store(dgate + p.inner + v * kSize, u);
+    if constexpr (kCast) {
+      cast_packs(p.casts, rounded, t, 2 * p.inner, v < vecs ? v : v + 2 * vecs, vecs, 2 * vecs);
+    }
   }
   if (p.dweights == nullptr) return;
   sum = block_reduce<Sum, kThreads>(sum, scratch);
   if (threadIdx.x == 0) p.dweights[t] = sum;
 }
 
-// Checks what forward and backward share; narrow has I columns, gate_up 2I.
-int64_t check_swiglu(const Tensor& narrow, const char* name, const Tensor& gate_up,
-                     const std::optional<Tensor>& weights) {
+// Checks what all of them share; returns I.
+int64_t check_swiglu(const Tensor& gate_up, const std::optional<Tensor>& weights) {
   DSV3_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up must be (tokens, 2 * inner), got ", gate_up);
   check_operand("gate_up", gate_up, gate_up.dtype());
-  check_operand(name, narrow, gate_up.dtype(), gate_up.size(0), gate_up.size(1) / 2);
   if (weights) check_operand("weights", *weights, Dtype::kFloat32, gate_up.size(0));
   return gate_up.size(1) / 2;
 }
 
-template <class T>
-void check_inner(int64_t inner) {
-  DSV3_CHECK(inner % Vec<T>::kSize == 0, "inner must be a multiple of ", Vec<T>::kSize, ", got ", inner);
+// Where the last group ends, of offsets [G + 1].
+const int* check_offsets(const std::optional<Tensor>& offsets) {
+  if (!offsets) return nullptr;
+  const int64_t entries = offsets->numel();
+  DSV3_CHECK(entries >= 2, "offsets must have at least two entries, got ", entries);
+  check_operand("offsets", *offsets, Dtype::kInt32, entries);
+  return offsets->data<int>() + entries - 1;
+}
+
+template <bool kCast>
+void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
+  visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    DSV3_CHECK(p.inner % Vec<T>::kSize == 0, "inner must be a multiple of ", Vec<T>::kSize, ", got ", p.inner);
+    const int vecs = p.inner / Vec<T>::kSize;
+    const auto run = [&](auto kernel, int threads, int piece) {
+      p.pieces = (vecs + piece - 1) / piece;
+      launch(kCast ? "swiglu_cast" : "swiglu", kernel,
+             {.grid = dim3(gate_up.size(0) * p.pieces), .block = dim3(threads)}, stream, p);
+    };
+    if (vecs <= 64) return run(swiglu_kernel<T, 64, 1, kCast>, 64, 64);
+    return run(swiglu_kernel<T, 128, 2, kCast>, 128, 256);
+  });
+}
+
+template <bool kCast>
+void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaStream_t stream) {
+  visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kMultiple = kCast ? kTile : Vec<T>::kSize;  // a tile must not have values of both halves
+    DSV3_CHECK(p.inner % kMultiple == 0, "inner must be a multiple of ", kMultiple, ", got ", p.inner);
+    const auto run = [&](auto kernel, int threads) {
+      launch(kCast ? "swiglu_cast_backward" : "swiglu_backward", kernel,
+             {.grid = dim3(gate_up.size(0)), .block = dim3(threads)}, stream, p);
+    };
+    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCast>, 64);
+    return run(swiglu_backward_kernel<T, 256, kCast>, 256);
+  });
+}
+
+// Checks what both backward ops share.
+SwigluParams backward_params(const std::optional<Tensor>& dgate_up, const std::optional<Tensor>& dweights,
+                             const Tensor& dout, const Tensor& gate_up, const std::optional<Tensor>& weights) {
+  const int64_t inner = check_swiglu(gate_up, weights);
+  check_operand("dout", dout, gate_up.dtype(), gate_up.size(0), inner);
+  if (dgate_up) check_operand("dgate_up", *dgate_up, gate_up.dtype(), gate_up.size(0), gate_up.size(1));
+  if (dweights) check_operand("dweights", *dweights, Dtype::kFloat32, gate_up.size(0));
+  return {.out = dgate_up ? dgate_up->data<void>() : nullptr,
+          .dweights = dweights ? dweights->data<float>() : nullptr,
+          .dout = dout.data<void>(),
+          .gate_up = gate_up.data<void>(),
+          .weights = weights ? weights->data<float>() : nullptr,
+          .inner = static_cast<int>(inner)};
 }
 
 }  // namespace
 
 void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream) {
-  const int64_t inner = check_swiglu(out, "out", gate_up, weights);
+  const int64_t inner = check_swiglu(gate_up, weights);
+  check_operand("out", out, gate_up.dtype(), gate_up.size(0), inner);
   const DeviceGuard guard(out);
-  visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
-    using T = decltype(zero);
-    check_inner<T>(inner);
-    const int vecs = static_cast<int>(inner / Vec<T>::kSize);
-    const auto run = [&](auto kernel, int threads, int piece) {
-      const int pieces = (vecs + piece - 1) / piece;
-      const SwigluParams p{.out = out.data<T>(),
-                           .gate_up = gate_up.data<T>(),
-                           .weights = weights ? weights->data<float>() : nullptr,
-                           .inner = static_cast<int>(inner),
-                           .pieces = pieces};
-      launch("swiglu", kernel, {.grid = dim3(out.size(0) * pieces), .block = dim3(threads)}, stream, p);
-    };
-    if (vecs <= 64) return run(swiglu_kernel<T, 64, 1>, 64, 64);
-    return run(swiglu_kernel<T, 128, 2>, 128, 256);
-  });
+  launch_swiglu<false>({.out = out.data<void>(),
+                        .gate_up = gate_up.data<void>(),
+                        .weights = weights ? weights->data<float>() : nullptr,
+                        .inner = static_cast<int>(inner)},
+                       gate_up, stream);
+}
+
+void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Tensor> weights,
+                 std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream) {
+  const int64_t inner = check_swiglu(gate_up, weights);
+  const ScaleRule rule = scale_rule(amax_floor, pow2_scale);
+  const DeviceGuard guard(out_fp8);
+  launch_swiglu<true>({.gate_up = gate_up.data<void>(),
+                       .weights = weights ? weights->data<float>() : nullptr,
+                       .inner = static_cast<int>(inner),
+                       .end = check_offsets(offsets),
+                       .casts = row_casts("out_fp8", out_fp8, "out_sf", out_sf, gate_up.size(0), inner, rule)},
+                      gate_up, stream);
 }
 
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
                      std::optional<Tensor> weights, cudaStream_t stream) {
-  const int64_t inner = check_swiglu(dout, "dout", gate_up, weights);
-  check_operand("dgate_up", dgate_up, gate_up.dtype(), gate_up.size(0), gate_up.size(1));
-  if (dweights) check_operand("dweights", *dweights, Dtype::kFloat32, gate_up.size(0));
+  const SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
   const DeviceGuard guard(dout);
-  visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
-    using T = decltype(zero);
-    check_inner<T>(inner);
-    const SwigluParams p{.out = dgate_up.data<T>(),
-                         .dweights = dweights ? dweights->data<float>() : nullptr,
-                         .dout = dout.data<T>(),
-                         .gate_up = gate_up.data<T>(),
-                         .weights = weights ? weights->data<float>() : nullptr,
-                         .inner = static_cast<int>(inner)};
-    const auto run = [&](auto kernel, int threads) {
-      launch("swiglu_backward", kernel, {.grid = dim3(dout.size(0)), .block = dim3(threads)}, stream, p);
-    };
-    if (inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64>, 64);
-    return run(swiglu_backward_kernel<T, 256>, 256);
-  });
+  launch_swiglu_backward<false>(params, gate_up, stream);
+}
+
+void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
+                          std::optional<Tensor> dweights, Tensor dout, Tensor gate_up, std::optional<Tensor> weights,
+                          std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream) {
+  SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
+  params.end = check_offsets(offsets);
+  params.casts = row_casts("dgate_up_fp8", dgate_up_fp8, "dgate_up_sf", dgate_up_sf, gate_up.size(0), gate_up.size(1),
+                           scale_rule(amax_floor, pow2_scale));
+  const DeviceGuard guard(dout);
+  launch_swiglu_backward<true>(params, gate_up, stream);
 }
 
 }  // namespace dsv3

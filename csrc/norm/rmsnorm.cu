@@ -1,12 +1,15 @@
-// RMSNorm over the last dimension, forward and backward, with the residual add of a transformer block fused into both.
+// RMSNorm over the last dimension, forward and backward, with the residual add of a transformer block fused into both;
+// and a forward whose output leaves in e4m3 tiles of 1 x 128.
 //
 //   r = x + residual (rounded to the dtype of x);  rstd_t = 1 / sqrt(mean_h r^2 + eps);  y = r * rstd * weight
 //   xhat = r * rstd;  dr = rstd * (w*dy - xhat * mean_h(w*dy*xhat)) + dr_out;  dweight = sum_t dy * xhat
 //
-// Memory-bound: forward moves x and y once (4 bytes a bf16 element; 8 with the residual), backward dy, r and dx once
-// (6; 8). A row stays in registers between the reduction and the write. In the backward a block keeps the fp32 sums of
+// Memory-bound: forward moves x and y once (4 bytes a bf16 element; 8 with the residual; 3 and 7 with y in e4m3), backward
+// dy, r and dx once (6; 8). A row stays in registers between the reduction and the write. With the cast, y is rounded as
+// it would have been stored, and a tile lies in neighbouring lanes. In the backward a block keeps the fp32 sums of
 // dweight for its columns over all of its rows, so that only one partial row a multiprocessor reaches memory; a second,
 // small kernel adds the partial rows in order. No atomics: results do not change from run to run.
+#include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../hopper/bulk.cuh"
@@ -16,7 +19,7 @@ namespace dsv3 {
 namespace {
 
 struct ForwardParams {
-  void* y;
+  void* y;               // null: not wanted beside the cast
   void* residual_out;    // null: no residual
   float* rstd;           // [T]
   const void* x;         // [T, H]
@@ -24,10 +27,11 @@ struct ForwardParams {
   const void* weight;    // [H]
   int hidden;
   float eps;
+  RowCasts casts;  // where kCast
 };
 
 // One block a row; thread i holds vectors i, i + kThreads, ...
-template <class T, int kThreads, int kVecs>
+template <class T, int kThreads, int kVecs, bool kCast>
 __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   __shared__ float scratch[kThreads / kWarpSize];
   wait_for_inputs();
@@ -61,11 +65,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
       unpack(x[i], values);  // what is normalised is the rounded sum
     }
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) sum += values[j] * values[j];
+    for (int j = 0; j < kSize; ++j) sum = __fmaf_rn(values[j], values[j], sum);
   }
   const float mean = block_reduce<Sum, kThreads>(sum, scratch) / p.hidden;
   const float rstd = rsqrtf(mean + p.eps);
   if (threadIdx.x == 0) p.rstd[blockIdx.x] = rstd;
+  Pack<T> rounded[kVecs] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * kThreads;
@@ -77,8 +82,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) values[j] *= rstd * weights[j];
     pack(values, x[i]);
-    store(static_cast<T*>(p.y) + row + v * kSize, x[i]);
+    if (!kCast || p.y) store(static_cast<T*>(p.y) + row + v * kSize, x[i]);
+    rounded[i] = as_pack(x[i]);
   }
+  if constexpr (kCast) cast_packs(p.casts, rounded, blockIdx.x, p.hidden, threadIdx.x, kThreads, vecs);
 }
 
 struct BackwardParams {
@@ -221,6 +228,7 @@ __global__ void __launch_bounds__(kRowThreads* kRows, 1) backward_kernel(Backwar
 }
 
 constexpr int kReduceWarps = 8;
+constexpr int kReduceRows = 17;  // loads of a warp in flight: all of its share of 132 rows
 
 // dweight[h] = sum over the partial rows, in an order that depends on their number alone. 32 columns a block.
 __global__ void __launch_bounds__(kReduceWarps* kWarpSize)
@@ -231,9 +239,15 @@ __global__ void __launch_bounds__(kReduceWarps* kWarpSize)
   wait_for_inputs();
   release_dependents();
   float sum = 0.f;
-  if (column < hidden) {
-#pragma unroll 8
-    for (int r = warp; r < rows; r += kReduceWarps) sum += partial[static_cast<int64_t>(r) * hidden + column];
+  for (int base = warp; base < rows; base += kReduceRows * kReduceWarps) {
+    float values[kReduceRows];
+#pragma unroll
+    for (int i = 0; i < kReduceRows; ++i) {
+      const int r = base + i * kReduceWarps;
+      values[i] = r < rows && column < hidden ? partial[static_cast<int64_t>(r) * hidden + column] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kReduceRows; ++i) sum += values[i];
   }
   sums[warp][lane] = sum;
   __syncthreads();
@@ -242,18 +256,18 @@ __global__ void __launch_bounds__(kReduceWarps* kWarpSize)
   dweight[column] = sum;
 }
 
-template <class T>
+template <class T, bool kCast>
 void launch_forward(const ForwardParams& p, int64_t tokens, cudaStream_t stream) {
   const int vecs = p.hidden / Vec<T>::kSize;
   const auto run = [&](auto kernel, int threads) {
-    launch("rmsnorm", kernel, {.grid = dim3(tokens), .block = dim3(threads)}, stream, p);
+    launch(kCast ? "rmsnorm_cast" : "rmsnorm", kernel, {.grid = dim3(tokens), .block = dim3(threads)}, stream, p);
   };
-  if (vecs <= 64) return run(forward_kernel<T, 64, 1>, 64);
-  if (vecs <= 128) return run(forward_kernel<T, 128, 1>, 128);
-  if (vecs <= 256) return run(forward_kernel<T, 128, 2>, 128);
-  if (vecs <= 512) return run(forward_kernel<T, 128, 4>, 128);
-  if (vecs <= 1024) return run(forward_kernel<T, 256, 4>, 256);
-  return run(forward_kernel<T, 512, 4>, 512);
+  if (vecs <= 64) return run(forward_kernel<T, 64, 1, kCast>, 64);
+  if (vecs <= 128) return run(forward_kernel<T, 128, 1, kCast>, 128);
+  if (vecs <= 256) return run(forward_kernel<T, 128, 2, kCast>, 128);
+  if (vecs <= 512) return run(forward_kernel<T, 128, 4, kCast>, 128);
+  if (vecs <= 1024) return run(forward_kernel<T, 256, 4, kCast>, 256);
+  return run(forward_kernel<T, 512, 4, kCast>, 512);
 }
 
 template <class T>
@@ -282,32 +296,53 @@ void check_hidden(int64_t hidden) {
              Vec<T>::kSize, " and at most ", kMaxVecs * Vec<T>::kSize, ", got ", hidden);
 }
 
-}  // namespace
-
-void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x, std::optional<Tensor> residual,
-             Tensor weight, double eps, cudaStream_t stream) {
+// Checks what the forward ops share.
+ForwardParams forward_params(const std::optional<Tensor>& y, const std::optional<Tensor>& residual_out,
+                             const Tensor& rstd, const Tensor& x, const std::optional<Tensor>& residual,
+                             const Tensor& weight, double eps) {
   DSV3_CHECK(x.dim() == 2, "x must be (tokens, hidden), got ", x);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check_operand("x", x, x.dtype());
-  check_operand("y", y, x.dtype(), tokens, hidden);
+  if (y) check_operand("y", *y, x.dtype(), tokens, hidden);
   check_operand("weight", weight, x.dtype(), hidden);
   check_operand("rstd", rstd, Dtype::kFloat32, tokens);
   DSV3_CHECK(residual.has_value() == residual_out.has_value(), "residual and residual_out go together");
   if (residual) check_operand("residual", *residual, x.dtype(), tokens, hidden);
   if (residual) check_operand("residual_out", *residual_out, x.dtype(), tokens, hidden);
+  return {.y = y ? y->data<void>() : nullptr,
+          .residual_out = residual ? residual_out->data<void>() : nullptr,
+          .rstd = rstd.data<float>(),
+          .x = x.data<void>(),
+          .residual = residual ? residual->data<void>() : nullptr,
+          .weight = weight.data<void>(),
+          .hidden = static_cast<int>(hidden),
+          .eps = static_cast<float>(eps),
+          .casts = {}};
+}
+
+}  // namespace
+
+void rmsnorm(Tensor y, std::optional<Tensor> residual_out, Tensor rstd, Tensor x, std::optional<Tensor> residual,
+             Tensor weight, double eps, cudaStream_t stream) {
+  const ForwardParams params = forward_params(y, residual_out, rstd, x, residual, weight, eps);
   const DeviceGuard guard(x);
   visit_float("x", x.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    check_hidden<T>(hidden);
-    launch_forward<T>({.y = y.data<T>(),
-                       .residual_out = residual ? residual_out->data<T>() : nullptr,
-                       .rstd = rstd.data<float>(),
-                       .x = x.data<T>(),
-                       .residual = residual ? residual->data<T>() : nullptr,
-                       .weight = weight.data<T>(),
-                       .hidden = static_cast<int>(hidden),
-                       .eps = static_cast<float>(eps)},
-                      tokens, stream);
+    check_hidden<T>(params.hidden);
+    launch_forward<T, false>(params, x.size(0), stream);
+  });
+}
+
+void rmsnorm_cast(Tensor y_fp8, Tensor y_sf, std::optional<Tensor> y, std::optional<Tensor> residual_out, Tensor rstd,
+                  Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, bool pow2_scale,
+                  double amax_floor, cudaStream_t stream) {
+  ForwardParams params = forward_params(y, residual_out, rstd, x, residual, weight, eps);
+  params.casts = row_casts("y_fp8", y_fp8, "y_sf", y_sf, x.size(0), x.size(1), scale_rule(amax_floor, pow2_scale));
+  const DeviceGuard guard(x);
+  visit_float("x", x.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    check_hidden<T>(params.hidden);
+    launch_forward<T, true>(params, x.size(0), stream);
   });
 }
 

@@ -6,8 +6,8 @@
 // bf16 value (read once, kept in registers between the maximum and the conversion) and 4 a tile. Eight lanes hold a
 // tile, each 64 bytes of loads in flight; a block takes 16 tokens so that the scales of a column leave as whole
 // sectors.
+#include "../common/e4m3.cuh"
 #include "../ops.h"
-#include "e4m3.cuh"
 
 namespace dsv3 {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "e4m3.cuh"
+#include "../common/e4m3.cuh"
 
 namespace dsv3 {
 

@@ -6,8 +6,8 @@
 
 #include <cfloat>
 
-#include "../common/launch.cuh"
-#include "../common/vector.cuh"
+#include "launch.cuh"
+#include "vector.cuh"
 
 namespace dsv3 {
 
@@ -23,6 +23,12 @@ struct Pack {
   static constexpr int kSize = 16 / sizeof(T);
   uint32_t words[4];
 };
+
+template <class T>
+__device__ __forceinline__ Pack<T> as_pack(const Vec<T>& v) {
+  const uint4& raw = reinterpret_cast<const uint4&>(v);
+  return {raw.x, raw.y, raw.z, raw.w};
+}
 
 // Zeros where not `live`.
 template <class T>
@@ -131,24 +137,70 @@ __device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&words)[
   *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Where rows go that are cast in tiles of 1 x 128.
+struct RowCasts {
+  uint8_t* out;        // [rows, columns]
+  float* sf;           // [ceil(columns / 128)][sf_stride]
+  uint32_t sf_stride;  // there are fewer than 2^32 scales, though there may be more values
+  ScaleRule rule;
+};
 
-// Scales of rows of tiles: fp32 (rows, tiles) with the rows contiguous and a column stride that is a multiple of 16
-// bytes. Returns the stride.
-inline int64_t check_row_scales(const char* name, const Tensor& sf, int64_t rows, int64_t tiles) {
-  const int64_t stride = ceil_div(rows, 4) * 4;
-  DSV3_CHECK(sf.is_cuda(), name, " must be on a CUDA device, got a CPU tensor of shape ", sf);
-  DSV3_CHECK(sf.dtype() == Dtype::kFloat32, name, " must be float32, got ", sf);
-  check_shape(name, sf, rows, tiles);
-  const bool strided = (rows <= 1 || sf.stride(0) == 1) && (tiles <= 1 || sf.stride(1) == stride);
-  DSV3_CHECK(strided || sf.numel() == 0, name, " must have strides (1, ", stride, "), got (", sf.stride(0), ", ",
-             sf.stride(1), ")");
-  return stride;
+// Casts a row whose packs lie in neighbouring lanes, so that 16 lanes (32 of fp32) hold a tile. A lane has packs first,
+// first + step, ...: kCount of them, of which those before `end` exist; the others are zeros. For whole warps, lane 0
+// with the first pack of a tile. The lanes share the work on scales: each makes that of one tile, and kShare the same.
+template <class T, int kCount>
+__device__ __forceinline__ void cast_packs(const RowCasts& to, const Pack<T> (&x)[kCount], int64_t row, int columns,
+                                           int first, int step, int end) {
+  constexpr int kSize = Pack<T>::kSize, kLanes = kTile / kSize, kShare = kLanes / kCount;
+  const int lane = threadIdx.x % kLanes;
+  float amax[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) amax[i] = abs_max(x[i]);
+  // While a lane has maxima of several tiles, it hands half of them to the lane that keeps those.
+#pragma unroll
+  for (int offset = kLanes / 2; offset >= kShare; offset /= 2) {
+    const int keep = offset / kShare;
+    const bool high = lane & offset;
+#pragma unroll
+    for (int i = 0; i < keep; ++i) {
+      const float other = __shfl_xor_sync(0xffffffffu, high ? amax[i] : amax[i + keep], offset);
+      amax[i] = MaxNan{}(high ? amax[i + keep] : amax[i], other);
+    }
+  }
+#pragma unroll
+  for (int offset = kShare / 2; offset > 0; offset /= 2) {
+    amax[0] = MaxNan{}(amax[0], __shfl_xor_sync(0xffffffffu, amax[0], offset));
+  }
+  const float sf = tile_scale(amax[0], to.rule), inverse = __frcp_rn(sf);
+  const int begin = first - lane + lane / kShare * step;  // the first pack of that tile
+  if (lane % kShare == 0 && begin < end) to.sf[begin / kLanes * to.sf_stride + row] = sf;
+  uint8_t* const out = to.out + row * columns;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float factor = kCount == 1 ? inverse : __shfl_sync(0xffffffffu, inverse, i * kShare, kLanes);
+    uint32_t words[kSize / 4];
+#pragma unroll
+    for (int c = 0; c < kSize / 4; ++c) {
+      float v[4];
+      unpack(x[i], c, v);
+      words[c] = encode(v, factor);
+    }
+    if (first + i * step < end) store_words(out + (first + i * step) * kSize, words);
+  }
 }
 
 inline ScaleRule scale_rule(double floor, bool pow2) {
   DSV3_CHECK(floor >= 0 && floor <= FLT_MAX, "amax_floor must be at least 0 and finite, got ", floor);
   return {static_cast<float>(floor), pow2};
+}
+
+// Checks the outputs of a cast in tiles of 1 x 128: `data` e4m3 (rows, columns) and its scales.
+inline RowCasts row_casts(const char* data_name, const Tensor& data, const char* sf_name, const Tensor& sf,
+                          int64_t rows, int64_t columns, ScaleRule rule) {
+  DSV3_CHECK(columns % 16 == 0, data_name, " must have a multiple of 16 columns, got ", data);
+  check_operand(data_name, data, Dtype::kE4M3, rows, columns);
+  const int64_t stride = check_row_scales(sf_name, sf, rows, ceil_div(columns, kTile));
+  return {data.data<uint8_t>(), sf.data<float>(), static_cast<uint32_t>(stride), rule};
 }
 
 }  // namespace dsv3

@@ -1,0 +1,147 @@
+// out[M, N] (+)= A[M, K] B[N, K]^T with a scale for every 1x128 of A and for every 128x128 (forward, dgrad) or 1x128
+// (weight gradient, out in fp32) of B. 2 M N K operations; bytes M K + N K + out. Up to 128 rows take few_rows.cuh,
+// which is bound by reading B; more take wide.cuh, bound by the tensor cores.
+#include "../ops.h"
+#include "few_rows.cuh"
+#include "wide_launch.cuh"
+
+namespace dsv3 {
+namespace {
+
+constexpr const char* kName = "fp8_gemm";
+constexpr int kFewRows = 128;
+
+template <class Out>
+using Wide256 = WideConfig<Layout::kDense, Out, false, 128, 2, 2, 4>;
+template <class Out>
+using Wide128 = WideConfig<Layout::kDense, Out, false, 64, 2, 1, 5>;
+using Wide176 = WideConfig<Layout::kDense, __nv_bfloat16, false, 88, 2, 1, 5>;  // 2112 columns are 12 of them
+using Wide144 = WideConfig<Layout::kDense, __nv_bfloat16, false, 72, 2, 1, 5>;  // 576 are 4
+
+template <class C>
+Launch few_rows_shape(int splits) {
+  static_assert(sizeof(FewRowsShared<C>) <= (C::kBlocks == 2 ? 113 : 227) * 1024, "the stages do not fit");
+  return {dim3(), dim3(C::kThreads), sizeof(FewRowsShared<C>), splits};
+}
+
+// How few_rows.cuh cuts a product, and the time in us that it should take.
+struct FewRowsPlan {
+  int groups = 0, splits = 0;
+  double us = 1e30;
+};
+
+// The time of a cut: a block's way through its part of K or what all take from device memory, whichever is longer, and
+// the exchange of sums. The numbers were fitted to times on an H100 (README.md). Where two blocks fit on a
+// multiprocessor, those of a cluster share some even though others are idle.
+template <class C>
+void consider(FewRowsPlan& best, int64_t columns, int64_t depth_blocks, int splits) {
+  constexpr double kBytes = 128.0 * (C::kRows + C::kTokens);
+  const int tiles = static_cast<int>(ceil_div(columns, C::kRows));
+  const int resident = resident_clusters(kName, few_rows_kernel<C>, few_rows_shape<C>(splits));
+  const double sharing = splits == 1 || C::kBlocks == 1 ? 1.0 : 1.5;
+  const double wide = C::kRows + C::kTokens > 192 ? 0.15 : 0.0;
+  const double block = std::max(0.22 + wide + 6.5e-6 * kBytes, sharing * kBytes / 85e3);
+  const double loads = ceil_div(tiles, resident) * ceil_div(depth_blocks, splits) * block;
+  const double all = 128.0 * C::kRows * tiles * depth_blocks / 2.9e6;
+  const double sums = splits > 1 ? 0.6 + 0.3 * splits + 4.0 * C::kRows * C::kTokens / 50e3 : 0.0;
+  const double us = std::max(loads, all) + sums;
+  if (us < best.us) best = {C::kGroups, splits, us};
+}
+
+template <class Out, int kTokens, int kGroups>
+using FewRowsWhole = FewRowsConfig<Out, kTokens, kGroups, true>;
+template <class Out, int kTokens, int kGroups>
+using FewRowsSplit = FewRowsConfig<Out, kTokens, kGroups, false>;
+
+template <class Out, int kTokens>
+FewRowsPlan plan_few_rows(int64_t columns, int64_t depth_blocks, bool batch_invariant) {
+  FewRowsPlan best;
+  consider<FewRowsWhole<Out, kTokens, 1>>(best, columns, depth_blocks, 1);
+  consider<FewRowsWhole<Out, kTokens, 2>>(best, columns, depth_blocks, 1);
+  const int most = batch_invariant ? 1 : static_cast<int>(std::min<int64_t>(8, depth_blocks));
+  for (int splits = 2; splits <= most; ++splits) {
+    consider<FewRowsSplit<Out, kTokens, 1>>(best, columns, depth_blocks, splits);
+    consider<FewRowsSplit<Out, kTokens, 2>>(best, columns, depth_blocks, splits);
+  }
+  return best;
+}
+
+template <class C>
+void launch_few_rows(const WideProblem& x, int splits, bool static_weights, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(x.k, kBlockK);
+  const int tiles = ceil_div(x.columns, C::kRows);
+  FewRowsParams p;
+  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kTokens, kBlockK, true);
+  p.a_sf = row_scales(x.a_sf, x.a_rows);
+  p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kRows, kBlockK, true);
+  p.out = x.out.data<void>();
+  p.b_sf = x.b_sf.data<float>();
+  p.rows = x.rows;
+  p.columns = x.columns;
+  p.depth_blocks = static_cast<int>(blocks);
+  p.splits = splits;
+  p.accumulate = x.accumulate;
+  p.static_weights = static_weights;
+  Launch shape = few_rows_shape<C>(splits);
+  const int clusters = splits > 1 ? tiles : std::min(tiles, resident_clusters(kName, few_rows_kernel<C>, shape));
+  shape.grid = dim3(static_cast<unsigned>(clusters * splits));
+  launch(kName, few_rows_kernel<C>, shape, stream, p);
+}
+
+template <class Out, int kTokens>
+void launch_plan(const WideProblem& x, const FewRowsPlan& plan, bool static_weights, cudaStream_t stream) {
+  const auto run = [&](auto config) { launch_few_rows<decltype(config)>(x, plan.splits, static_weights, stream); };
+  if (plan.splits == 1) {
+    plan.groups == 1 ? run(FewRowsWhole<Out, kTokens, 1>{}) : run(FewRowsWhole<Out, kTokens, 2>{});
+  } else {
+    plan.groups == 1 ? run(FewRowsSplit<Out, kTokens, 1>{}) : run(FewRowsSplit<Out, kTokens, 2>{});
+  }
+}
+
+template <class Out>
+void launch_few_rows(const WideProblem& x, bool batch_invariant, bool static_weights, cudaStream_t stream) {
+  const auto run = [&](auto tokens) {
+    const auto plan = plan_few_rows<Out, tokens>(x.columns, ceil_div(x.k, kBlockK), batch_invariant);
+    launch_plan<Out, tokens>(x, plan, static_weights, stream);
+  };
+  if (x.rows <= 16) return run(std::integral_constant<int, 16>{});
+  if (x.rows <= 32) return run(std::integral_constant<int, 32>{});
+  if (x.rows <= 64) return run(std::integral_constant<int, 64>{});
+  run(std::integral_constant<int, 128>{});
+}
+
+}  // namespace
+
+void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate, bool batch_invariant,
+              bool static_weights, cudaStream_t stream) {
+  DSV3_CHECK(a.dim() == 2 && b.dim() == 2, "fp8_gemm: a must be (M, K) and b (N, K), got ", a, " and ", b);
+  const int64_t m = a.size(0), n = b.size(0), k = a.size(1), blocks = ceil_div(k, kBlockK);
+  check_operand("a", a, Dtype::kE4M3, m, k);
+  check_operand("b", b, Dtype::kE4M3, n, k);
+  check_depth(kName, n, k);
+  check_row_scales("a_sf", a_sf, m, blocks);
+  const bool row_scales = b_sf.dim() == 2 && b_sf.size(0) == n;
+  if (row_scales) {
+    check_row_scales("b_sf", b_sf, n, blocks);
+  } else {
+    check_operand("b_sf", b_sf, Dtype::kFloat32, ceil_div(n, kBlockK), blocks);
+  }
+  const bool wide_out = out.dtype() == Dtype::kFloat32;
+  check_operand("out", out, wide_out ? Dtype::kFloat32 : Dtype::kBFloat16, m, n);
+  DSV3_CHECK(wide_out || !(accumulate || row_scales), "fp8_gemm: out must be float32 where it accumulates or b has a ",
+             "scale for every 1x128, got ", out);
+  check_same_device(kName, out, {&a, &a_sf, &b, &b_sf});
+  if (m == 0 || n == 0) return;
+  const DeviceGuard guard(out);
+  const int rows = checked_int("M", m), columns = checked_int("N", n);
+  const WideProblem x{out, a, a_sf, b, b_sf, nullptr, m, n, k, rows, columns, 1, 0, accumulate};
+  if (row_scales) return launch_wgrad<Layout::kDense>(kName, x, stream);
+  if (m <= kFewRows) {
+    return wide_out ? launch_few_rows<float>(x, batch_invariant, static_weights, stream)
+                    : launch_few_rows<__nv_bfloat16>(x, batch_invariant, static_weights, stream);
+  }
+  if (wide_out) return launch_cheapest<Wide256<float>, Wide128<float>>(kName, x, stream);
+  launch_cheapest<Wide256<__nv_bfloat16>, Wide128<__nv_bfloat16>, Wide176, Wide144>(kName, x, stream);
+}
+
+}  // namespace dsv3

@@ -1,0 +1,84 @@
+// What the kernels with weights on the M side of the tensor core share: D^T[N, T] = B[N, K] A[T, K]^T, so that few tokens
+// cost few columns. A thread's accumulator i lies in row (weight) (i / 2 % 2) * 8 + lane / 4 of its warp's 16, column
+// (token) i / 4 * 8 + lane % 4 * 2 + i % 2.
+#pragma once
+
+#include <cute/arch/copy_sm90.hpp>
+
+#include "../common/launch.cuh"
+#include "../hopper/pipeline.cuh"
+#include "../hopper/tensor_map.h"
+#include "../hopper/wgmma.cuh"
+#include "schedule.cuh"
+
+namespace dsv3 {
+
+constexpr int kScratchBytes = 512;  // of a warp: 16 tokens of 16 bf16 outputs
+
+// Scales the tensor core's sum of one K block and adds it. token_sf holds the scales of kN tokens; where groups begin at
+// odd rows a thread's two neighbours are no vector.
+template <int kN>
+__device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const float (&product)[kN / 2],
+                                                   float weight_sf, const float* token_sf) {
+  const float* const mine = token_sf + threadIdx.x % 4 * 2;
+  const auto add = [&](auto load_pair) {
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const float2 tokens = load_pair(mine + 8 * j);
+      const float first = tokens.x * weight_sf, second = tokens.y * weight_sf;
+      sum[4 * j] = fmaf(first, product[4 * j], sum[4 * j]);
+      sum[4 * j + 1] = fmaf(second, product[4 * j + 1], sum[4 * j + 1]);
+      sum[4 * j + 2] = fmaf(first, product[4 * j + 2], sum[4 * j + 2]);
+      sum[4 * j + 3] = fmaf(second, product[4 * j + 3], sum[4 * j + 3]);
+    }
+  };
+  if (__cvta_generic_to_shared(token_sf) % sizeof(float2) == 0) {
+    add([](const float* pair) { return *reinterpret_cast<const float2*>(pair); });
+  } else {
+    add([](const float* pair) { return make_float2(pair[0], pair[1]); });
+  }
+}
+
+// Where a warp's 16 outputs of every token go: out points to the first token's row.
+template <class Out>
+struct Target {
+  Out* out;
+  int64_t stride;  // of a token
+  int tokens;      // that exist
+  int column, columns;
+  bool accumulate;
+};
+
+// Writes tokens `token` to `token` + 15 from 8 accumulators. bf16 is turned through shared memory, so that a token's 16
+// outputs leave as one sector; in fp32 eight lanes hold a sector already.
+__device__ __forceinline__ void write_tokens(const Target<__nv_bfloat16>& to, int token, const float* sum,
+                                             uint8_t* scratch) {
+  const int lane = threadIdx.x % kWarpSize;
+  if (token >= to.tokens) return;
+  uint32_t words[4];  // tokens 0 to 7 of weights 0 to 7, of weights 8 to 15, then the other tokens
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+    words[i] = reinterpret_cast<const uint32_t&>(pair);
+  }
+  __syncwarp();
+  const int row = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+  auto& target = *reinterpret_cast<cute::uint128_t*>(scratch + row * 32 + half * 16);
+  cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3], target);
+  __syncwarp();
+  const int mine = token + lane / 2, column = to.column + lane % 2 * 8;
+  if (mine >= to.tokens || column >= to.columns) return;
+  *reinterpret_cast<uint4*>(to.out + mine * to.stride + column) = *reinterpret_cast<const uint4*>(scratch + lane * 16);
+}
+__device__ __forceinline__ void write_tokens(const Target<float>& to, int token, const float* sum, uint8_t*) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int mine = token + i / 4 * 8 + lane % 4 * 2 + i % 2, column = to.column + i / 2 % 2 * 8 + lane / 4;
+    if (mine >= to.tokens || column >= to.columns) continue;
+    float& value = to.out[mine * to.stride + column];
+    value = to.accumulate ? value + sum[i] : sum[i];
+  }
+}
+
+}  // namespace dsv3

@@ -1,0 +1,395 @@
+// The kernel for many rows: D[M, N] = A[M, K] B[N, K]^T in FP8 with a scale for every 1x128 of A, and for every 128x128
+// or 1x128 of B. Tiles of 128 rows by up to 256 columns; a producer warp fills a ring of K blocks by TMA, two warpgroups
+// of 64 rows each multiply and promote: the tensor core's sum of 128 products is scaled and added to fp32 registers.
+// While one warpgroup promotes, the other keeps the tensor cores busy. In a cluster of two, blocks of neighbouring rows
+// share the columns: each loads half of B and multicasts it. Roofline: README.md, section gemm.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90.hpp>
+
+#include "../common/launch.cuh"
+#include "../hopper/pipeline.cuh"
+#include "../hopper/tensor_map.h"
+#include "../hopper/wgmma.cuh"
+#include "schedule.cuh"
+
+namespace dsv3 {
+
+// kN columns a product, kParts products a tile and K block; tiles whose width is no multiple of 128 meet several blocks
+// of B's scales. Out is bf16 or float; kRowScaleB: B has a scale every 1x128.
+template <Layout kLayout_, class Out_, bool kRowScaleB_, int kN_, int kParts_, int kCluster_, int kStages_>
+struct WideConfig {
+  static constexpr Layout kLayout = kLayout_;
+  using Out = Out_;
+  static constexpr bool kRowScaleB = kRowScaleB_;
+  static constexpr int kN = kN_, kParts = kParts_, kCluster = kCluster_, kStages = kStages_;
+  static constexpr bool kByRows = kLayout == Layout::kRows || kLayout == Layout::kMasked;
+  static constexpr int kTileColumns = kN * kParts;
+  static constexpr bool kAligned = kTileColumns % kBlockK == 0;
+  // Blocks of B's scales that a tile can meet; its first column is a multiple of 16.
+  static constexpr int kScales = kRowScaleB ? 0
+                                 : kAligned ? kTileColumns / kBlockK
+                                            : (kBlockK - 16 + kTileColumns - 1) / kBlockK + 1;
+  static constexpr int kConsumerWarps = 8;
+  static constexpr int kThreads = 3 * kWarpgroup;
+};
+
+constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes: what a warp stores at a time
+
+template <class C>
+struct WideShared {
+  alignas(1024) uint8_t a[C::kStages][kTileRows * kBlockK];
+  alignas(1024) uint8_t b[C::kStages][C::kTileColumns * kBlockK];
+  alignas(1024) uint8_t store[C::kConsumerWarps][2][kStoreBytes];
+  alignas(16) float a_sf[C::kStages][RowScales::size(kTileRows)];
+  alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
+  RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
+};
+
+struct WideParams {
+  CUtensorMap a, b, out_map;
+  void* out;
+  RowScales a_sf, b_row_sf;
+  const float* b_sf;   // [G, ceil(N / 128), depth_blocks]
+  const int* offsets;  // [G + 1], counts [G] (kMasked), or null
+  DeviceError* error;
+  int rows, columns, depth_blocks, groups;
+  int limit;        // of the offsets or counts
+  int fewest_rows;  // of a group that this kernel takes; others are another's
+  bool accumulate;
+};
+
+template <class C>
+class WideSchedule {
+ public:
+  // By a whole warp. The first tile is that of the cluster's own number.
+  __device__ __forceinline__ WideSchedule(const WideParams& p, bool reports) : p_(p) {
+    index_ = blockIdx.x / C::kCluster;
+    step_ = gridDim.x / C::kCluster;
+    columns_ = ceil_div(p.columns, C::kTileColumns);
+    valid_ = true;
+    if constexpr (C::kLayout != Layout::kDense) {
+      valid_ = check_groups<C::kLayout>(p.offsets, p.groups, p.limit, p.error, reports);
+    }
+  }
+
+  __device__ __forceinline__ bool next(Tile& tile) {
+    constexpr int kSpan = kTileRows * C::kCluster;
+    if (!valid_) return false;
+    int span, column;
+    if constexpr (C::kByRows) {
+      int first, length, before;
+      const auto tiles = [this](int rows) { return rows < p_.fewest_rows ? 0 : ceil_div(rows, kSpan) * columns_; };
+      if (!window_.template seek<C::kLayout>(p_.offsets, p_.groups, p_.limit, index_, tiles, tile.group, first, length,
+                                             before)) {
+        return false;
+      }
+      Grid{ceil_div(length, kSpan), columns_}.place(index_ - before, span, column);
+      tile.row = first;
+      tile.row_end = first + length;
+      tile.depth = 0;
+      tile.depth_blocks = p_.depth_blocks;
+    } else {
+      const Grid grid{ceil_div(p_.rows, kSpan), columns_};
+      tile.group = 0;
+      tile.depth = 0;
+      tile.depth_blocks = p_.depth_blocks;
+      if constexpr (C::kLayout == Layout::kDepth) {
+        do {
+          if (index_ >= grid.size() * p_.groups) return false;
+          tile.group = index_ / grid.size();
+          for (; group_ < tile.group; ++group_) depth_ += blocks_of(group_);
+          tile.depth = depth_;
+          tile.depth_blocks = blocks_of(tile.group);
+          if (tile.depth_blocks == 0) index_ += step_;
+        } while (tile.depth_blocks == 0);
+      } else if (index_ >= grid.size()) {
+        return false;
+      }
+      grid.place(index_ - tile.group * grid.size(), span, column);
+      tile.row = 0;
+      tile.row_end = p_.rows;
+    }
+    tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * kTileRows;
+    tile.column = column * C::kTileColumns;
+    index_ += step_;
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ int blocks_of(int group) const {
+    return ceil_div(__ldg(p_.offsets + group + 1) - __ldg(p_.offsets + group), kBlockK);
+  }
+
+  const WideParams& p_;
+  GroupWindow window_;
+  int index_, step_, columns_;
+  int group_ = 0, depth_ = 0;
+  bool valid_;
+};
+
+// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales.
+template <class C>
+__device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shared) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int rank = rank_in_cluster<C::kCluster>();
+  constexpr int kPart = C::kTileColumns / C::kCluster;  // columns of B that this block loads, for the whole cluster
+  constexpr int kBytes = kTileRows * kBlockK + C::kTileColumns * kBlockK;
+  WideSchedule<C> schedule(p, blockIdx.x == 0 && p.error != nullptr);
+  RingState<C::kStages> at;
+  Tile tile;
+  while (schedule.next(tile)) {
+    const int scale_rows = ceil_div(p.columns, kBlockK);
+    const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
+    const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
+    const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column + rank * kPart;
+    const int a_sf_bytes = p.a_sf.bytes(tile.row, kTileRows);
+    const int b_sf_bytes = C::kRowScaleB ? p.b_row_sf.bytes(tile.column, C::kTileColumns) : 0;
+    for (int i = 0; i < tile.depth_blocks; ++i, at.advance()) {
+      shared.ring.wait_empty(at);
+      uint64_t& full = shared.ring.full[at.stage];
+      const int block = tile.depth + i, k = block * kBlockK;
+      if (lane == 0) {
+        shared.ring.expect(at.stage, kBytes + a_sf_bytes + b_sf_bytes);
+        tma_load(shared.a[at.stage], p.a, full, k, tile.row);
+        if constexpr (C::kCluster > 1) {
+          constexpr uint16_t kAll = (1 << C::kCluster) - 1;
+          tma_load_multicast(shared.b[at.stage] + rank * kPart * kBlockK, p.b, full, k, b_row, kAll);
+        } else {
+          tma_load(shared.b[at.stage], p.b, full, k, b_row);
+        }
+        load_scales(shared.a_sf[at.stage], p.a_sf.at(tile.row, block), a_sf_bytes, full);
+        if constexpr (C::kRowScaleB) {
+          load_scales(shared.b_sf[at.stage], p.b_row_sf.at(tile.column, block), b_sf_bytes, full);
+        }
+      } else if (lane <= C::kScales) {
+        copy_float_async(&shared.b_sf[at.stage][lane - 1], b_sf + block);
+        arrive_when_copied(full);
+      }
+    }
+  }
+}
+
+// Scales of a stage: of a thread's two rows, and of the tile's columns.
+template <class C>
+struct StageScales {
+  float rows[2];
+  float blocks[C::kScales > 0 ? C::kScales : 1];
+  uint32_t columns;  // kRowScaleB: the address of this thread's first two
+
+  __device__ __forceinline__ StageScales(uint32_t a_sf, uint32_t b_sf, int row) {
+    rows[0] = load_shared_float(a_sf + row * 4);
+    rows[1] = load_shared_float(a_sf + row * 4 + 32);
+#pragma unroll
+    for (int i = 0; i < C::kScales; ++i) blocks[i] = load_shared_float(b_sf + i * 4);
+    columns = b_sf + threadIdx.x % 4 * 8;
+  }
+};
+
+// Adds a product's columns, scaled, to the sums. Accumulator i of a thread lies in row (i / 2 % 2) * 8 + lane / 4 of its
+// warp, column i / 4 * 8 + lane % 4 * 2 + i % 2.
+template <class C, int kEdge>
+__device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const float (&product)[C::kN / 2],
+                                        const StageScales<C>& scales, int part) {
+#pragma unroll
+  for (int j = 0; j < C::kN / 8; ++j) {
+    const int column = part * C::kN + 8 * j;
+    float* const s = &sum[column / 2];
+    float2 columns;
+    if constexpr (C::kRowScaleB) {
+      columns = load_shared_float2(scales.columns + column * 4);
+    } else {
+      columns.x = columns.y = scales.blocks[column < kEdge ? 0 : (column - kEdge) / kBlockK + 1];
+    }
+    s[0] = fmaf(scales.rows[0] * columns.x, product[4 * j], s[0]);
+    s[1] = fmaf(scales.rows[0] * columns.y, product[4 * j + 1], s[1]);
+    s[2] = fmaf(scales.rows[1] * columns.x, product[4 * j + 2], s[2]);
+    s[3] = fmaf(scales.rows[1] * columns.y, product[4 * j + 3], s[3]);
+  }
+}
+
+// The warp's 16 rows of a chunk of 128 bytes of columns to shared memory, under the 128-byte swizzle.
+__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, int groups, __nv_bfloat16) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    if (j >= groups) break;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+    const int unit = j + lane / 16;
+    auto& target = *reinterpret_cast<cute::uint128_t*>(buffer + row * 128 + (unit ^ row % 8) * 16);
+    cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], target);
+  }
+}
+__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, int groups, float) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (j >= groups) break;
+    const int unit = 2 * j + lane % 4 / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 4 + 8 * i;
+      auto& target = *reinterpret_cast<float2*>(buffer + row * 128 + (unit ^ row % 8) * 16 + lane % 2 * 8);
+      target = make_float2(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]);
+    }
+  }
+}
+
+__device__ __forceinline__ void write_unit(__nv_bfloat16* out, const uint4& unit, bool) {
+  *reinterpret_cast<uint4*>(out) = unit;
+}
+__device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool accumulate) {
+  float4 value = reinterpret_cast<const float4&>(unit);
+  if (accumulate) {
+    const float4 old = *reinterpret_cast<const float4*>(out);
+    value = make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
+  }
+  *reinterpret_cast<float4*>(out) = value;
+}
+
+// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element, so
+// the order of sums stays fixed); rows at the end of a group, and chunks that the tile does not fill, by the warp itself.
+template <class C>
+__device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile, uint8_t (&buffers)[2][kStoreBytes],
+                                           const float (&sum)[C::kTileColumns / 2], int warp_row, int& chunk) {
+  using Out = typename C::Out;
+  constexpr int kChunk = 128 / sizeof(Out), kChunks = (C::kTileColumns + kChunk - 1) / kChunk, kGroups = kChunk / 8;
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = tile.row + warp_row;
+  const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
+  const int rows = min(16, tile.row_end - row);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int groups = min(kGroups, C::kTileColumns / 8 - c * kGroups);
+    const int column = tile.column + c * kChunk;
+    if (rows <= 0 || column >= p.columns) continue;
+    uint8_t* const buffer = buffers[chunk++ % 2];
+    if (lane == 0) cute::tma_store_wait<1>();
+    __syncwarp();
+    stage_chunk(buffer, &sum[c * kGroups * 4], groups, Out{});
+    if (rows == 16 && groups == kGroups) {
+      cute::tma_store_fence();
+      __syncwarp();
+      if (lane == 0) {
+        if (p.accumulate) {
+          cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffer, column, static_cast<int>(out_row));
+        } else {
+          cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffer, column, static_cast<int>(out_row));
+        }
+      }
+    } else {
+      __syncwarp();
+      constexpr int kUnit = 16 / sizeof(Out);
+      const int unit = lane % 8, first = column + unit * kUnit;
+      for (int r = lane / 8; r < rows; r += 4) {
+        if (unit * kUnit >= groups * 8 || first >= p.columns) break;
+        const uint4 value = *reinterpret_cast<const uint4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
+        write_unit(static_cast<Out*>(p.out) + (out_row + r) * p.columns + first, value, p.accumulate);
+      }
+      __syncwarp();
+    }
+    if (lane == 0) cute::tma_store_arrive();  // an empty group where the warp wrote: buffers take turns by counting
+  }
+}
+
+// The tile's sums over its K blocks. Products of 128 columns take A from shared memory, one at a time: the other
+// warpgroup's fill the tensor cores while one is promoted. Narrower ones take it from registers, which leaves the shared
+// memory's bandwidth to B, and leave registers for two: one is under way while the other is promoted.
+template <class C, int kEdge>
+__device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kStages>& at, int blocks, int row,
+                                         uint32_t warp, float (&sum)[C::kTileColumns / 2]) {
+  constexpr bool kFragments = C::kN < 128;
+  constexpr int kProducts = kFragments ? 2 : 1, kLast = C::kParts - 1;
+  const uint32_t a_first = shared_address(shared.a), full = shared_address(shared.ring.full);
+  const uint32_t a_sf = shared_address(shared.a_sf), b_sf = shared_address(shared.b_sf);
+  const uint32_t b_first = matrix_descriptor(shared_address(shared.b));
+#pragma unroll 1
+  for (int i = 0; i < blocks; ++i, at.advance()) {
+    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16), a = a_first + at.stage * sizeof(shared.a[0]);
+    shared.ring.wait_full(full, at);
+    float product[kProducts][C::kN / 2];
+    Fragment fragment;
+    if constexpr (kFragments) fragment.load(a + warp * (16 * kBlockK));
+    const auto start = [&](int part) {
+      float (&target)[C::kN / 2] = product[part % kProducts];
+      const uint32_t part_b = b + part * (C::kN * kBlockK / 16);
+      if constexpr (kFragments) {
+        start_product<C::kN>(fragment, part_b, target);
+      } else {
+        start_product<C::kN>(matrix_descriptor(a + warp / kWarpgroupWarps * (64 * kBlockK)), part_b, target);
+      }
+    };
+#pragma unroll
+    for (int part = 0; part < kProducts; ++part) start(part);
+    const StageScales<C> scales(a_sf + at.stage * sizeof(shared.a_sf[0]), b_sf + at.stage * sizeof(shared.b_sf[0]),
+                                row);
+#pragma unroll
+    for (int part = 0; part < C::kParts; ++part) {
+      float (&source)[C::kN / 2] = product[part % kProducts];
+      part == kLast ? finish_product<C::kN, 0>(source) : finish_product<C::kN, kProducts - 1>(source);
+      if (part == kLast && !C::kRowScaleB) shared.ring.release(at.stage);
+      promote<C, kEdge>(sum, source, scales, part);
+      if (part + kProducts <= kLast) start(part + kProducts);
+    }
+    if constexpr (C::kRowScaleB) shared.ring.release(at.stage);
+  }
+}
+
+// Calls f with the distance from the tile's first column to the next block of scales as a constant: selecting scales by
+// a variable costs more than the promotion itself.
+template <class C, int kEdge = 16, class F>
+__device__ __forceinline__ void with_edge(int edge, F&& f) {
+  if constexpr (C::kAligned || C::kRowScaleB || kEdge == kBlockK) {
+    f(std::integral_constant<int, kBlockK>{});
+  } else if (edge == kEdge) {
+    f(std::integral_constant<int, kEdge>{});
+  } else {
+    with_edge<C, kEdge + 16>(edge, f);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shared) {
+  const uint32_t warp = uniform_warp() - kWarpgroupWarps;
+  const int lane = threadIdx.x % kWarpSize, row = warp * 16 + lane / 4;
+  WideSchedule<C> schedule(p, false);
+  RingState<C::kStages> at;
+  Tile tile;
+  int chunk = 0;
+  while (schedule.next(tile)) {
+    float sum[C::kTileColumns / 2] = {};
+    with_edge<C>(kBlockK - tile.column % kBlockK, [&](auto edge) {
+      multiply<C, edge>(shared, at, tile.depth_blocks, row + (tile.row & RowScales::kEarly), warp, sum);
+    });
+    store_tile<C>(p, tile, shared.store[warp], sum, warp * 16, chunk);
+  }
+  if (lane == 0) cute::tma_store_wait<0>();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const __grid_constant__ WideParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<WideShared<C>*>(raw);
+  if (threadIdx.x == 0) shared.ring.init();
+  sync_cluster<C::kCluster>();
+  wait_for_inputs();
+  release_dependents();
+  if (threadIdx.x < kWarpgroup) {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (threadIdx.x < kWarpSize) produce<C>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    consume<C>(p, shared);
+  }
+  sync_cluster<C::kCluster>();  // a block stays until nobody can arrive at its barriers any more
+}
+
+}  // namespace dsv3

@@ -1,0 +1,87 @@
+// Host side of the wide kernel.
+#pragma once
+
+#include <algorithm>
+
+#include "operands.h"
+#include "wide.cuh"
+
+namespace dsv3 {
+
+// A product without its tile: out [rows, columns] (kDepth: [groups, rows, columns]), the sizes of the whole tensors.
+struct WideProblem {
+  Tensor out, a, a_sf, b, b_sf;
+  const int* offsets;
+  int64_t a_rows, b_rows, k;  // of a and b as matrices
+  int rows, columns, groups, limit;
+  bool accumulate;
+  int fewest_rows = 0;  // of a group that is taken
+};
+
+template <class C>
+Launch wide_shape() {
+  static_assert(sizeof(WideShared<C>) <= 227 * 1024, "the stages do not fit");
+  return {dim3(), dim3(C::kThreads), sizeof(WideShared<C>), C::kCluster};
+}
+
+// Clocks that a product should take: waves of tiles, each of them K blocks and the writing of the tile. Fitted to times on
+// an H100 (README.md).
+template <class C>
+int64_t wide_cost(int64_t rows, int64_t columns, int64_t depth_blocks) {
+  const int clusters = resident_clusters("fp8_gemm", wide_kernel<C>, wide_shape<C>());
+  const int64_t tiles = ceil_div(rows, kTileRows * C::kCluster) * ceil_div(columns, C::kTileColumns);
+  constexpr int64_t kBlock = C::kRowScaleB ? C::kTileColumns * 17 / 2 : 300 + C::kTileColumns * 4;
+  return ceil_div(tiles, clusters) * (depth_blocks * kBlock + 3 * C::kTileColumns * sizeof(typename C::Out));
+}
+
+template <class C>
+void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(x.k, kBlockK);
+  constexpr int kStoreColumns = 128 / sizeof(typename C::Out);
+  WideParams p;
+  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), kTileRows, kBlockK, true);
+  p.a_sf = row_scales(x.a_sf, x.a_rows);
+  p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kTileColumns / C::kCluster, kBlockK, true);
+  p.b_row_sf = C::kRowScaleB ? row_scales(x.b_sf, x.b_rows) : RowScales{};
+  const int64_t out_rows = C::kLayout == Layout::kDepth ? static_cast<int64_t>(x.groups) * x.rows : x.rows;
+  p.out_map = tensor_map(out_view<typename C::Out>(x.out, out_rows, x.columns), 16, kStoreColumns, true);
+  p.out = x.out.data<void>();
+  p.b_sf = C::kRowScaleB ? nullptr : x.b_sf.data<float>();
+  p.offsets = x.offsets;
+  // The narrow kernel, which takes the other groups of the masked layout, reports what is wrong with the counts.
+  p.error = C::kLayout == Layout::kDense || C::kLayout == Layout::kMasked ? nullptr : device_error();
+  p.rows = x.rows;
+  p.columns = x.columns;
+  p.depth_blocks = static_cast<int>(blocks);
+  p.groups = x.groups;
+  p.limit = x.limit;
+  p.fewest_rows = x.fewest_rows;
+  p.accumulate = x.accumulate;
+  Launch shape = wide_shape<C>();
+  // Rows that groups leave unused at their ends can add a span each.
+  const int64_t spans = ceil_div(x.rows, kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
+  const int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
+  const int64_t clusters = std::min<int64_t>(tiles, resident_clusters(name, wide_kernel<C>, shape));
+  shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
+  launch(name, wide_kernel<C>, shape, stream, p);
+}
+
+// Launches the tile whose predicted time is the shortest.
+template <class... Configs>
+void launch_cheapest(const char* name, const WideProblem& x, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(x.k, kBlockK), rows = static_cast<int64_t>(x.rows);
+  const int64_t costs[] = {wide_cost<Configs>(rows, x.columns, blocks)...};
+  const int64_t cheapest = *std::min_element(std::begin(costs), std::end(costs));
+  int i = 0;
+  bool done = false;
+  ((costs[i++] == cheapest && !done ? (launch_wide<Configs>(name, x, stream), done = true) : false), ...);
+}
+
+// A product whose operands both have a scale for every 1x128, added to or written to fp32.
+template <Layout kLayout>
+void launch_wgrad(const char* name, const WideProblem& x, cudaStream_t stream) {
+  launch_cheapest<WideConfig<kLayout, float, true, 128, 2, 1, 3>, WideConfig<kLayout, float, true, 64, 3, 1, 4>,
+                  WideConfig<kLayout, float, true, 64, 2, 1, 5>>(name, x, stream);
+}
+
+}  // namespace dsv3

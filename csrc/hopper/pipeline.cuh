@@ -1,0 +1,116 @@
+// A ring of shared-memory stages between a producer warp, which fills them by TMA, and consumer warps, in one block or
+// in a cluster whose blocks fill each other's stages by multicast.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+namespace dsv3 {
+
+// Which stage is next, and the parity of its use.
+template <int kStages>
+struct RingState {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// `full`: the stage's data has arrived (one arrival with the number of bytes, and kLoaders asynchronous ones). `empty`:
+// every consumer warp of every block of the cluster is done with it, so that any of them may write it again.
+template <int kStages, int kConsumerWarps, int kCluster, int kLoaders>
+struct RingBarriers {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+
+  // By one thread; a cluster (or block) barrier must follow.
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      cutlass::arch::ClusterBarrier::init(&full[i], 1 + kLoaders);
+      cutlass::arch::ClusterBarrier::init(&empty[i], kConsumerWarps * kCluster);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __device__ __forceinline__ void wait_full(const RingState<kStages>& at) {
+    cutlass::arch::ClusterBarrier::wait(&full[at.stage], at.phase);
+    asm volatile("" ::: "memory");
+  }
+  // The same by the address of `full`, which the caller keeps in a register.
+  __device__ static __forceinline__ void wait_full(uint32_t full, const RingState<kStages>& at) {
+    asm volatile(
+        "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
+            full + at.stage * 8),
+        "r"(at.phase)
+        : "memory");
+  }
+  __device__ __forceinline__ void wait_empty(const RingState<kStages>& at) {
+    cutlass::arch::ClusterBarrier::wait(&empty[at.stage], at.phase ^ 1);
+  }
+  __device__ __forceinline__ void expect(int stage, uint32_t bytes) {
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], bytes);
+  }
+  // By a whole warp: one arrival at each block of the cluster.
+  __device__ __forceinline__ void release(int stage) {
+    asm volatile("" ::: "memory");
+    const int lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) cutlass::arch::ClusterBarrier::arrive(&empty[stage]);
+    } else {
+      cutlass::arch::ClusterBarrier::arrive(&empty[stage], lane, lane < kCluster);
+    }
+  }
+};
+
+template <int kCluster>
+__device__ __forceinline__ void sync_cluster() {
+  if constexpr (kCluster > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+template <int kCluster>
+__device__ __forceinline__ uint32_t rank_in_cluster() {
+  return kCluster > 1 ? cute::block_rank_in_cluster() : 0;
+}
+
+// A box of a two-dimensional tensor at (inner, outer) to shared memory; to every block of the cluster where `mask` says.
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, uint64_t& full, int inner, int outer,
+                                         cute::TMA::CacheHintSm90 hint = cute::TMA::CacheHintSm90::EVICT_NORMAL) {
+  cute::SM90_TMA_LOAD_2D::copy(&map, &full, static_cast<uint64_t>(hint), shared, inner, outer);
+}
+__device__ __forceinline__ void tma_load_multicast(
+    void* shared, const CUtensorMap& map, uint64_t& full, int inner, int outer, uint16_t mask,
+    cute::TMA::CacheHintSm90 hint = cute::TMA::CacheHintSm90::EVICT_NORMAL) {
+  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, &full, mask, static_cast<uint64_t>(hint), shared, inner, outer);
+}
+
+// `bytes` (a multiple of 16, perhaps none) of scales in a row.
+__device__ __forceinline__ void load_scales(float* shared, const float* global, int bytes, uint64_t& full) {
+  if (bytes > 0) cute::SM90_BULK_COPY_G2S::copy(global, &full, shared, bytes);
+}
+
+// One fp32 to shared memory in the background, and an arrival at `full` (one of its kLoaders) when this thread's copies
+// have landed.
+__device__ __forceinline__ void copy_float_async(float* shared, const float* global) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+__device__ __forceinline__ void arrive_when_copied(uint64_t& full) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(&full)))
+               : "memory");
+}
+
+}  // namespace dsv3
