@@ -100,7 +100,7 @@ def make_row(case: Case, timing: Timing, *, ceilings: Ceilings, env: Environment
         "bytes": int(case.bytes),
         "tflops": round(case.flops / time_us / 1e6, 3),
         "gbs": round(gbs, 1),
-        "floor_us": round(ceilings.floor_us(case.flops, case.bytes), 3),
+        "floor_us": round(ceilings.floor_us(case), 3),
         "copy_fraction": round(gbs / ceilings.copy_gbs, 4),
         "baselines": {name: round(time, 3) for name, time in timing.baselines.items()},
         "csrc_sha": sha,

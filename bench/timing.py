@@ -32,20 +32,27 @@ QUICK = Protocol(calls=2, replays=2)
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the card reached in this run: GB/s of a copy (read + written) and of a reduction, TFLOP/s of bf16 matmul."""
+    """What the card reached in this run: GB/s of a copy (read + written) and of a reduction, TFLOP/s of bf16 matmul and of
+    FP8 matmul with one scale a tensor."""
 
     copy_gbs: float
     read_gbs: float
     matmul_tflops: float
+    fp8_tflops: float
 
-    def floor_us(self, flops: float, num_bytes: float) -> float:
+    def floor_us(self, case: Case) -> float:
         """The time below which no implementation gets: the larger of moving the bytes and doing the arithmetic."""
-        return max(num_bytes / self.copy_gbs / 1e3, flops / self.matmul_tflops / 1e6)
+        tflops = self.fp8_tflops if case.fp8 else self.matmul_tflops
+        return max(case.bytes / self.copy_gbs / 1e3, case.flops / tflops / 1e6)
 
 
 def clone(inputs: Any) -> Any:
-    """A copy of every tensor in nested lists and tuples."""
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    """A copy of every tensor in nested lists and tuples, with the same strides."""
+
+    def copy(x: Any) -> Any:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+    return tree_map(lambda x: copy(x) if isinstance(x, Tensor) else x, inputs)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -133,8 +140,14 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
+def _fp8_matmul(a: Tensor, b: Tensor, one: Tensor) -> Tensor:
+    """bf16 [M, N] of e4m3 a [M, K] and b [N, K] with one scale a tensor: no partial sum is scaled or promoted."""
+    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def measure_ceilings(protocol: Protocol) -> tuple[Ceilings, list[tuple[Case, Timing]]]:
-    """The ceilings, and each as a case of its own: a copy and a sum of 1 GiB, and bf16 products of 4096^3 and 8192^3."""
+    """The ceilings, and each as a case of its own: a copy and a sum of 1 GiB, bf16 products of 4096^3 and 8192^3, and FP8
+    products of 8192^3 and 4096 x 7168 x 16384."""
     gib = 2**30
     options = {"calls": protocol.calls, "replays": protocol.replays}
     source = torch.randn(gib // 4, device="cuda")
@@ -152,9 +165,14 @@ def measure_ceilings(protocol: Protocol) -> tuple[Ceilings, list[tuple[Case, Tim
         case = {"m": size, "n": size, "k": size}
         operands = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         measure(Case(op="matmul", case=case, flops=2.0 * size**3, bytes=6.0 * size**2), torch.matmul, *operands)
+    for m, n, k in ((8192, 8192, 8192), (4096, 7168, 16384)):
+        operands = [torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n)]
+        work = {"flops": 2.0 * m * n * k, "bytes": (m + n) * k + 2.0 * m * n, "fp8": True}
+        fp8 = Case(op="matmul_fp8", case={"m": m, "n": n, "k": k}, **work)
+        measure(fp8, _fp8_matmul, *operands, torch.ones((), device="cuda"))
     copy_gbs, read_gbs = (case.bytes / timing.time_us / 1e3 for case, timing in measured[:2])
-    matmul_tflops = max(case.flops / timing.time_us / 1e6 for case, timing in measured[2:])
-    return Ceilings(copy_gbs, read_gbs, matmul_tflops), measured
+    rates = [case.flops / timing.time_us / 1e6 for case, timing in measured]
+    return Ceilings(copy_gbs, read_gbs, max(rates[2:4]), max(rates[4:])), measured
 
 
 def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
@@ -162,7 +180,7 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
     device = torch.device("cuda", torch.cuda.current_device())
     if case.measure is not None:
         return case.measure(device, protocol is QUICK)
-    calls = call_count(ceilings.floor_us(case.flops, case.bytes), protocol)
+    calls = call_count(ceilings.floor_us(case), protocol)
     first = case.inputs(device)
     input_bytes = sum(x.numel() * x.element_size() for x in tensors(first))
     sets = [first] + [clone(first) for _ in range(set_count(case, input_bytes, calls) - 1)]

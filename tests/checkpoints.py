@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv3 import Config
 from dsv3.model import DeepSeekV3
-from dsv3.ops.gemm import Quantized
+from dsv3.ops.linear import Quantized
 from dsv3.weights import writer
 
 BASE = Config(

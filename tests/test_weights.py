@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Deepse
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from dsv3 import Config, DeepSeekV3
-from dsv3.ops.gemm import Quantized
+from dsv3.ops.linear import Quantized
 from dsv3.weights import Local, load_pretrained, plan, save_pretrained
 from dsv3.weights.reader import Reader
 from tests.checkpoints import FP8, assert_same, edit, file_tensors, random_model, small_config, state, write_fp8

@@ -50,6 +50,7 @@ class Case:
     inputs: draws one input set (a tuple, lists of tensors allowed) on a device.
     run: the op on an input set; returns every tensor to compare, mutated inputs among them.
     restore: positions of inputs that a call spoils for the next one; they are refilled before every replay.
+    fp8: the flops are those of FP8 products, whose rate sets the floor; otherwise that of bf16 products does.
     measure: for what no CUDA graph can hold: measure(device, quick) times op and baselines itself.
     """
 
@@ -61,6 +62,7 @@ class Case:
     run: Callable[..., Any] = lambda: ()
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     restore: tuple[int, ...] = ()
+    fp8: bool = False
     measure: Callable[[torch.device, bool], Timing] | None = None
 
     @property

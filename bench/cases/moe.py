@@ -1,5 +1,5 @@
-"""csrc/moe: SwiGLU at the sizes of V3's experts (inner 2048, with routing weights) and of its dense blocks (18432); the
-gate over 256 experts, and the way of 4096 tokens to their 8 experts and back."""
+"""csrc/moe: SwiGLU at the sizes of V3's experts (inner 2048, with routing weights) and of its dense blocks (18432), also with
+its output cast to FP8; the gate over 256 experts, and the way of 4096 tokens to their 8 experts and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.cases import Case, peers
 from dsv3.reference import moe as reference
+from dsv3.reference.quant import TILE
 
 
 def _weights(tokens: int, device: torch.device, weighted: bool) -> Tensor | None:
@@ -32,6 +33,42 @@ def _case(tokens: int, inner: int, *, weighted: bool, backward: bool) -> Case:
         inputs=inputs,
         run=torch.ops.dsv3.swiglu_backward if backward else torch.ops.dsv3.swiglu,
         baselines=peers(reference.swiglu_backward if backward else reference.swiglu),
+    )
+
+
+def _cast(tokens: int, inner: int, *, weighted: bool) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        gate_up = torch.randn(tokens, 2 * inner, device=device, dtype=torch.bfloat16)
+        return gate_up, _weights(tokens, device, weighted)
+
+    size = tokens * inner
+    return Case(
+        op="swiglu_cast",
+        case={"tokens": tokens, "hidden": inner, "weights": weighted},
+        flops=9 * size,
+        bytes=5 * size + 4 * size // TILE + 4 * tokens * weighted,  # gate, up; out
+        inputs=inputs,
+        run=lambda gate_up, weights: torch.ops.dsv3.swiglu_cast(gate_up, weights, None, False, 1e-4),
+        baselines=peers(lambda gate_up, weights: reference.swiglu_cast(gate_up, weights, None, False, 1e-4)),
+    )
+
+
+def _cast_backward(tokens: int, inner: int, *, weighted: bool, keep: bool) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        rows = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for width in (inner, 2 * inner)]
+        return *rows, _weights(tokens, device, weighted)
+
+    settings = None, keep, False, 1e-30
+    size = tokens * inner
+    moved = 3 + 2 * keep  # tensors of bf16: dout, gate, up; dgate, dup
+    return Case(
+        op="swiglu_cast_backward",
+        case={"tokens": tokens, "hidden": inner, "weights": weighted, "keep_dgate_up": keep},
+        flops=20 * size,
+        bytes=2 * moved * size + 2 * (size + 4 * size // TILE) + 8 * tokens * weighted,
+        inputs=inputs,
+        run=lambda *inputs: torch.ops.dsv3.swiglu_cast_backward(*inputs, *settings),
+        baselines=peers(lambda *inputs: reference.swiglu_cast_backward(*inputs, *settings)),
     )
 
 
@@ -102,8 +139,11 @@ def cases(tiny: bool) -> list[Case]:
 def _swiglu_cases(tiny: bool) -> list[Case]:
     expert, dense = ((64, 128), (16, 256)) if tiny else ((32768, 2048), (4096, 18432))
     shapes = [(*expert, True), (*expert, False), (*dense, False)]
-    return [
+    plain = [
         _case(tokens, inner, weighted=weighted, backward=backward)
         for backward in (False, True)
         for tokens, inner, weighted in shapes
     ]
+    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
+    backward = [_cast_backward(*expert, weighted=True, keep=keep) for keep in (False, True)]
+    return [*plain, *casts, *backward, _cast_backward(*dense, weighted=False, keep=False)]

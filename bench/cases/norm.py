@@ -1,4 +1,5 @@
-"""csrc/norm: RMSNorm and its fused residual add, forward and backward; rotary embedding in place."""
+"""csrc/norm: RMSNorm and its fused residual add, forward (also with its output cast to FP8) and backward; rotary embedding
+in place."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from bench.cases import Baseline, Case, peers
 from dsv3.reference import norm as reference
+from dsv3.reference.quant import TILE
 
 EPS = 1e-6
+FLOOR = 1e-4
 
 
 def _rows(tokens: int, hidden: int, count: int) -> Callable[[torch.device], tuple[Any, ...]]:
@@ -56,6 +59,28 @@ def _forward(tokens: int, hidden: int, residual: bool) -> Case:
         inputs=_rows(tokens, hidden, 1 + residual),
         run=run,
         baselines=peers(plain, **{"F.rms_norm": Baseline(_torch_forward_residual if residual else _torch_forward)}),
+    )
+
+
+def _cast(tokens: int, hidden: int, residual: bool, keep_y: bool) -> Case:
+    def run(*inputs: Tensor) -> Any:
+        x, *rest, weight = inputs
+        return torch.ops.dsv3.rmsnorm_cast(x, rest[0] if rest else None, weight, EPS, keep_y, False, FLOOR)
+
+    def plain(*inputs: Tensor) -> Any:
+        x, *rest, weight = inputs
+        return reference.rmsnorm_cast(x, rest[0] if rest else None, weight, EPS, keep_y, False, FLOOR)
+
+    size = tokens * hidden
+    moved = 1 + 2 * residual + keep_y  # tensors of bf16: x; residual, residual out; y
+    return Case(
+        op="rmsnorm_cast",
+        case={"tokens": tokens, "hidden": hidden, "residual": residual, "keep_y": keep_y},
+        flops=(8 if residual else 7) * size,
+        bytes=2 * moved * size + size + 4 * size // TILE + 2 * hidden + 4 * tokens,
+        inputs=_rows(tokens, hidden, 1 + residual),
+        run=run,
+        baselines=peers(plain),
     )
 
 
@@ -116,5 +141,6 @@ def cases(tiny: bool) -> list[Case]:
     """4096 tokens of V3's hidden size; q of 128 heads of 192 values, of which 64 are rotated."""
     tokens, hidden = (32, 512) if tiny else (4096, 7168)
     forward = [_forward(tokens, hidden, residual) for residual in (False, True)]
+    casts = [_cast(tokens, hidden, *flags) for flags in ((False, False), (True, False), (True, True))]
     backward = [_backward(tokens, hidden, residual) for residual in (False, True)]
-    return [*forward, *backward, _rope(tokens, 4 if tiny else 128, 192, 64)]
+    return [*forward, *casts, *backward, _rope(tokens, 4 if tiny else 128, 192, 64)]

@@ -1,4 +1,5 @@
-"""csrc/quant: casts to FP8 with a scale for every 1x128, 128x128 or 128x1 values, plain and transposing."""
+"""csrc/quant: casts to FP8 with a scale for every 1x128, 128x128 or 128x1 values, plain and transposing, and two of them
+from one read."""
 
 from __future__ import annotations
 
@@ -69,6 +70,20 @@ def _transpose(tokens: int, hidden: int, from_fp8: bool) -> Case:
     )
 
 
+def _both(tokens: int, hidden: int) -> Case:
+    """1x128 and 128x1: what the gradient of a linear layer's output needs."""
+    size = tokens * hidden
+    return Case(
+        op="per_token_cast_and_transpose",
+        case={"tokens": tokens, "hidden": hidden},
+        flops=6 * size,
+        bytes=2 * size + 2 * (size + 4 * size // TILE),
+        inputs=_draw(tokens, hidden),
+        run=_with(torch.ops.dsv3.per_token_cast_and_transpose, None, False, FLOOR),
+        baselines=peers(_with(reference.per_token_cast_and_transpose, None, False, FLOOR)),
+    )
+
+
 def cases(tiny: bool) -> list[Case]:
     """V3's hidden size, and the rows that an expert layer gets. For weights `tokens` and `hidden` are rows and columns."""
     made = []
@@ -76,4 +91,5 @@ def cases(tiny: bool) -> list[Case]:
         made.append(_per_token(rows, columns))
         made += [_per_block(rows, columns, transpose) for transpose in (False, True)]
         made += [_transpose(rows, columns, from_fp8) for from_fp8 in (False, True)]
+        made.append(_both(rows, columns))
     return made

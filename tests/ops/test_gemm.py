@@ -1,229 +1,402 @@
+"""FP8 products against the fp64 product of what their operands stand for."""
+
 from __future__ import annotations
 
-import weakref
+import re
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3 import ops
-from dsv3.testing import check_compile, check_op, check_registration
+from dsv3.reference.quant import empty_row_scales
+from dsv3.testing import check_compile, check_graph, check_registration
+from tests.ops.fp8 import (
+    BF16,
+    FP32,
+    GRADIENT_FLOOR,
+    KINDS,
+    NAN,
+    cast_rows,
+    check,
+    draw,
+    expert_weights,
+    masked_operands,
+    offsets_of,
+    operands,
+    product,
+    same,
+    take,
+    values,
+)
 
-DTYPES = [torch.float32, torch.bfloat16]
-# (T, K, N)
-SHAPES = [(0, 64, 32), (1, 64, 48), (127, 96, 576), (4001, 64, 64)]
-LENGTHS = [[3, 0, 17, 1, 0], [0, 0, 0], [127], [40, 1, 300]]
-
-
-def make(device, dtype, *shapes):
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-
-
-def offsets_of(lengths, device):
-    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-
-
-def plain_grouped(x, weight, offsets):
-    bounds = offsets.tolist()
-    parts = [x[a:b] @ w.t() for w, a, b in zip(weight, bounds[:-1], bounds[1:], strict=True)]
-    return torch.cat(parts)
-
-
-def with_main_grad(weight):
-    weight = torch.nn.Parameter(weight.clone())
-    weight.main_grad = torch.zeros(weight.shape, device=weight.device)
-    return weight
-
-
-# ---- linear ----
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("t", "k", "n"), SHAPES)
-def test_linear(t, k, n, dtype, device):
-    check_op(ops.linear, lambda x, w: x @ w.t(), *make(device, dtype, (t, k), (n, k)))
+# (M, N, K)
+SHAPES = [
+    *((m, 192, 272) for m in (0, 1, 7, 8, 33, 64, 127, 128, 129, 200, 300, 4001)),
+    *((m, n, k) for m in (1, 130) for n, k in ((8, 16), (24, 144), (576, 512))),
+    (65, 2112, 1536),
+    (3, 128, 10944),
+    (40, 1000, 128),
+]
 
 
-def test_linear_with_wider_output(device):
-    x, weight = make(device, torch.bfloat16, (65, 128), (16, 128))
-    out = ops.linear(x, weight, out_dtype=torch.float32)
-    exact = x.double() @ weight.double().t()
-    assert out.dtype == torch.float32
-    assert (out - exact).norm() < 1e-6 * exact.norm()
-    x.requires_grad_()
-    weight.requires_grad_()
-    dy = torch.randn(65, 16, device=device)
-    ops.linear(x, weight, out_dtype=torch.float32).backward(dy)
-    for grad, expected in ((x.grad, dy.double() @ weight.double()), (weight.grad, dy.double().t() @ x.double())):
-        assert grad.dtype == torch.bfloat16
-        assert (grad - expected).norm() < 2.0**-8 * expected.norm()
+# ---- the product ----
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_fp8_gemm(m, n, k, dtype, rows, device):
+    a, b = operands(m, n, k, device, rows)
+    out = torch.full((m, n), NAN, dtype=dtype, device=device)
+    assert ops.fp8_gemm(*a, *b, out=out) is out
+    check(out, product(a, b))
+    for _ in range(2):
+        assert same(ops.fp8_gemm(*a, *b, out_dtype=dtype), out)
+    assert ops.fp8_gemm(*a, *b).dtype == BF16
 
 
-def test_main_grad_takes_the_weight_gradient(device):
-    for dtype in DTYPES:
-        x, weight, dy = make(device, dtype, (300, 64), (32, 64), (300, 32))
-        weight = with_main_grad(weight)
-        for _ in range(2):
-            ops.linear(x, weight).backward(dy)
-        exact = 2 * dy.double().t() @ x.double()
-        assert weight.grad is None
-        assert (weight.main_grad - exact).norm() < 1e-5 * exact.norm()
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [48, 300])
+def test_inputs_of_every_kind(m, kind, dtype, rows, device):
+    x = draw(m, 1040, device=device, kind=kind)
+    w = draw(576, 1040, device=device, kind="positive" if kind == "positive" else "normal")
+    a = cast_rows(x, amax_floor=GRADIENT_FLOOR if kind == "gradient" else 1e-4)
+    b = cast_rows(w) if rows else ops.per_block_cast(w)
+    out = ops.fp8_gemm(*a, *b, out_dtype=dtype)
+    check(out, product(a, b), kind)
+    found, wanted = out.double(), x.double() @ w.double().t()
+    assert 1 - 2 * (found * wanted).sum() / (found.square() + wanted.square()).sum() < 1e-3
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("buffered", [False, True])
-def test_queued_weight_gradients(buffered, grouped, device):
-    offsets = offsets_of([30, 0, 70], device)
-    shape = (3, 32, 64) if grouped else (32, 64)
-    x, weight, dy = make(device, torch.float32, (100, 64), shape, (100, 32))
-
-    def gradient(queue):
-        w = with_main_grad(weight) if buffered else torch.nn.Parameter(weight.clone())
-        inputs = x.clone().requires_grad_()
-        for _ in range(2):
-            y = ops.grouped_linear(inputs, w, offsets, wgrad=queue) if grouped else ops.linear(inputs, w, wgrad=queue)
-            y.backward(dy)
-        assert (w.grad is None) == (buffered or queue is not None)
-        if queue is not None:
-            assert len(queue.pending) == 2
-            assert not (buffered and w.main_grad.any()), "the weight part must wait"
-            queue.flush()
-            assert not queue.pending
-        return (w.main_grad if buffered else w.grad), inputs.grad
-
-    for early, late in zip(gradient(None), gradient(ops.WgradQueue()), strict=True):
-        assert early.any()
-        assert torch.equal(early, late)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_gradient(kind, device):
+    """Two outputs of cast_transpose, summed over the tokens and added to what is there."""
+    dy = draw(333, 272, device=device, kind=kind)
+    x = draw(333, 192, device=device, kind="positive" if kind == "positive" else "normal")
+    a, b = ops.cast_transpose(dy, amax_floor=GRADIENT_FLOOR), ops.cast_transpose(x)
+    exact = product(a, b)
+    start = torch.randn(272, 192, device=device) * exact.std()
+    out = start.clone()
+    ops.fp8_gemm(*a, *b, out=out, accumulate=True)
+    check(out - start, exact, kind)
+    again = start.clone()
+    torch.ops.dsv3.fp8_gemm_out(*a, *b, again, True, False, False)
+    assert same(out, again)
+    ops.fp8_gemm(*a, *b, out=again)
+    check(again, exact, kind)
 
 
-def test_recipe_replaces_the_kept_input(device):
-    source, weight = make(device, torch.float32, (50, 64), (32, 64))
-    weight = torch.nn.Parameter(weight)
-    dy = torch.randn(50, 32, device=device)
-    ops.linear(source.sin(), weight).backward(dy)
-    expected, weight.grad = weight.grad, None
-
-    x = source.sin()
-    x.recipe = ops.Recipe(torch.sin, (source,))
-    kept = weakref.ref(x)
-    y = ops.linear(x, weight)
-    del x
-    assert kept() is None
-    y.backward(dy)
-    assert torch.equal(weight.grad, expected)
+def test_weight_gradient_of_no_tokens(device):
+    a, b = (ops.cast_transpose(draw(0, n, device=device)) for n in (272, 192))
+    out = torch.randn(272, 192, device=device)
+    before = out.clone()
+    ops.fp8_gemm(*a, *b, out=out, accumulate=True)
+    assert same(out, before)
+    assert not ops.fp8_gemm(*a, *b, out=out).any()
 
 
-def test_quantized_weights(device):
-    data = torch.randn(200, 130, device=device).to(torch.float8_e4m3fn)
-    sf = torch.rand(2, 2, device=device) + 0.5
-    weight = ops.Quantized(data, sf)
-    dense = data.float()
-    for i in range(2):
-        for j in range(2):
-            dense[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= sf[i, j]
-    assert torch.equal(weight.dequantize(torch.float32), dense)
-    x = torch.randn(5, 130, device=device)
-    assert torch.equal(ops.linear(x, weight), x @ dense.t())
-    stacked = ops.Quantized(torch.stack([data, data]), torch.stack([sf, 2 * sf]))
-    y = ops.grouped_linear(x, stacked, offsets_of([2, 3], device))
-    torch.testing.assert_close(y, torch.cat([x[:2] @ dense.t(), 2 * x[2:] @ dense.t()]), rtol=1e-5, atol=1e-4)
+def test_zeros_are_exact(device):
+    x, w = draw(200, 384, device=device), draw(272, 384, device=device)
+    x[7], x[100:], w[128:256] = 0, 0, 0
+    x[:, 128:256] = 0
+    out = ops.fp8_gemm(*ops.per_token_cast(x, amax_floor=0.0), *ops.per_block_cast(w), out_dtype=FP32)
+    assert not out[7].any()
+    assert not out[100:].any()
+    assert not out[:, 128:256].any()
+    assert (out[:7, :128] != 0).float().mean() > 0.99
 
 
-# ---- grouped ----
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_grouped_linear(lengths, dtype, device):
-    x, weight = make(device, dtype, (sum(lengths), 64), (len(lengths), 48, 64))
-    check_op(ops.grouped_linear, plain_grouped, x, weight, offsets_of(lengths, device))
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("m", [40, 300])
+def test_nan_and_infinity_stay_in_their_row_or_columns(m, bad, device):
+    """A cast tile with an infinity stands for NaN, as one with a NaN does."""
+    x, w = draw(m, 272, device=device), draw(320, 272, device=device)
+    clean = ops.fp8_gemm(*ops.per_token_cast(x), *ops.per_block_cast(w))
+    clean_rows = ops.fp8_gemm(*ops.per_token_cast(x), *ops.per_token_cast(w), out_dtype=FP32)
+    spoiled, spoiled_w = x.clone(), w.clone()
+    spoiled[31, 200], spoiled_w[130, 7] = bad, bad
+    row, block, column = torch.zeros(3, m, 320, dtype=torch.bool, device=device)
+    row[31], block[:, 128:256], column[:, 130] = True, True, True
+    for found, expected, where in (
+        (ops.fp8_gemm(*ops.per_token_cast(spoiled), *ops.per_block_cast(w)), clean, row),
+        (ops.fp8_gemm(*ops.per_token_cast(x), *ops.per_block_cast(spoiled_w)), clean, block),
+        (ops.fp8_gemm(*ops.per_token_cast(x), *ops.per_token_cast(spoiled_w), out_dtype=FP32), clean_rows, column),
+    ):
+        assert torch.equal(found.isnan(), where)
+        assert torch.equal(found[~where], expected[~where])
 
 
-def test_grouped_rows_past_the_end_do_not_count(device):
-    x, weight = make(device, torch.float32, (20, 64), (2, 48, 64))
-    x[12:] = float("nan")
-    x.requires_grad_()
-    weight.requires_grad_()
-    offsets = offsets_of([5, 7], device)
-    y = ops.grouped_linear(x, weight, offsets)
-    torch.testing.assert_close(y[:12], plain_grouped(x[:12], weight, offsets))
-    y[:12].sum().backward()
-    assert weight.grad.isfinite().all()
-    assert x.grad[:12].isfinite().all()
+def test_static_weights_change_nothing(device):
+    for m in (1, 64, 300):
+        a, b = operands(m, 576, 512, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # static: the kernel just ahead must not be the one that writes the weights
+        assert same(ops.fp8_gemm(*a, *b, static_weights=True), ops.fp8_gemm(*a, *b))
+        invariant = ops.fp8_gemm(*a, *b, batch_invariant=True)
+        assert same(ops.fp8_gemm(*a, *b, batch_invariant=True, static_weights=True), invariant)
 
 
-# ---- head and cross-entropy ----
-def head_case(device, dtype, tokens=70, hidden=32, vocab=200):
-    h, weight = make(device, dtype, (tokens, hidden), (vocab, hidden))
-    targets = torch.randint(vocab, (tokens,), device=device)
-    targets[::7] = -100
-    return h, weight, targets
+def test_other_rows_do_not_matter(device):
+    """batch_invariant: a row has the same bits in the product of any rows."""
+    sizes = [(576, 7168), (2112, 7168), (7168, 2048)] if device.type == "cuda" else [(192, 272)]
+    total = 4096 if device.type == "cuda" else 300
+    for n, k in sizes:
+        a, b = operands(total, n, k, device)
+        for dtype in (BF16, FP32):
+            whole = ops.fp8_gemm(*a, *b, batch_invariant=True, out_dtype=dtype)
+            check(whole, product(a, b))
+            for m in (1, 8, 64, 128, 200, total):
+                chosen = torch.randperm(total, device=device)[:m]
+                part = ops.fp8_gemm(*take(a, chosen), *b, batch_invariant=True, out_dtype=dtype)
+                assert same(part, whole[chosen]), (m, n, k)
 
 
-def plain_head(h, weight, targets):
-    logits = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+V3_SHAPES = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk", [1, 16, 70, 1024])
-def test_linear_cross_entropy(chunk, dtype, device):
-    def ours(h, weight, targets):
-        return ops.linear_cross_entropy(h, weight, targets, chunk=chunk)
-
-    check_op(ours, plain_head, *head_case(device, dtype))
-
-
-def test_linear_cross_entropy_of_nothing(device):
-    h, weight, targets = head_case(device, torch.float32)
-    for rows, ignored in ((0, False), (70, True)):
-        inputs = h[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = ops.linear_cross_entropy(*inputs, targets[:rows].masked_fill(torch.tensor(ignored, device=device), -100))
-        loss.backward()
-        assert loss == 0
-        assert not any(x.grad.any() for x in inputs)
+@pytest.mark.cuda
+@pytest.mark.parametrize("m", [1, 64, 128, 4096])
+@pytest.mark.parametrize(("n", "k"), V3_SHAPES)
+def test_v3_shapes(m, n, k, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    a, b = operands(m, n, k, "cuda")
+    exact = values(*a).float() @ values(*b).float().t()
+    for settings in ({}, {"static_weights": True}, {"batch_invariant": True}, {"out_dtype": FP32}):
+        out = ops.fp8_gemm(*a, *b, **settings)
+        check(out, exact)
+        assert same(out, ops.fp8_gemm(*a, *b, **settings))
 
 
-def test_linear_cross_entropy_into_main_grad(device):
-    for dtype in DTYPES:
-        h, weight, targets = head_case(device, dtype)
-        weight = with_main_grad(weight)
-        (ops.linear_cross_entropy(h, weight, targets, chunk=32) / 7).backward()
-        exact = weight.detach().double().requires_grad_()
-        (plain_head(h.double(), exact, targets) / 7).backward()
-        assert weight.grad is None
-        limit = 1e-5 if dtype == torch.float32 else 1e-2
-        assert (weight.main_grad - exact.grad).norm() < limit * exact.grad.norm()
+@pytest.mark.cuda
+def test_more_than_2_to_31_values():
+    a, b = operands(300032, 7168, 128, "cuda")
+    last = torch.arange(300032 - 130, 300032, device="cuda")
+    check(ops.fp8_gemm(*a, *b)[last], product(take(a, last), b))
 
 
-def test_all_logits_never_exist():
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.untyped_storage().nbytes() for t in (out,) if isinstance(t, torch.Tensor))
-            return out
-
-    h, weight, targets = (
-        t.requires_grad_(t.is_floating_point()) for t in head_case("cpu", torch.float32, 512, 8, 1000)
-    )
-    with Sizes():
-        ops.linear_cross_entropy(h, weight, targets, chunk=64).backward()
-    assert 64 * 1000 * 4 <= max(sizes) < 512 * 1000 * 4 / 4
-
-
-# ---- registration, compilation, errors ----
-def test_registration_and_compile(device):
-    x, weight, dy = make(device, torch.float32, (10, 16), (2, 8, 16), (10, 8))
-    offsets = offsets_of([4, 6], device)
-    check_registration("grouped_linear", x, weight, offsets)
-    check_registration("grouped_linear_dgrad", dy, weight, offsets)
-    check_registration("grouped_linear_wgrad_", dy, x, offsets, torch.zeros_like(weight))
-    check_compile(torch.ops.dsv3.grouped_linear, x, weight, offsets)
+# ---- registration, compilation, graphs ----
+def small_calls(device):
+    """Arguments of every primitive."""
+    a, b = operands(36, 24, 272, device)
+    experts, offsets = expert_weights(3, 24, 272, device), offsets_of([20, 0, 16], device)
+    masked = masked_operands(12, [12, 12, 12], 24, 272, device)
+    dy, x = (ops.cast_transpose(draw(36, n, device=device), offsets) for n in (32, 48))
+    return {
+        "fp8_gemm": (*a, *b, BF16, False, False),
+        "fp8_gemm_out": (*a, *b, torch.zeros(36, 24, device=device), True, False, True),
+        "grouped_fp8_gemm": (*a, *experts, offsets, FP32, False),
+        "grouped_fp8_gemm_out": (*a, *experts, offsets, torch.zeros(36, 24, device=device), False),
+        "masked_grouped_fp8_gemm": (*masked, BF16, True),
+        "masked_grouped_fp8_gemm_out": (*masked, torch.zeros(3, 12, 24, device=device), False),
+        "grouped_fp8_wgrad": (*dy, *x, offsets, torch.zeros(3, 32, 48, device=device)),
+    }
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"linear: .* got \(2, 3\) and \(4, 5\)"):
-        ops.linear(torch.zeros(2, 3), torch.zeros(4, 5))
-    with pytest.raises(ValueError, match=r"grouped_linear: .* got \(2, 3\), \(1, 4, 3\) and \(3,\)"):
-        ops.grouped_linear(torch.zeros(2, 3), torch.zeros(1, 4, 3), torch.zeros(3, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"linear_cross_entropy: .* got \(2, 3\), \(9, 3\) and \(4,\)"):
-        ops.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64))
+def test_registration(device):
+    calls = small_calls(device)
+    check_registration("fp8_gemm", *calls.pop("fp8_gemm"))
+    check_registration("fp8_gemm_out", *calls.pop("fp8_gemm_out"))
+    check_registration("grouped_fp8_gemm", *calls.pop("grouped_fp8_gemm"))
+    check_registration("grouped_fp8_gemm_out", *calls.pop("grouped_fp8_gemm_out"))
+    check_registration("masked_grouped_fp8_gemm", *calls.pop("masked_grouped_fp8_gemm"))
+    check_registration("masked_grouped_fp8_gemm_out", *calls.pop("masked_grouped_fp8_gemm_out"))
+    check_registration("grouped_fp8_wgrad", *calls.pop("grouped_fp8_wgrad"))
+    assert not calls
+
+
+def chain(x, w, v):
+    """cast -> gemm -> cast -> gemm."""
+    y = ops.fp8_gemm(*ops.per_token_cast(x), *ops.per_block_cast(w))
+    return y, ops.fp8_gemm(*ops.per_token_cast(y), *ops.per_block_cast(v), out_dtype=FP32)
+
+
+def functions(device):
+    """Every public function on bf16 tensors, casts included, with what they take."""
+    offsets, counts = offsets_of([20, 0, 16], device), torch.tensor([12, 0, 5], dtype=torch.int32, device=device)
+    x, w, v = draw(36, 272, device=device), draw(144, 272, device=device), draw(24, 144, device=device)
+    experts = draw(3, 144, 272, device=device)
+
+    def grouped(x, experts):
+        return ops.grouped_fp8_gemm(*ops.per_token_cast(x), *ops.per_block_cast(experts), offsets)
+
+    def masked(x, experts):
+        a = [t.view(3, 12, -1) for t in ops.per_token_cast(x)]
+        out = torch.zeros(3, 12, 144, device=device)
+        return ops.masked_grouped_fp8_gemm(*a, *ops.per_block_cast(experts), counts, out=out)
+
+    def wgrad(x, dy):
+        a, b = ops.cast_transpose(dy, offsets), ops.cast_transpose(x, offsets)
+        out, dense = torch.ones(3, 48, 272, device=device), torch.ones(48, 272, device=device)
+        ops.grouped_fp8_wgrad(*a, *b, offsets, out=out)
+        return out, ops.fp8_gemm(*ops.cast_transpose(dy), *ops.cast_transpose(x), out=dense, accumulate=True)
+
+    dy = draw(36, 48, device=device)
+    return [(chain, (x, w, v)), (grouped, (x, experts)), (masked, (x, experts)), (wgrad, (x, dy))]
+
+
+def test_compile(device):
+    for function, args in functions(device):
+        check_compile(function, *args)
+
+
+def test_compile_for_any_number_of_rows(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True, dynamic=True, backend="aot_eager")
+    w, v = draw(144, 272, device=device), draw(24, 144, device=device)
+    for m in (36, 50, 131):
+        x = draw(m, 272, device=device)
+        for found, expected in zip(compiled(x, w, v), chain(x, w, v), strict=True):
+            assert same(found, expected)
+
+
+@pytest.mark.cuda
+def test_graph():
+    for function, args in functions(torch.device("cuda")):
+        check_graph(function, *args)
+    for m in (1, 64, 700):
+        check_graph(chain, *(draw(*shape, device="cuda") for shape in ((m, 7168), (2112, 7168), (7168, 2112))))
+
+
+@pytest.mark.cuda
+def test_graph_follows_offsets_and_counts():
+    device = torch.device("cuda")
+    a, b = operands(300, 192, 272, device)[0], expert_weights(3, 192, 272, device)
+    rooms = [t.view(3, 100, -1) for t in a]
+    offsets, counts = offsets_of([0, 0, 0], device), torch.zeros(3, dtype=torch.int32, device=device)
+
+    def run():
+        out = torch.zeros(300, 192, device=device)
+        ops.grouped_fp8_gemm(*a, *b, offsets, out=out)
+        other = torch.zeros(3, 100, 192, device=device)
+        return out, ops.masked_grouped_fp8_gemm(*rooms, *b, counts, out=other)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for lengths in ([100, 100, 100], [0, 1, 99], [300, 0, 0], [128, 64, 1]):
+        offsets.copy_(offsets_of(lengths, device))
+        counts.copy_(torch.tensor(lengths).clamp(max=100))
+        graph.replay()
+        for found, expected in zip(captured, run(), strict=True):
+            assert same(found, expected)
+
+
+def test_no_gradient(device):
+    a, b = operands(4, 16, 128, device)
+    scales = [t[1].clone().requires_grad_() for t in (a, b)]
+    out = ops.fp8_gemm(a[0], empty_row_scales(a[1], *a[1].shape).copy_(a[1]).requires_grad_(), b[0], scales[1])
+    assert not out.requires_grad
+
+
+# ---- bad input ----
+def dense(**changed):
+    (a, a_sf), (b, b_sf) = operands(5, 136, 272, torch.device("cpu"))
+    return ops.fp8_gemm, {"a": a, "a_sf": a_sf, "b": b, "b_sf": b_sf, **changed}
+
+
+def dense_rows(**changed):
+    call = dense(**changed)
+    return call[0], call[1] | dict(zip(("b", "b_sf"), cast_rows(draw(136, 272, device="cpu")), strict=True)) | changed
+
+
+def grouped(**changed):
+    (a, a_sf), (b, b_sf) = cast_rows(draw(5, 272, device="cpu")), expert_weights(2, 136, 272, "cpu")
+    values = {"a": a, "a_sf": a_sf, "b": b, "b_sf": b_sf, "offsets": offsets_of([2, 3], "cpu")}
+    return ops.grouped_fp8_gemm, values | changed
+
+
+def masked(**changed):
+    names = ("a", "a_sf", "b", "b_sf", "counts")
+    values = dict(zip(names, masked_operands(5, [2, 3], 136, 272, torch.device("cpu")), strict=True))
+    return ops.masked_grouped_fp8_gemm, values | changed
+
+
+def wgrad(**changed):
+    offsets = offsets_of([2, 3], "cpu")
+    a, b = (ops.cast_transpose(draw(5, n, device="cpu"), offsets) for n in (48, 64))
+    values = dict(zip(("a_t", "a_sf", "b_t", "b_sf"), (*a, *b), strict=True))
+    return ops.grouped_fp8_wgrad, values | {"offsets": offsets, "out": torch.zeros(2, 48, 64)} | changed
+
+
+def fp8(*shape, device="cpu"):
+    return torch.zeros(shape, device=device).to(torch.float8_e4m3fn)
+
+
+def rows_of(*shape):
+    return empty_row_scales(torch.empty(0), *shape)
+
+
+BAD = [
+    (dense, {"a": torch.zeros(5, 272)}, "operands must be float8_e4m3fn"),
+    (dense, {"b": torch.zeros(136, 272, dtype=BF16)}, "operands must be float8_e4m3fn"),
+    (dense, {"a_sf": torch.zeros(5, 3, dtype=torch.float64)}, "scales float32"),
+    (dense, {"a": fp8(5, 1, 272)}, r"a must be \(M, K\) and b \(N, K\)"),
+    (dense, {"b": fp8(136, 256)}, r"a must be \(M, K\) and b \(N, K\)"),
+    (dense, {"a": fp8(5, 264), "b": fp8(136, 264)}, "K must be a multiple of 16"),
+    (dense, {"b": fp8(132, 272)}, "K must be a multiple of 16 and N of 8"),
+    (dense, {"a": fp8(272, 5).t()}, "operands must be contiguous"),
+    (dense, {"b": fp8(136, 544)[:, ::2]}, "operands must be contiguous"),
+    (dense, {"a": fp8(5, 272, device="meta")}, "must be on one device"),
+    (dense, {"b_sf": torch.zeros(2, 3, device="meta")}, "must be on one device"),
+    (dense, {"a_sf": torch.zeros(5, 3)}, r"a_sf must be \(5, 3\) with strides \(1, 8\)"),
+    (dense, {"a_sf": rows_of(3, 5)}, r"a_sf must be \(5, 3\)"),
+    (dense, {"a_sf": torch.zeros(2, 3)}, r"a_sf must be \(5, 3\)"),
+    (
+        dense,
+        {"b_sf": torch.zeros(3, 2).t()},
+        r"b_sf must be \(2, 3\), contiguous, or \(136, 3\) with strides \(1, 136\)",
+    ),
+    (dense, {"b_sf": torch.zeros(3, 2)}, r"b_sf must be \(2, 3\), contiguous"),
+    (dense_rows, {"b_sf": torch.zeros(136, 3)}, r"b_sf must be \(136, 3\) with strides \(1, 136\)"),
+    (dense, {"out_dtype": torch.float16}, "out_dtype must be bfloat16 or float32, not torch.float16"),
+    (dense, {"out": torch.zeros(5, 136, dtype=torch.float16)}, r"out must be bfloat16 or float32 \(5, 136\)"),
+    (dense, {"out": torch.zeros(136, 5)}, r"out must be bfloat16 or float32 \(5, 136\)"),
+    (dense, {"out": torch.zeros(136, 5).t()}, "contiguous, on the operands' device"),
+    (dense, {"out": torch.zeros(5, 136, device="meta")}, "contiguous, on the operands' device"),
+    (
+        dense,
+        {"out": torch.zeros(5, 136, dtype=BF16), "accumulate": True},
+        "accumulate adds to an out, which must be float",
+    ),
+    (dense, {"accumulate": True}, "accumulate adds to an out"),
+    (grouped, {"b": fp8(136, 272)}, r"a must be \(R, K\) and b \(G, N, K\) with G at least 1"),
+    (grouped, {"b": fp8(0, 136, 272)}, "with G at least 1"),
+    (grouped, {"b": fp8(2, 132, 272)}, "K must be a multiple of 16 and N of 8"),
+    (grouped, {"a_sf": torch.zeros(5, 3)}, r"a_sf must be \(5, 3\) with strides \(1, 8\)"),
+    (grouped, {"b_sf": torch.zeros(2, 3)}, r"b_sf must be \(2, 2, 3\), contiguous"),
+    (grouped, {"b_sf": torch.zeros(2, 3, 2).mT}, r"b_sf must be \(2, 2, 3\), contiguous"),
+    (grouped, {"offsets": torch.tensor([0, 2, 5])}, r"offsets must be int32 \(3,\)"),
+    (grouped, {"offsets": torch.tensor([2, 3], dtype=torch.int32)}, r"offsets must be int32 \(3,\)"),
+    (grouped, {"offsets": torch.zeros(3, dtype=torch.int32, device="meta")}, "on the operands' device"),
+    (grouped, {"out": torch.zeros(5, 272)}, r"out must be bfloat16 or float32 \(5, 136\)"),
+    (masked, {"a": fp8(10, 272)}, r"a must be \(G, R, K\) and b \(G, N, K\)"),
+    (masked, {"a": fp8(3, 5, 272)}, r"a must be \(G, R, K\) and b \(G, N, K\)"),
+    (masked, {"a_sf": torch.zeros(2, 5, 3)}, r"a_sf must be \(2, 5, 3\) with strides \(5, 1, 12\)"),
+    (masked, {"a_sf": rows_of(10, 3)}, r"a_sf must be \(2, 5, 3\)"),
+    (masked, {"counts": torch.tensor([2, 3])}, r"counts must be int32 \(2,\)"),
+    (masked, {"counts": offsets_of([2, 3], "cpu")}, r"counts must be int32 \(2,\)"),
+    (masked, {"out": torch.zeros(10, 136)}, r"out must be bfloat16 or float32 \(2, 5, 136\)"),
+    (wgrad, {"a_t": fp8(48, 256)}, r"a_t must be \(N, Tp\) and b_t \(K, Tp\)"),
+    (wgrad, {"a_t": fp8(48, 272), "b_t": fp8(64, 272)}, "Tp must be a multiple of 128, N and K of 16"),
+    (wgrad, {"a_t": fp8(40, 384)}, "N and K of 16"),
+    (wgrad, {"a_sf": torch.zeros(48, 3)}, r"a_sf must be \(48, 3\) with strides \(1, 48\)"),
+    (wgrad, {"b_sf": torch.zeros(64, 3)}, r"b_sf must be \(64, 3\) with strides \(1, 64\)"),
+    (wgrad, {"offsets": torch.tensor([0, 2, 5])}, r"offsets must be int32 \(3,\)"),
+    (wgrad, {"offsets": torch.zeros(4, dtype=torch.int32)}, r"out must be float32 \(3, 48, 64\)"),
+    (wgrad, {"out": torch.zeros(2, 48, 64, dtype=BF16)}, r"out must be float32 \(2, 48, 64\)"),
+    (wgrad, {"out": torch.zeros(2, 64, 48).mT}, r"out must be float32 \(2, 48, 64\), contiguous"),
+]
+
+
+@pytest.mark.parametrize(("make", "changed", "match"), BAD)
+def test_bad_arguments(make, changed, match):
+    """A ValueError that says the rule and prints every tensor's dtype and shape."""
+    function, values = make(**changed)
+    with pytest.raises(ValueError, match=match) as error:
+        function(**values)
+    assert str(error.value).startswith(f"{function.__name__}: ")
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            found = f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+            assert re.search(re.escape(found), str(error.value)), found

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dsv3 import ops
+from dsv3.ops import registry
 from dsv3.reference import quant as reference
 from dsv3.testing import check_compile, check_graph, check_registration, reference_ops
+from tests.ops.casts import GRADIENT_FLOOR, SENTINEL, bits, check_same, draw, filled
 
 SHAPES = [(0, 128), (1, 7168), (127, 1536), (33, 2048), (4001, 144), (300, 576), (130, 16)]
-GRADIENT_FLOOR = 1e-30
 
 
 # An independent model in numpy: a table of the 127 values of e4m3 that are not negative, and scales by frexp.
@@ -61,13 +62,6 @@ def check(outputs, expected):
         assert [t.dtype for t in found] == [torch.float8_e4m3fn, torch.float32]
         np.testing.assert_array_equal(found[0].view(torch.uint8).cpu().numpy(), codes)
         np.testing.assert_array_equal(found[1].cpu().numpy(), sf)
-
-
-def draw(shape, dtype, device, spread=6.0):
-    """Normal values times lognormal ones, so that tiles have zeros, subnormal codes and scales of any size."""
-    x = torch.randn(shape, device=device) * torch.exp(spread * torch.randn(shape, device=device))
-    x.flatten()[: x.numel() // 3] *= torch.rand(x.numel() // 3, device=device) > 0.5
-    return x.to(dtype)
 
 
 def wide(x):
@@ -144,6 +138,41 @@ def test_cast_transpose_groups(bounds, cast, device):
         codes[at : at + size], scales[at // 128 : (at + size) // 128] = model_cast(group, (128, 1))
         at += size
     check((data, sf), [(codes.T, scales.T)])
+
+
+@pytest.mark.parametrize("settings", [{}, {"pow2_scale": True}, {"amax_floor": 0.0}, {"amax_floor": GRADIENT_FLOOR}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (128, 128), (1, 16), (129, 272)])
+def test_per_token_cast_and_transpose(shape, dtype, settings, device):
+    x = draw(shape, dtype, device)
+    found = ops.per_token_cast_and_transpose(x, **settings)
+    check_same(found, (*ops.per_token_cast(x, **settings), *ops.cast_transpose(x, **settings)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bounds", OFFSETS)
+def test_per_token_cast_and_transpose_groups(bounds, dtype, device):
+    x = draw((300, 272), dtype, device)
+    end = bounds[-1]
+    x[end:] = float("nan")
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    data, sf, *transposed = ops.per_token_cast_and_transpose(x, offsets)
+    check_same(transposed, ops.cast_transpose(x, offsets))
+    expected = ops.per_token_cast(x)
+    assert (data.stride(), sf.stride()) == (expected[0].stride(), expected[1].stride())
+    check_same((data[:end], sf[:end]), [t[:end] for t in expected])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_no_group_are_not_written(dtype):
+    x = draw((500, 272), dtype, "cuda")
+    offsets = torch.tensor([0, 5, 5, 140, 250], dtype=torch.int32, device="cuda")
+    expected = ops.per_token_cast_and_transpose(x, offsets)
+    found = filled(expected)
+    registry.native().per_token_cast_and_transpose(*found, x, offsets, False, 1e-4)
+    assert all((t[250:].float() == torch.tensor(SENTINEL).to(t.dtype).float().item()).all() for t in found[:2])
+    check_same([t[:250] for t in found[:2]] + found[2:], [t[:250] for t in expected[:2]] + list(expected[2:]))
 
 
 def test_cast_again_with_powers_of_two_is_exact(device):
@@ -225,11 +254,13 @@ def test_nan_and_infinity_stay_in_their_tile(bad, pow2, device):
     check(ops.per_block_cast(poisoned, pow2_scale=pow2), [model_cast(wide(poisoned), (128, 128), pow2, 0.0)])
     codes, sf = model_cast(wide(poisoned), (128, 1), pow2)
     check(ops.cast_transpose(poisoned, pow2_scale=pow2), [(codes.T, sf.T)])
+    both = (*ops.per_token_cast(poisoned, pow2_scale=pow2), *ops.cast_transpose(poisoned, pow2_scale=pow2))
+    check_same(ops.per_token_cast_and_transpose(poisoned, pow2_scale=pow2), both)
 
 
 def test_non_contiguous(device):
     x = draw((256, 512), torch.bfloat16, device)
-    for function in (ops.per_token_cast, ops.per_block_cast, ops.cast_transpose):
+    for function in (ops.per_token_cast, ops.per_block_cast, ops.cast_transpose, ops.per_token_cast_and_transpose):
         for view in (x[:, ::2], x.t(), x[3:131, 16:32]):
             for found, expected in zip(function(view), function(view.clone().contiguous()), strict=True):
                 assert torch.equal(found.float(), expected.float())
@@ -251,12 +282,9 @@ def test_dequantize():
 
 def test_no_gradient(device):
     x = torch.randn(128, 128, device=device, requires_grad=True)
-    for outputs in (ops.per_token_cast(x), ops.per_block_cast(x, transpose=True), ops.cast_transpose(x)):
+    both = ops.per_token_cast_and_transpose(x)
+    for outputs in (ops.per_token_cast(x), ops.per_block_cast(x, transpose=True), ops.cast_transpose(x), both):
         assert not any(t.requires_grad for t in outputs)
-
-
-def bits(outputs):
-    return tuple(t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in outputs)
 
 
 def test_registration_compile_graph(device):
@@ -266,6 +294,9 @@ def test_registration_compile_graph(device):
     check_registration("per_block_cast", x[None], False, True)
     check_registration("per_block_cast", x[None], False, False)
     check_registration("cast_transpose", x, None, offsets, False, 1e-4)
+    whole = torch.tensor([0, 20, 20, 144], dtype=torch.int32, device=device)
+    check_registration("per_token_cast_and_transpose", x, whole, False, 1e-4)
+    check_registration("per_token_cast_and_transpose", x, None, True, GRADIENT_FLOOR)
     # Its schema test compares the inputs, which torch can not do in e4m3.
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     cast = ops.per_token_cast(x)
@@ -275,6 +306,7 @@ def test_registration_compile_graph(device):
         lambda x: bits(ops.per_block_cast(x, transpose=True)),
         lambda x: bits(ops.cast_transpose(x, offsets)),
         lambda x: bits(ops.cast_transpose(ops.per_token_cast(x, pow2_scale=True), offsets, pow2_scale=True)),
+        lambda x: bits(ops.per_token_cast_and_transpose(x, whole)),
     ):
         check_compile(function, x)
         if device.type == "cuda":
@@ -286,14 +318,18 @@ def test_graph_follows_the_offsets():
     x = draw((500, 256), torch.bfloat16, "cuda")
     offsets = torch.tensor([0, 100, 200, 300], dtype=torch.int32, device="cuda")
     ops.cast_transpose(x, offsets)
+    ops.per_token_cast_and_transpose(x, offsets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = ops.cast_transpose(x, offsets)
+        both = ops.per_token_cast_and_transpose(x, offsets)
     for bounds in ([0, 0, 0, 500], [0, 1, 129, 400], [0, 0, 0, 0]):
         offsets.copy_(torch.tensor(bounds))
         graph.replay()
-        for found, expected in zip(bits(captured), bits(ops.cast_transpose(x, offsets)), strict=True):
-            assert torch.equal(found, expected)
+        expected = ops.cast_transpose(x, offsets)
+        check_same(captured, expected)
+        check_same(both[2:], expected)
+        check_same([t[: bounds[-1]] for t in both[:2]], [t[: bounds[-1]] for t in ops.per_token_cast(x)])
 
 
 @pytest.mark.cuda
@@ -310,6 +346,8 @@ def test_native_is_the_reference_at_v3_shapes(shape):
         lambda: ops.cast_transpose(x),
         lambda: ops.cast_transpose(x, offsets),
         lambda: ops.cast_transpose(cast, offsets, pow2_scale=True),
+        lambda: ops.per_token_cast_and_transpose(x, amax_floor=GRADIENT_FLOOR),
+        lambda: ops.per_token_cast_and_transpose(x, offsets, pow2_scale=True),
     ):
         found, again = bits(run()), bits(run())
         with reference_ops():
@@ -335,6 +373,11 @@ def test_more_than_2_to_31_values():
     expected = ops.cast_transpose(x[-128:])
     assert torch.equal(data[:, -128:].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(sf[:, -1:], expected[1])
+    data, sf, data_t, sf_t = ops.per_token_cast_and_transpose(x)
+    rows = ops.per_token_cast(x[-128:])
+    check_same((data[-128:], data_t[:, -128:].contiguous()), (rows[0], expected[0]))
+    assert torch.equal(sf[-128:], rows[1])
+    assert torch.equal(sf_t[:, -1:], expected[1])
 
 
 def test_bad_arguments():
@@ -360,3 +403,12 @@ def test_bad_arguments():
         ops.cast_transpose((data, sf[:, :1]))
     with pytest.raises(ValueError, match="expected bfloat16 or float32, got float8_e4m3fn"):
         ops.cast_transpose(data)
+    name = "per_token_cast_and_transpose: "
+    with pytest.raises(ValueError, match=name + r"x must be \(T, K\) with K a multiple of 16, got \(4, 40\)"):
+        ops.per_token_cast_and_transpose(x[:, :40])
+    with pytest.raises(ValueError, match=name + "expected bfloat16 or float32, got float16"):
+        ops.per_token_cast_and_transpose(x.half())
+    with pytest.raises(ValueError, match=name + "amax_floor must be at least 0 and finite, got nan"):
+        ops.per_token_cast_and_transpose(x, amax_floor=float("nan"))
+    with pytest.raises(ValueError, match=name + r"offsets must be int32 \(G\+1,\) with G >= 1, got int32 \(1, 2\)"):
+        ops.per_token_cast_and_transpose(x, offsets[None])

@@ -1,25 +1,47 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode
-from dsv3.ops.gemm import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
+from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
+from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
+from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
-from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute, swiglu
-from dsv3.ops.norm import rmsnorm, rope_
+from dsv3.ops.moe import (
+    Permutation,
+    SwigluCastGradients,
+    moe_gate,
+    moe_permute,
+    moe_unpermute,
+    swiglu,
+    swiglu_cast,
+    swiglu_cast_backward,
+)
+from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
-from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast
+from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 
 __all__ = [
+    "Fp8Weight",
+    "Fp8Weights",
+    "NormCast",
     "Permutation",
     "Quantized",
     "Recipe",
+    "SwigluCastGradients",
     "WgradQueue",
     "adamw",
     "cast_transpose",
     "cross_entropy",
     "dense",
+    "fp8_experts",
+    "fp8_gemm",
+    "fp8_linear",
+    "fp8_mlp",
+    "grouped_fp8_gemm",
+    "grouped_fp8_wgrad",
     "grouped_linear",
     "linear",
     "linear_cross_entropy",
+    "masked_grouped_fp8_gemm",
     "mla_append_kv",
     "mla_attention",
     "mla_decode",
@@ -28,7 +50,11 @@ __all__ = [
     "moe_unpermute",
     "per_block_cast",
     "per_token_cast",
+    "per_token_cast_and_transpose",
     "rmsnorm",
+    "rmsnorm_cast",
     "rope_",
     "swiglu",
+    "swiglu_cast",
+    "swiglu_cast_backward",
 ]

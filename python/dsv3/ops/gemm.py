@@ -1,263 +1,421 @@
-"""Linear layers: dense, grouped by expert, and the output head fused with its cross-entropy.
+"""Matrix products in FP8 with block scales (DeepSeek-V3 report, section 3.3): D = A B^T of e4m3 operands whose fp32
+scales cover 1x128 or 128x128 values and multiply back. Partial sums are promoted to fp32 every 128 of K, so the error does
+not grow with K; the result is rounded once, to bf16 or fp32.
 
-The backward of a linear layer has an input part and a weight part. The weight part adds to `weight.main_grad` (fp32) where
-the parameter has one, so it can run at any time: a WgradQueue keeps it for later (zero-bubble pipelines, DualPipe).
+Operands are K-major and come from the casts of `dsv3.ops.quant`; nothing is padded. Where numbers of rows are data
+(`offsets`, `counts`), they stay on the device. Offsets that start elsewhere than at 0, decrease or exceed the rows, and
+counts that exceed them, write nothing: natively the next native call raises RuntimeError with the numbers, the reference at
+once. A NaN in a row of A makes that row of the result NaN and no other; in B, the columns that share its scale or its row.
+No op here has a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dsv3.ops.registry import define
+from dsv3.ops.registry import define, native
 from dsv3.reference import gemm as reference
+from dsv3.reference.quant import TILE
+
+_E4M3, _FP32 = torch.float8_e4m3fn, torch.float32
+_OUTPUTS = (torch.bfloat16, torch.float32)
+_ALIGNMENT = "K must be a multiple of 16 and N of 8"
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A weight in FP8: data e4m3 [..., N, K], sf fp32 [..., ceil(N/128), ceil(K/128)]; dequantised = data * sf of its block."""
-
-    data: Tensor
-    sf: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The weight as a dense tensor [..., N, K] of `dtype`."""
-        return reference.dequantize(self.data, self.sf).to(dtype)
+def _empty_rows(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, index: Tensor, dtype: torch.dtype, _: bool) -> Tensor:
+    """[R, N] or [G, R, N] for b [G, N, K]."""
+    return a.new_empty(*a.shape[:-1], b.shape[1], dtype=dtype)
 
 
-def dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor that a product with activations of `dtype` can take."""
-    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+def _nothing(*args: Any) -> None:
+    """The allocation of an op that writes into an argument."""
 
 
-@dataclass
-class WgradQueue:
-    """Weight gradients that wait. Without main_grad a flushed gradient is added to `weight.grad`."""
-
-    pending: list[Callable[[], None]] = field(default_factory=list)
-
-    def put(self, weight: Tensor, work: Callable[[], Tensor | None]) -> None:
-        """Keeps `work`, which returns the weight's gradient, or None where it added it to main_grad itself."""
-
-        def run() -> None:
-            grad = work()
-            if grad is not None:
-                weight.grad = grad if weight.grad is None else weight.grad + grad
-
-        self.pending.append(run)
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Computes every queued weight gradient, in the order in which backward queued them."""
-        pending, self.pending = self.pending, []
-        for run in pending:
-            run()
+def _supports(a: Tensor, a_sf: Tensor, b: Tensor, *rest: Any) -> str | None:
+    return None if b.numel() else f"b is empty: {tuple(b.shape)}"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to make a tensor again. Set as its attribute `recipe`, it lets `linear` keep the recipe's inputs, which backward
-    needs anyway, instead of the tensor."""
+def _supports_dense(
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, out: Tensor | torch.dtype, *flags: bool
+) -> str | None:
+    dtype = out.dtype if isinstance(out, Tensor) else out
+    if dtype != _FP32 and b_sf.shape[0] == b.shape[0]:
+        return "the output is bfloat16 and b_sf one scale for every 1x128"
+    return _supports(a, a_sf, b)
 
-    make: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+
+define(
+    "fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_dtype, bool batch_invariant, "
+    "bool static_weights) -> Tensor",
+    shapes="a [M,K] e4m3, a_sf [M,ceil(K/128)] fp32, strides (1, M up to 4), b [N,K] e4m3, b_sf "
+    "[ceil(N/128),ceil(K/128)] or, as a_sf, [N,ceil(K/128)] fp32, K % 16 == 0, N % 8 == 0 -> [M,N] bf16|fp32",
+    reference=reference.fp8_gemm,
+    allocate=lambda a, a_sf, b, b_sf, dtype, *flags: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
+    launch=lambda out, a, a_sf, b, b_sf, out_dtype, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, False, *flags),
+    supports=_supports_dense,
+)
+define(
+    "fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor(a!) out, bool accumulate, bool batch_invariant, "
+    "bool static_weights) -> ()",
+    shapes="operands of fp8_gemm, out [M,N] bf16|fp32 (fp32 where the product is added to it)",
+    reference=reference.fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, out, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, *flags),
+    supports=_supports_dense,
+)
+define(
+    "grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, ScalarType out_dtype, "
+    "bool batch_invariant) -> Tensor",
+    shapes="a [R,K] e4m3, a_sf [R,ceil(K/128)] fp32, strides (1, R up to 4), b [G,N,K] e4m3, b_sf "
+    "[G,ceil(N/128),ceil(K/128)] fp32, offsets [G+1] int32, K % 16 == 0, N % 8 == 0 -> [R,N] bf16|fp32",
+    reference=reference.grouped_fp8_gemm,
+    allocate=_empty_rows,
+    launch=lambda out, a, a_sf, b, b_sf, offsets, out_dtype, batch_invariant: native().grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, offsets, batch_invariant
+    ),
+    supports=_supports,
+)
+define(
+    "grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, Tensor(a!) out, "
+    "bool batch_invariant) -> ()",
+    shapes="operands of grouped_fp8_gemm, out [R,N] bf16|fp32",
+    reference=reference.grouped_fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, offsets, out, batch_invariant: native().grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, offsets, batch_invariant
+    ),
+    supports=_supports,
+)
+define(
+    "masked_grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, ScalarType out_dtype, "
+    "bool batch_invariant) -> Tensor",
+    shapes="a [G,R,K] e4m3, a_sf [G,R,ceil(K/128)] fp32, strides (R, 1, G*R up to 4), b [G,N,K] e4m3, b_sf "
+    "[G,ceil(N/128),ceil(K/128)] fp32, counts [G] int32, K % 16 == 0, N % 8 == 0 -> [G,R,N] bf16|fp32",
+    reference=reference.masked_grouped_fp8_gemm,
+    allocate=_empty_rows,
+    launch=lambda out, a, a_sf, b, b_sf, counts, out_dtype, batch_invariant: native().masked_grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, counts, batch_invariant
+    ),
+    supports=_supports,
+)
+define(
+    "masked_grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, Tensor(a!) out, "
+    "bool batch_invariant) -> ()",
+    shapes="operands of masked_grouped_fp8_gemm, out [G,R,N] bf16|fp32",
+    reference=reference.masked_grouped_fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, counts, out, batch_invariant: native().masked_grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, counts, batch_invariant
+    ),
+    supports=_supports,
+)
+define(
+    "grouped_fp8_wgrad(Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b_sf, Tensor offsets, Tensor(a!) out) -> ()",
+    shapes="a_t [N,Tp] e4m3, a_sf [N,Tp/128] fp32, strides (1, N up to 4), b_t [K,Tp] e4m3, b_sf [K,Tp/128] fp32, "
+    "strides (1, K up to 4), offsets [G+1] int32, N and K % 16 == 0, out [G,N,K] fp32 (added to)",
+    reference=reference.grouped_fp8_wgrad,
+    allocate=_nothing,
+    launch=lambda _, a_t, a_sf, b_t, b_sf, offsets, out: native().grouped_fp8_wgrad(out, a_t, a_sf, b_t, b_sf, offsets),
+    supports=_supports,
+)
 
 
-def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        return torch.mm(dy.t(), x.to(dy.dtype)).to(weight.dtype)
-    reference.add_product_(main_grad, dy, x.to(dy.dtype))
+# What arguments break, as a sentence, or None. Every call pays for these checks, so they read each property once.
+def _operand_rule(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor) -> str | None:
+    if a.dtype != _E4M3 or b.dtype != _E4M3 or a_sf.dtype != _FP32 or b_sf.dtype != _FP32:
+        return "operands must be float8_e4m3fn and their scales float32"
+    device = a.device
+    if b.device != device or a_sf.device != device or b_sf.device != device:
+        return "operands and scales must be on one device"
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return "operands must be contiguous"
     return None
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
-    ) -> Tensor:
-        ctx.save_for_backward(*((x,) if recipe is None else recipe.inputs))
-        ctx.weight, ctx.wgrad, ctx.make, ctx.dtype = weight, wgrad, recipe and recipe.make, x.dtype
-        return reference.linear(x, weight, out_dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, none = ctx.weight, (None,) * 4
-        dx = torch.mm(dy, weight.to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, *none
-        x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
-        if ctx.wgrad is not None:
-            ctx.wgrad.put(weight, lambda: _linear_wgrad(dy, x, weight))
-            return dx, *none
-        return dx, _linear_wgrad(dy, x, weight), *none[1:]
+def _up_to_4(rows: int) -> int:
+    return (rows + 3) // 4 * 4
 
 
-def linear(
-    x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = None, out_dtype: torch.dtype | None = None
+def _row_scale_rule(name: str, sf: Tensor, rows: int, tiles: int) -> str | None:
+    """Scales of 1x128 tiles have the strides that the casts give them. Where a size is 1, its stride is free."""
+    if sf.shape == (rows, tiles):
+        first, second = sf.stride()
+        if (first == 1 or rows <= 1) and (second == _up_to_4(rows) or tiles <= 1 or rows == 0):
+            return None
+    return f"{name} must be ({rows}, {tiles}) with strides (1, {_up_to_4(rows)})"
+
+
+def _masked_scale_rule(sf: Tensor, groups: int, room: int, tiles: int) -> str | None:
+    if sf.shape == (groups, room, tiles):
+        first, second, third = sf.stride()
+        inner = (second == 1 or room <= 1) and (third == _up_to_4(groups * room) or tiles <= 1)
+        if (inner and (first == room or groups == 1)) or room == 0:
+            return None
+    return f"a_sf must be ({groups}, {room}, {tiles}) with strides ({room}, 1, {_up_to_4(groups * room)})"
+
+
+def _block_scale_rule(b_sf: Tensor, *expected: int) -> str | None:
+    return None if b_sf.shape == expected and b_sf.is_contiguous() else f"b_sf must be {expected}, contiguous"
+
+
+def _index_rule(name: str, index: Tensor, size: int, a: Tensor) -> str | None:
+    if index.dtype != torch.int32 or index.shape != (size,) or not index.is_contiguous() or index.device != a.device:
+        return f"{name} must be int32 ({size},), contiguous, on the operands' device"
+    return None
+
+
+def _out_rule(out: Tensor | None, out_dtype: torch.dtype, shape: tuple[int, ...], a: Tensor) -> str | None:
+    if out is None:
+        return None if out_dtype in _OUTPUTS else f"out_dtype must be bfloat16 or float32, not {out_dtype}"
+    if out.dtype not in _OUTPUTS or out.shape != shape or not out.is_contiguous() or out.device != a.device:
+        return f"out must be bfloat16 or float32 {shape}, contiguous, on the operands' device"
+    return None
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} strides {tuple(x.stride())} on {x.device}".removeprefix("torch.")
+
+
+def _refuse(name: str, rule: str, **tensors: Tensor | None) -> NoReturn:
+    found = ", ".join(f"{key} {_describe(x)}" for key, x in tensors.items() if x is not None)
+    raise ValueError(f"{name}: {rule}; got {found}")
+
+
+def _detached(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if a.requires_grad or a_sf.requires_grad or b.requires_grad or b_sf.requires_grad:
+        return a.detach(), a_sf.detach(), b.detach(), b_sf.detach()
+    return a, a_sf, b, b_sf
+
+
+def _dense_rule(
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, out: Tensor | None, out_dtype: torch.dtype, accumulate: bool
+) -> str | None:
+    rule = _operand_rule(a, a_sf, b, b_sf)
+    if rule is not None:
+        return rule
+    a_shape, b_shape, b_sf_shape = a.shape, b.shape, b_sf.shape
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != b_shape[1]:
+        return "a must be (M, K) and b (N, K)"
+    (m, k), n = a_shape, b_shape[0]
+    if k % 16 or n % 8:
+        return _ALIGNMENT
+    tiles, blocks = (k + TILE - 1) // TILE, (n + TILE - 1) // TILE
+    if b_sf_shape == (n, tiles):
+        rule = _row_scale_rule("b_sf", b_sf, n, tiles)
+    elif b_sf_shape != (blocks, tiles) or not b_sf.is_contiguous():
+        rule = f"b_sf must be ({blocks}, {tiles}), contiguous, or ({n}, {tiles}) with strides (1, {_up_to_4(n)})"
+    rule = rule or _row_scale_rule("a_sf", a_sf, m, tiles) or _out_rule(out, out_dtype, (m, n), a)
+    if rule is None and accumulate and (out is None or out.dtype != _FP32):
+        return "accumulate adds to an out, which must be float32"
+    return rule
+
+
+def _grouped_rule(
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, offsets: Tensor, out: Tensor | None, out_dtype: torch.dtype
+) -> str | None:
+    rule = _operand_rule(a, a_sf, b, b_sf)
+    if rule is not None:
+        return rule
+    a_shape, b_shape = a.shape, b.shape
+    if len(a_shape) != 2 or len(b_shape) != 3 or a_shape[1] != b_shape[2] or b_shape[0] < 1:
+        return "a must be (R, K) and b (G, N, K) with G at least 1"
+    (rows, k), (groups, n, _) = a_shape, b_shape
+    if k % 16 or n % 8:
+        return _ALIGNMENT
+    tiles = (k + TILE - 1) // TILE
+    return (
+        _block_scale_rule(b_sf, groups, (n + TILE - 1) // TILE, tiles)
+        or _row_scale_rule("a_sf", a_sf, rows, tiles)
+        or _index_rule("offsets", offsets, groups + 1, a)
+        or _out_rule(out, out_dtype, (rows, n), a)
+    )
+
+
+def _masked_rule(
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, counts: Tensor, out: Tensor | None, out_dtype: torch.dtype
+) -> str | None:
+    rule = _operand_rule(a, a_sf, b, b_sf)
+    if rule is not None:
+        return rule
+    a_shape, b_shape = a.shape, b.shape
+    if len(a_shape) != 3 or len(b_shape) != 3 or a_shape[::2] != b_shape[::2] or b_shape[0] < 1:
+        return "a must be (G, R, K) and b (G, N, K) with G at least 1"
+    (groups, room, k), n = a_shape, b_shape[1]
+    if k % 16 or n % 8:
+        return _ALIGNMENT
+    tiles = (k + TILE - 1) // TILE
+    return (
+        _block_scale_rule(b_sf, groups, (n + TILE - 1) // TILE, tiles)
+        or _masked_scale_rule(a_sf, groups, room, tiles)
+        or _index_rule("counts", counts, groups, a)
+        or _out_rule(out, out_dtype, (groups, room, n), a)
+    )
+
+
+def _wgrad_rule(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offsets: Tensor, out: Tensor) -> str | None:
+    rule = _operand_rule(a_t, a_sf, b_t, b_sf)
+    if rule is not None:
+        return rule
+    a_shape, b_shape = a_t.shape, b_t.shape
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != b_shape[1]:
+        return "a_t must be (N, Tp) and b_t (K, Tp)"
+    (n, slots), k = a_shape, b_shape[0]
+    if slots % TILE or n % 16 or k % 16:
+        return "Tp must be a multiple of 128, N and K of 16"
+    groups = max(offsets.numel() - 1, 1)
+    if out.dtype != _FP32 or out.shape != (groups, n, k) or not out.is_contiguous() or out.device != a_t.device:
+        return f"out must be float32 ({groups}, {n}, {k}), contiguous, on the operands' device"
+    return (
+        _row_scale_rule("a_sf", a_sf, n, slots // TILE)
+        or _row_scale_rule("b_sf", b_sf, k, slots // TILE)
+        or _index_rule("offsets", offsets, groups + 1, a_t)
+    )
+
+
+def fp8_gemm(
+    a: Tensor,
+    a_sf: Tensor,
+    b: Tensor,
+    b_sf: Tensor,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate: bool = False,
+    batch_invariant: bool = False,
+    static_weights: bool = False,
 ) -> Tensor:
-    """x times weight transposed; differentiable in both.
+    """A times B transposed. With b_sf of 128x128 blocks: forward and the gradient of the input; with 1x128 tiles, and
+    usually accumulated: the gradient of a weight, of two outputs of cast_transpose (native for fp32 alone).
 
     Args:
-        x: [T, K], bf16 or fp32. With an attribute `recipe` (a Recipe) it is made again in backward instead of being kept.
-        weight: [N, K] of x's dtype, or Quantized (inference only: dequantised to x's dtype).
-        wgrad: where backward leaves the weight gradient's work; None computes it at once.
-        out_dtype: of the output and of the products in backward; None: x's dtype. The gate's logits are fp32.
+        a: e4m3 [M, K], contiguous, K a multiple of 16; M may be 0.
+        a_sf: fp32 [M, ceil(K/128)] with strides (1, M rounded up to 4), as per_token_cast and cast_transpose return it.
+        b: e4m3 [N, K], contiguous, N a multiple of 8.
+        b_sf: fp32 [ceil(N/128), ceil(K/128)], contiguous, as per_block_cast returns it; or as a_sf, [N, ceil(K/128)].
+        out: bf16 or fp32 [M, N], contiguous: written, or with `accumulate` added to. None: a new tensor.
+        out_dtype: bf16 or fp32, of the new tensor.
+        accumulate: out += product; out must be given and fp32.
+        batch_invariant: the sums of a row have the same order whatever M is, so its bits do not depend on the others.
+        static_weights: b and b_sf were not written by any kernel that may still be running, so they may be read before
+            the work in front of this call has finished. The result is the same.
 
     Returns:
-        [T, N]. In backward dW goes to `weight.main_grad` where the parameter has one.
+        out, or the new tensor [M, N].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    if x.dim() != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if isinstance(weight, Quantized):
-        return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
-    return _Linear.apply(x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
+    rule = _dense_rule(a, a_sf, b, b_sf, out, out_dtype, accumulate)
+    if rule is not None:
+        _refuse("fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, out=out)
+    a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
+    if out is None:
+        return torch.ops.dsv3.fp8_gemm(a, a_sf, b, b_sf, out_dtype, batch_invariant, static_weights)
+    torch.ops.dsv3.fp8_gemm_out(a, a_sf, b, b_sf, out, accumulate, batch_invariant, static_weights)
+    return out
 
 
-define(
-    "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
-    shapes="x [R,K], weight [G,N,K], offsets [G+1] int32 -> [R,N]",
-    reference=reference.grouped_linear,
-    allocate=lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[1]),
-)
-define(
-    "grouped_linear_dgrad(Tensor dy, Tensor weight, Tensor offsets) -> Tensor",
-    shapes="dy [R,N], weight [G,N,K], offsets [G+1] int32 -> [R,K]",
-    reference=reference.grouped_linear_dgrad,
-    allocate=lambda dy, weight, offsets: dy.new_empty(dy.shape[0], weight.shape[2]),
-)
-define(
-    "grouped_linear_wgrad_(Tensor dy, Tensor x, Tensor offsets, Tensor(a!) out) -> ()",
-    shapes="dy [R,N], x [R,K], offsets [G+1] int32, out [G,N,K] fp32 or dy's dtype (added to)",
-    reference=reference.grouped_linear_wgrad_,
-    allocate=lambda dy, x, offsets, out: None,
-)
-
-
-def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor | None:
-    main_grad = getattr(weight, "main_grad", None)
-    out = torch.zeros_like(weight) if main_grad is None else main_grad
-    torch.ops.dsv3.grouped_linear_wgrad_(dy, x, offsets, out)
-    return out if main_grad is None else None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
-        ctx.save_for_backward(x, offsets)
-        ctx.weight, ctx.wgrad = weight, wgrad
-        return torch.ops.dsv3.grouped_linear(x, weight, offsets)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x, offsets), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
-        dx = torch.ops.dsv3.grouped_linear_dgrad(dy, weight, offsets) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, None
-        if ctx.wgrad is not None:
-            ctx.wgrad.put(weight, lambda: _grouped_wgrad(dy, x, weight, offsets))
-            return dx, None, None, None
-        return dx, _grouped_wgrad(dy, x, weight, offsets), None, None
-
-
-def grouped_linear(
-    x: Tensor, weight: Tensor | Quantized, offsets: Tensor, *, wgrad: WgradQueue | None = None
+def grouped_fp8_gemm(
+    a: Tensor,
+    a_sf: Tensor,
+    b: Tensor,
+    b_sf: Tensor,
+    offsets: Tensor,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """The linear layers of G experts over rows sorted by expert; differentiable in x and weight.
-
-    bf16 on CUDA uses torch's grouped product and never reads the offsets on the host; elsewhere a loop over the groups does.
+    """The products of G experts over rows sorted by expert: groups of any size, also empty, without padding.
 
     Args:
-        x: [R, K], rows of expert g from offsets[g] to offsets[g+1].
-        weight: [G, N, K] of x's dtype, or Quantized (inference only).
-        offsets: int32 [G+1], not decreasing, offsets[0] = 0. Rows past offsets[G] are neither read nor written.
-        wgrad: as in `linear`.
+        a: e4m3 [R, K], contiguous, K a multiple of 16; rows of expert g from offsets[g] to offsets[g+1].
+        a_sf: fp32 [R, ceil(K/128)] with strides (1, R rounded up to 4), as per_token_cast returns it.
+        b: e4m3 [G, N, K], contiguous, N a multiple of 8, G at least 1.
+        b_sf: fp32 [G, ceil(N/128), ceil(K/128)], contiguous.
+        offsets: int32 [G+1] on the device, not decreasing, offsets[0] = 0. Rows past offsets[G] are neither read nor
+            written.
+        out: bf16 or fp32 [R, N], contiguous. None: a new tensor.
+        out_dtype: bf16 or fp32, of the new tensor.
+        batch_invariant: as in `fp8_gemm`.
 
     Returns:
-        [R, N] of x's dtype.
+        out, or the new tensor [R, N].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    if (
-        x.dim() != 2
-        or len(weight.shape) != 3
-        or weight.shape[2] != x.shape[1]
-        or offsets.numel() != weight.shape[0] + 1
-    ):
-        found = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(offsets.shape)}"
-        raise ValueError(f"grouped_linear: x must be (R, K), weight (G, N, K) and offsets (G+1,), got {found}")
-    return _GroupedLinear.apply(x, dense(weight, x.dtype), offsets, wgrad)
+    rule = _grouped_rule(a, a_sf, b, b_sf, offsets, out, out_dtype)
+    if rule is not None:
+        _refuse("grouped_fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, offsets=offsets, out=out)
+    a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
+    if out is None:
+        return torch.ops.dsv3.grouped_fp8_gemm(a, a_sf, b, b_sf, offsets, out_dtype, batch_invariant)
+    torch.ops.dsv3.grouped_fp8_gemm_out(a, a_sf, b, b_sf, offsets, out, batch_invariant)
+    return out
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        need_h, need_w = ctx.needs_input_grad[:2]
-        wide = torch.promote_types(h.dtype, torch.float32)
-        nats = torch.empty(h.shape[0], dtype=wide, device=h.device)
-        dh = torch.empty_like(h) if need_h else None
-        dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_w else None
-        buffer = h.new_empty(min(chunk, h.shape[0]), weight.shape[0])
-        for start in range(0, h.shape[0], chunk):
-            part = slice(start, start + chunk)
-            rows = h[part]
-            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            nats[part] = torch.ops.dsv3.cross_entropy_(logits, targets[part], need_h or need_w)
-            if dh is not None:
-                torch.mm(logits, weight, out=dh[part])
-            if dw is not None:
-                reference.add_product_(dw, logits, rows)
-        ctx.weight, ctx.dh, ctx.dw = weight, dh, dw
-        return nats.sum()
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        dh, dw, weight = ctx.dh, ctx.dw, ctx.weight
-        if dh is not None:
-            dh = dh * dloss.to(dh.dtype)
-        if dw is not None:
-            main_grad = getattr(weight, "main_grad", None)
-            if main_grad is not None:
-                main_grad.addcmul_(dw, dloss)
-            dw = (dw * dloss).to(weight.dtype) if main_grad is None else None
-        return dh, dw, None, None
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
-    """Sum over the targets of -log softmax(h W^T)[target] in nats, without ever holding all logits.
-
-    Works on `chunk` tokens at a time: logits, fp32 softmax, then (where a gradient is wanted) dh and an fp32 dW, which
-    backward only scales; dW is added to `weight.main_grad` where the parameter has one. Backward runs once.
+def masked_grouped_fp8_gemm(
+    a: Tensor,
+    a_sf: Tensor,
+    b: Tensor,
+    b_sf: Tensor,
+    counts: Tensor,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """The products of G experts where each has room for R rows and uses the first counts[g]: the layout of decoding.
 
     Args:
-        h: [T, H] bf16 or fp32.
-        weight: [V, H] of h's dtype.
-        targets: int64 [T]; -100 is ignored.
-        chunk: tokens whose logits exist at a time.
+        a: e4m3 [G, R, K], contiguous, K a multiple of 16.
+        a_sf: fp32 [G, R, ceil(K/128)] with strides (R, 1, G*R rounded up to 4): the view of per_token_cast's scales of
+            a.view(G*R, K).
+        b: e4m3 [G, N, K], contiguous, N a multiple of 8, G at least 1.
+        b_sf: fp32 [G, ceil(N/128), ceil(K/128)], contiguous.
+        counts: int32 [G] on the device, between 0 and R. Rows from counts[g] on are neither read nor written.
+        out: bf16 or fp32 [G, R, N], contiguous. None: a new tensor.
+        out_dtype: bf16 or fp32, of the new tensor.
+        batch_invariant: as in `fp8_gemm`.
 
     Returns:
-        fp32 [] (fp64 for fp64 inputs).
+        out, or the new tensor [G, R, N].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
-        found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
-    return _LinearCrossEntropy.apply(h, weight, targets, chunk)
+    rule = _masked_rule(a, a_sf, b, b_sf, counts, out, out_dtype)
+    if rule is not None:
+        _refuse("masked_grouped_fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, counts=counts, out=out)
+    a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
+    if out is None:
+        return torch.ops.dsv3.masked_grouped_fp8_gemm(a, a_sf, b, b_sf, counts, out_dtype, batch_invariant)
+    torch.ops.dsv3.masked_grouped_fp8_gemm_out(a, a_sf, b, b_sf, counts, out, batch_invariant)
+    return out
+
+
+def grouped_fp8_wgrad(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+    """The weight gradients of G experts: out[g] += dy^T x over the tokens of expert g, in fp32.
+
+    The operands are what `cast_transpose(dy, offsets)` and `cast_transpose(x, offsets)` return, with the same offsets.
+    Every element of out has one writer and a fixed order of sums; out[g] of an empty group stays as it is.
+
+    Args:
+        a_t: e4m3 [N, Tp], contiguous, N a multiple of 16: dy transposed.
+        a_sf: fp32 [N, Tp/128] with strides (1, N rounded up to 4).
+        b_t: e4m3 [K, Tp], contiguous, K a multiple of 16: x transposed.
+        b_sf: fp32 [K, Tp/128] with strides (1, K rounded up to 4).
+        offsets: int32 [G+1] on the device, G at least 1: of the tokens, not of the padded slots; offsets[0] = 0.
+        out: fp32 [G, N, K], contiguous; added to.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices that do not fit.
+    """
+    rule = _wgrad_rule(a_t, a_sf, b_t, b_sf, offsets, out)
+    if rule is not None:
+        _refuse("grouped_fp8_wgrad", rule, a_t=a_t, a_sf=a_sf, b_t=b_t, b_sf=b_sf, offsets=offsets, out=out)
+    torch.ops.dsv3.grouped_fp8_wgrad(*_detached(a_t, a_sf, b_t, b_sf), offsets, out)

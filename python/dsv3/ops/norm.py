@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsv3.ops.grad import accumulate
+from dsv3.ops.quant import check_floats, check_floor, empty_per_token
 from dsv3.ops.registry import check_dtype, define, native, sm_count
 from dsv3.reference import norm as reference
 
 _MAX_VECTORS = 2048  # 16-byte vectors a row
+_AMAX_FLOOR = 1e-4  # of per_token_cast, unless it is told another
 
 
 def _supports_row(x: Tensor) -> str | None:
@@ -30,6 +32,29 @@ def _allocate(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) ->
 def _launch(outputs: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
     y, summed, rstd = outputs
     native().rmsnorm(y, None if residual is None else summed, rstd, x, residual, weight, eps)
+
+
+def _allocate_cast(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep_y: bool, pow2_scale: bool, amax_floor: float
+) -> tuple[Tensor, ...]:
+    y, summed, rstd = _allocate(x, residual, weight, eps)
+    return *empty_per_token(x, *x.shape), y if keep_y else x.new_empty(0), summed, rstd
+
+
+def _launch_cast(
+    outputs: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep_y: bool, *settings: Any
+) -> None:
+    y_fp8, y_sf, y, summed, rstd = outputs
+    y, summed = y if keep_y else None, None if residual is None else summed
+    native().rmsnorm_cast(y_fp8, y_sf, y, summed, rstd, x, residual, weight, eps, *settings)
+
+
+def _supports_forward(x: Tensor, residual: Tensor | None, weight: Tensor, *settings: Any) -> str | None:
+    return _supports_row(x) or (None if weight.dtype == x.dtype else "weight and x differ in dtype")
+
+
+def _supports_cast(x: Tensor, *args: Any) -> str | None:
+    return f"hidden {x.shape[1]} is not a multiple of 16" if x.shape[1] % 16 else _supports_forward(x, *args)
 
 
 def _allocate_backward(
@@ -52,9 +77,17 @@ define(
     reference=reference.rmsnorm,
     allocate=_allocate,
     launch=_launch,
-    supports=lambda x, residual, weight, eps: (
-        _supports_row(x) or (None if weight.dtype == x.dtype else "weight and x differ in dtype")
-    ),
+    supports=_supports_forward,
+)
+define(
+    "rmsnorm_cast(Tensor x, Tensor? residual, Tensor weight, float eps, bool keep_y, bool pow2_scale, float amax_floor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    shapes="x, residual [T,H], weight [H] bf16|fp32, H % 16 == 0 -> y_fp8 [T,H] e4m3, y_sf [T,ceil(H/128)] fp32, y, "
+    "x+residual [T,H], rstd [T] fp32",
+    reference=reference.rmsnorm_cast,
+    allocate=_allocate_cast,
+    launch=_launch_cast,
+    supports=_supports_cast,
 )
 define(
     "rmsnorm_backward(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
@@ -85,8 +118,25 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dx if ctx.has_residual else None, accumulate(weight, dweight), None
 
 
+class _RMSNormCast(torch.autograd.Function):
+    """_RMSNorm that also returns y_fp8 and y_sf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, ...]:
+        y_fp8, y_sf, y, summed, rstd = torch.ops.dsv3.rmsnorm_cast(x, residual, weight, eps, True, False, _AMAX_FLOOR)
+        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+        ctx.has_residual = residual is not None
+        ctx.mark_non_differentiable(y_fp8, y_sf)
+        ctx.set_materialize_grads(False)
+        return y, summed if ctx.has_residual else None, y_fp8, y_sf
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None, *none: None) -> Any:
+        return _RMSNorm.backward(ctx, torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy, dresidual)
+
+
 def rmsnorm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None, cast: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square normalisation of the rows of x, after adding a residual where one is given.
 
@@ -99,6 +149,8 @@ def rmsnorm(
         weight: [H], of x's dtype for the native op.
         eps: added to the mean square.
         residual: [T, H] of x's dtype, or None.
+        cast: y gets an attribute `cast`, the pair that per_token_cast(y) returns, made by the same kernel (rmsnorm_cast):
+            FP8 linear layers read it instead of casting y. H must be a multiple of 16.
 
     Returns:
         y [T, H]; with a residual the tuple (y, r).
@@ -106,11 +158,76 @@ def rmsnorm(
     Raises:
         ValueError: shapes that do not fit.
     """
+    _check_shapes("rmsnorm", x, weight, residual)
+    args = x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps
+    if not cast:
+        return _RMSNorm.apply(*args)
+    _check_cast("rmsnorm", x, _AMAX_FLOOR)
+    y, summed, y_fp8, y_sf = _RMSNormCast.apply(*args)
+    y.cast = y_fp8, y_sf
+    return y if residual is None else (y, summed)
+
+
+def _check_shapes(name: str, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     if x.dim() != 2 or weight.shape != x.shape[1:]:
-        raise ValueError(f"rmsnorm: x must be (T, H) and weight (H,), got {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"{name}: x must be (T, H) and weight (H,), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"rmsnorm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    return _RMSNorm.apply(x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps)
+        raise ValueError(f"{name}: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+def _check_cast(name: str, x: Tensor, amax_floor: float) -> None:
+    if x.shape[1] % 16:
+        raise ValueError(f"{name}: H must be a multiple of 16, got {tuple(x.shape)}")
+    check_floats(name, x)
+    check_floor(name, amax_floor)
+
+
+class NormCast(NamedTuple):
+    """What rmsnorm_cast returns."""
+
+    y_fp8: Tensor  # e4m3 [T, H]
+    y_sf: Tensor  # fp32 [T, ceil(H/128)], strides (1, T rounded up to 4)
+    y: Tensor | None  # [T, H], what was cast, where asked for
+    residual: Tensor | None  # [T, H], x + residual, where there is one
+    rstd: Tensor  # fp32 [T], for rmsnorm_backward
+
+
+def rmsnorm_cast(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    keep_y: bool = False,
+    pow2_scale: bool = False,
+    amax_floor: float = 1e-4,
+) -> NormCast:
+    """rmsnorm whose output leaves as FP8 in tiles of 1x128: per_token_cast of y (rounded to x's dtype), in one kernel.
+
+    The native kernel agrees bit for bit with the native rmsnorm followed by per_token_cast. No gradient: the backward is
+    `torch.ops.dsv3.rmsnorm_backward` on x (or x + residual) and rstd. Native on Hopper where rmsnorm is.
+
+    Args:
+        x: [T, H] bf16 or fp32, H a multiple of 16; made contiguous.
+        weight: [H], of x's dtype for the native op.
+        eps: added to the mean square.
+        residual: [T, H] of x's dtype, or None.
+        keep_y: also return y, for what is not computed in FP8 (the gate).
+        pow2_scale: scales that are powers of two, for tensors that are cast again in other tiles.
+        amax_floor: smallest amax of a tile.
+
+    Returns:
+        NormCast(y_fp8, y_sf, y, residual, rstd).
+
+    Raises:
+        ValueError: shapes, dtypes or a floor that do not fit.
+    """
+    _check_shapes("rmsnorm_cast", x, weight, residual)
+    _check_cast("rmsnorm_cast", x, amax_floor)
+    addend = None if residual is None else residual.detach().contiguous()
+    args = x.detach().contiguous(), addend, weight.detach(), eps, keep_y, pow2_scale, amax_floor
+    y_fp8, y_sf, y, summed, rstd = torch.ops.dsv3.rmsnorm_cast(*args)
+    return NormCast(y_fp8, y_sf, y if keep_y else None, None if residual is None else summed, rstd)
 
 
 def _supports_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int, inverse: bool) -> str | None:

@@ -31,8 +31,8 @@ def _tiles(n: int) -> int:
     return (n + TILE - 1) // TILE
 
 
-def _allocate_per_token(x: Tensor, pow2_scale: bool, amax_floor: float) -> tuple[Tensor, Tensor]:
-    tokens, k = x.shape
+def empty_per_token(x: Tensor, tokens: int, k: int) -> tuple[Tensor, Tensor]:
+    """What per_token_cast of a [tokens, k] on x's device fills."""
     return _empty_fp8(x, tokens, k), empty_row_scales(x, tokens, _tiles(k))
 
 
@@ -63,11 +63,17 @@ def _allocate_transpose(
     return _empty_fp8(x, k, slots), empty_row_scales(x, k, slots // TILE)
 
 
+def _allocate_both(
+    x: Tensor, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *empty_per_token(x, *x.shape), *_allocate_transpose(x, None, offsets, pow2_scale, amax_floor)
+
+
 define(
     "per_token_cast(Tensor x, bool pow2_scale, float amax_floor) -> (Tensor, Tensor)",
     shapes="x [T,K] bf16|fp32, K % 16 == 0 -> x_fp8 [T,K] e4m3, x_sf [T,ceil(K/128)] fp32, strides (1, T up to 4)",
     reference=reference.per_token_cast,
-    allocate=_allocate_per_token,
+    allocate=lambda x, pow2_scale, amax_floor: empty_per_token(x, *x.shape),
     launch=lambda outputs, *args: native().per_token_cast(*outputs, *args),
 )
 define(
@@ -79,6 +85,15 @@ define(
     supports=_supports_per_block,
 )
 define(
+    "per_block_cast_out(Tensor w, bool pow2_scale, Tensor(a!) data, Tensor(b!) sf, Tensor(c!) data_t, Tensor(d!) sf_t)"
+    " -> ()",
+    shapes="w of per_block_cast and, to be written, its four outputs with the transpose",
+    reference=reference.per_block_cast_out,
+    allocate=lambda *args: None,
+    launch=lambda _, w, pow2_scale, *out: native().per_block_cast(*out, w, pow2_scale),
+    supports=lambda w, pow2_scale, *out: _supports_per_block(w, pow2_scale, True),
+)
+define(
     "cast_transpose(Tensor x, Tensor? x_sf, Tensor? offsets, bool pow2_scale, float amax_floor) -> (Tensor, Tensor)",
     shapes="x [T,K] bf16|fp32, or e4m3 with x_sf [T,ceil(K/128)] fp32, offsets int32 [G+1] -> xt_fp8 [K,Tp] e4m3, "
     "xt_sf [K,Tp/128] fp32, strides (1, K up to 4); Tp = T (+ 127 G) up to 128",
@@ -86,16 +101,36 @@ define(
     allocate=_allocate_transpose,
     launch=lambda outputs, *args: native().cast_transpose(*outputs, *args),
 )
+define(
+    "per_token_cast_and_transpose(Tensor x, Tensor? offsets, bool pow2_scale, float amax_floor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    shapes="x [T,K] bf16|fp32, offsets int32 [G+1] -> x_fp8, x_sf as of per_token_cast, xt_fp8, xt_sf as of cast_transpose",
+    reference=reference.per_token_cast_and_transpose,
+    allocate=_allocate_both,
+    launch=lambda outputs, *args: native().per_token_cast_and_transpose(*outputs, *args),
+)
 
 
-def _check_floats(name: str, x: Tensor) -> None:
+def check_floats(name: str, x: Tensor) -> None:
+    """A ValueError unless x can be cast."""
     if x.dtype not in _FLOATS:
         raise ValueError(f"{name}: expected bfloat16 or float32, got {x.dtype}".replace("torch.", ""))
 
 
-def _check_floor(name: str, amax_floor: float) -> None:
+def check_floor(name: str, amax_floor: float) -> None:
+    """A ValueError unless it can be the smallest amax."""
     if not 0 <= amax_floor < math.inf:
         raise ValueError(f"{name}: amax_floor must be at least 0 and finite, got {amax_floor}")
+
+
+def check_offsets(name: str, offsets: Tensor | None) -> Tensor | None:
+    """offsets, contiguous; a ValueError unless they are int32 [G+1]."""
+    if offsets is None:
+        return None
+    if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype != torch.int32:
+        found = f"{str(offsets.dtype).removeprefix('torch.')} {tuple(offsets.shape)}"
+        raise ValueError(f"{name}: offsets must be int32 (G+1,) with G >= 1, got {found}")
+    return offsets.contiguous()
 
 
 def per_token_cast(x: Tensor, *, pow2_scale: bool = False, amax_floor: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -114,12 +149,14 @@ def per_token_cast(x: Tensor, *, pow2_scale: bool = False, amax_floor: float = 1
     """
     if x.dim() != 2 or x.shape[1] % 16:
         raise ValueError(f"per_token_cast: x must be (T, K) with K a multiple of 16, got {tuple(x.shape)}")
-    _check_floats("per_token_cast", x)
-    _check_floor("per_token_cast", amax_floor)
+    check_floats("per_token_cast", x)
+    check_floor("per_token_cast", amax_floor)
     return torch.ops.dsv3.per_token_cast(x.detach().contiguous(), pow2_scale, amax_floor)
 
 
-def per_block_cast(w: Tensor, *, pow2_scale: bool = False, transpose: bool = False) -> tuple[Tensor, ...]:
+def per_block_cast(
+    w: Tensor, *, pow2_scale: bool = False, transpose: bool = False, out: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
     """Cast of weights to FP8 in blocks of 128x128, and of the transposed weights (which dgrad uses) from the same read.
 
     Native on Hopper where K, and N for the transpose, are multiples of 16. There is no floor on amax.
@@ -128,6 +165,7 @@ def per_block_cast(w: Tensor, *, pow2_scale: bool = False, transpose: bool = Fal
         w: [N, K], or [G, N, K] for the weights of G experts; bf16 or fp32; made contiguous.
         pow2_scale: scales that are powers of two.
         transpose: also cast w^T. Blocks are square, so its values are the same bytes.
+        out: what a call with `transpose` returned for a w of this shape: written again. None: new tensors.
 
     Returns:
         w_fp8 [(G,) N, K] e4m3 and w_sf [(G,) ceil(N/128), ceil(K/128)] fp32, the checkpoint's weight_scale_inv; with
@@ -138,10 +176,24 @@ def per_block_cast(w: Tensor, *, pow2_scale: bool = False, transpose: bool = Fal
     """
     if w.dim() not in (2, 3):
         raise ValueError(f"per_block_cast: w must be (N, K) or (G, N, K), got {tuple(w.shape)}")
-    _check_floats("per_block_cast", w)
+    check_floats("per_block_cast", w)
     batch = w.detach().contiguous().view(-1, *w.shape[-2:]) if w.dim() == 3 else w.detach().contiguous()[None]
+    if out is not None:
+        _check_per_block_out(w, transpose, out)
+        torch.ops.dsv3.per_block_cast_out(batch, pow2_scale, *(t if w.dim() == 3 else t[None] for t in out))
+        return out
     outputs = torch.ops.dsv3.per_block_cast(batch, pow2_scale, transpose)[: 4 if transpose else 2]
     return tuple(t if w.dim() == 3 else t[0] for t in outputs)
+
+
+def _check_per_block_out(w: Tensor, transpose: bool, out: tuple[Tensor, ...]) -> None:
+    *groups, n, k = w.shape
+    sizes = (n, k), (_tiles(n), _tiles(k)), (k, n), (_tiles(k), _tiles(n))
+    expected = [(t, (*groups, *size)) for t, size in zip((torch.float8_e4m3fn, torch.float32) * 2, sizes, strict=True)]
+    fits = transpose and [(t.dtype, t.shape) for t in out] == expected
+    if not fits or not all(t.is_contiguous() and t.device == w.device for t in out):
+        found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in out).replace("torch.", "")
+        raise ValueError(f"per_block_cast: out must be what it returns with transpose for w {tuple(w.shape)}, got {found}")
 
 
 def cast_transpose(
@@ -174,16 +226,42 @@ def cast_transpose(
     x, x_sf = (x, None) if isinstance(x, Tensor) else x
     if x.dim() != 2 or x.shape[1] % 16:
         raise ValueError(f"cast_transpose: x must be (T, K) with K a multiple of 16, got {tuple(x.shape)}")
-    if offsets is not None and (offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.dtype != torch.int32):
-        found = f"{str(offsets.dtype).removeprefix('torch.')} {tuple(offsets.shape)}"
-        raise ValueError(f"cast_transpose: offsets must be int32 (G+1,) with G >= 1, got {found}")
-    _check_floor("cast_transpose", amax_floor)
+    offsets = check_offsets("cast_transpose", offsets)
+    check_floor("cast_transpose", amax_floor)
     if x_sf is None:
-        _check_floats("cast_transpose", x)
+        check_floats("cast_transpose", x)
     else:
         x_sf = _row_scales(x, x_sf)
-    offsets = None if offsets is None else offsets.contiguous()
     return torch.ops.dsv3.cast_transpose(x.detach().contiguous(), x_sf, offsets, pow2_scale, amax_floor)
+
+
+def per_token_cast_and_transpose(
+    x: Tensor, offsets: Tensor | None = None, *, pow2_scale: bool = False, amax_floor: float = 1e-4
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both casts of x from one read, bit for bit: per_token_cast(x) and cast_transpose(x, offsets). What the gradient of a
+    linear layer's output needs, 1x128 for dgrad and 128x1 for wgrad.
+
+    Args:
+        x: [T, K] bf16 or fp32, K a multiple of 16; made contiguous.
+        offsets: int32 [G+1] on x's device, as for cast_transpose. Rows past offsets[G] are not read, and those of x_fp8
+            and x_sf not written.
+        pow2_scale: scales that are powers of two, in both.
+        amax_floor: smallest amax, in both; 1e-30 for gradients.
+
+    Returns:
+        x_fp8 [T, K] e4m3 and x_sf [T, ceil(K/128)] fp32 with strides (1, T rounded up to 4); xt_fp8 [K, Tp] e4m3 and
+        xt_sf [K, Tp/128] fp32 with strides (1, K rounded up to 4).
+
+    Raises:
+        ValueError: shapes, dtypes or a floor that do not fit.
+    """
+    name = "per_token_cast_and_transpose"
+    if x.dim() != 2 or x.shape[1] % 16:
+        raise ValueError(f"{name}: x must be (T, K) with K a multiple of 16, got {tuple(x.shape)}")
+    check_floats(name, x)
+    check_floor(name, amax_floor)
+    offsets = check_offsets(name, offsets)
+    return torch.ops.dsv3.per_token_cast_and_transpose(x.detach().contiguous(), offsets, pow2_scale, amax_floor)
 
 
 def _row_scales(x: Tensor, x_sf: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.reference.quant import first_rows, last_row, per_token_cast_first
+
 
 def scores(logits: Tensor, score: str) -> Tensor:
     """The affinities s of the gate: sigmoid (V3) or softmax (V2) of fp32 logits [T, E]."""
@@ -129,3 +131,30 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
     dup.copy_(scaled * silu)
     dgate.copy_((sigmoid + silu).addcmul_(silu, sigmoid, value=-1).mul_(up).mul_(scaled))
     return dgate_up, dweights
+
+
+def swiglu_cast(
+    gate_up: Tensor, weights: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
+) -> tuple[Tensor, Tensor]:
+    """swiglu, cast as per_token_cast does; rows past offsets[G] are left as they come."""
+    live = slice(last_row(gate_up, offsets))
+    out = swiglu(gate_up[live], None if weights is None else weights[live])
+    return per_token_cast_first(out, gate_up.shape[0], pow2_scale, amax_floor)
+
+
+def swiglu_cast_backward(
+    dout: Tensor,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+    keep_dgate_up: bool,
+    pow2_scale: bool,
+    amax_floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dgate_up of swiglu_backward, cast as per_token_cast does, then what swiglu_backward returns (dgate_up empty unless
+    keep_dgate_up, dweights without weights); rows past offsets[G] are left as they come."""
+    tokens, live = gate_up.shape[0], slice(last_row(gate_up, offsets))
+    dgate_up, dweights = swiglu_backward(dout[live], gate_up[live], None if weights is None else weights[live])
+    data, sf = per_token_cast_first(dgate_up, tokens, pow2_scale, amax_floor)
+    kept = first_rows(dgate_up, tokens) if keep_dgate_up else dout.new_empty(0)
+    return data, sf, kept, dweights if weights is None else first_rows(dweights, tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.reference.quant import per_token_cast
+
 
 def rmsnorm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, x + residual (empty without a residual) and rstd, for x [T, H]. Statistics in fp32 at least."""
@@ -13,6 +15,21 @@ def rmsnorm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = (wide * rstd[:, None] * weight).to(x.dtype)
     return y, x.new_empty(0) if residual is None else summed, rstd
+
+
+def rmsnorm_cast(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    keep_y: bool,
+    pow2_scale: bool,
+    amax_floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y_fp8 and y_sf as per_token_cast makes them of rmsnorm's y, then what rmsnorm returns (y empty unless keep_y)."""
+    y, summed, rstd = rmsnorm(x, residual, weight, eps)
+    y_fp8, y_sf = per_token_cast(y, pow2_scale, amax_floor)
+    return y_fp8, y_sf, y if keep_y else x.new_empty(0), summed, rstd
 
 
 def rmsnorm_backward(

@@ -68,6 +68,14 @@ def per_block_cast(w: Tensor, pow2_scale: bool, transpose: bool) -> tuple[Tensor
     return data, sf, turned[0], turned[1]
 
 
+def per_block_cast_out(
+    w: Tensor, pow2_scale: bool, data: Tensor, sf: Tensor, data_t: Tensor, sf_t: Tensor
+) -> None:
+    """The same with the transpose, into tensors that are there."""
+    for target, value in zip((data, sf, data_t, sf_t), per_block_cast(w, pow2_scale, True), strict=True):
+        target.copy_(value)
+
+
 def cast_transpose(
     x: Tensor, x_sf: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
 ) -> tuple[Tensor, Tensor]:
@@ -91,6 +99,35 @@ def cast_transpose(
     xt_sf = empty_row_scales(x, k, slots // TILE)
     xt_sf.copy_(sf.t())
     return data, xt_sf
+
+
+def per_token_cast_and_transpose(
+    x: Tensor, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of per_token_cast, then those of cast_transpose, of x [T, K]; past row offsets[G] the first two are left
+    as they come."""
+    data, sf = per_token_cast_first(x[: last_row(x, offsets)], x.shape[0], pow2_scale, amax_floor)
+    return data, sf, *cast_transpose(x, None, offsets, pow2_scale, amax_floor)
+
+
+def last_row(x: Tensor, offsets: Tensor | None) -> int:
+    """Where the groups end: offsets[G], or T."""
+    return x.shape[0] if offsets is None else int(offsets[-1])
+
+
+def first_rows(x: Tensor, rows: int) -> Tensor:
+    """x as the first of `rows` rows, the others left as they come."""
+    whole = x.new_empty(rows, *x.shape[1:])
+    whole[: x.shape[0]] = x
+    return whole
+
+
+def per_token_cast_first(x: Tensor, rows: int, pow2_scale: bool, amax_floor: float) -> tuple[Tensor, Tensor]:
+    """per_token_cast of what are the first of `rows` rows, the others left as they come."""
+    data, sf = per_token_cast(x, pow2_scale, amax_floor)
+    whole_sf = empty_row_scales(sf, rows, sf.shape[1])
+    whole_sf[: x.shape[0]] = sf
+    return first_rows(data, rows), whole_sf
 
 
 def num_slots(tokens: int, groups: int | None) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dsv3.config import Config
 from dsv3.model import DeepSeekV3
-from dsv3.ops.gemm import Quantized
+from dsv3.ops.linear import Quantized
 from dsv3.weights import writer
 from dsv3.weights.reader import FLOATS, Reader
 from dsv3.weights.table import EMBED, SCALE_SUFFIX, Local, mtp_copies, plan

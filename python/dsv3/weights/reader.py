@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv3.ops.gemm import Quantized
+from dsv3.ops.linear import Quantized
 from dsv3.weights.table import SCALE_SUFFIX, Piece, Source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv3 import ops
 from dsv3.config import Config
-from dsv3.ops.gemm import Quantized
+from dsv3.ops.linear import Quantized
 from dsv3.weights.reader import BLOCK, INDEX, SINGLE, scale_at
 from dsv3.weights.table import GATE_BIAS, SCALE_SUFFIX, Piece, Source, mtp_copies, plan
 

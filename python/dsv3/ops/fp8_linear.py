@@ -1,0 +1,280 @@
+"""Linear layers that train in FP8 (DeepSeek-V3 report, section 3.3): forward, dgrad and wgrad are FP8 products, what goes
+in and out of a layer keeps its dtype.
+
+Activations are cast in tiles of 1x128 and kept for backward as FP8; weights are in blocks of 128x128; the operands of a
+weight gradient are in tiles of 128x1, its sum is fp32. Gradients are cast with a floor of 1e-30. The weight part of a
+backward, with the transposition of the kept input, can wait in a WgradQueue as in `dsv3.ops.linear`; the gradient waits as
+FP8 too. Nothing here asks the device, so all of it can be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
+from dsv3.ops.linear import Quantized, WgradQueue
+from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
+from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
+
+GRADIENT_FLOOR = 1e-30  # smallest amax of a tile of gradients
+Cast = tuple[Tensor, Tensor]  # e4m3 data and the scales of its tiles
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A parameter [N, K], or [G, N, K] for G experts, with the FP8 copies that stand for it in products."""
+
+    param: Tensor  # whose main_grad, or grad, takes the gradient
+    data: Quantized  # [(G,) N, K]: forward
+    transposed: Quantized  # [(G,) K, N]: dgrad
+
+    @staticmethod
+    def make(param: Tensor) -> Fp8Weight:
+        """Casts a parameter whose last two sizes are multiples of 16."""
+        data, sf, data_t, sf_t = per_block_cast(param, transpose=True)
+        return Fp8Weight(param, Quantized(data, sf), Quantized(data_t, sf_t))
+
+    def refresh(self) -> None:
+        """Casts the parameter again, into the same memory."""
+        copies = self.data, self.transposed
+        per_block_cast(self.param, transpose=True, out=tuple(t for copy in copies for t in (copy.data, copy.sf)))
+
+
+@dataclass
+class Fp8Weights:
+    """The FP8 copies of a model's parameters: made at first use, good until the parameters change, rewritten in place by
+    `refresh` after each optimizer step."""
+
+    made: dict[Tensor, Fp8Weight] = field(default_factory=dict)
+
+    @torch.inference_mode(False)  # copies first made by an engine must serve training too
+    def of(self, param: Tensor | Quantized) -> Fp8Weight | None:
+        """The copies of a parameter; None for what is to be multiplied as it is: a size that is no multiple of 16, or a
+        weight that has no other form than its quantised one."""
+        if isinstance(param, Quantized) or param.shape[-1] % 16 or param.shape[-2] % 16:
+            return None
+        weight = self.made.get(param)
+        if weight is None or weight.data.device != param.device:
+            weight = self.made[param] = Fp8Weight.make(param)
+        return weight
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts every parameter again whose copies have been made."""
+        for weight in self.made.values():
+            weight.refresh()
+
+
+def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if offsets is None:
+        return fp8_gemm(*a, weight.data, weight.sf, out_dtype=dtype)
+    return grouped_fp8_gemm(*a, weight.data, weight.sf, offsets, out_dtype=dtype)
+
+
+def _add_wgrad(dy_t: Cast, x_t: Cast, param: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """Adds dy^T x to main_grad and returns None, or returns it where the parameter has no such buffer."""
+    main_grad = getattr(param, "main_grad", None)
+    out = torch.zeros(param.shape, dtype=torch.float32, device=param.device) if main_grad is None else main_grad
+    if offsets is not None:
+        grouped_fp8_wgrad(*dy_t, *x_t, offsets, out=out)
+    elif dy_t[0].shape[1]:
+        fp8_gemm(*dy_t, *x_t, out=out, accumulate=True)
+    return out.to(param.dtype) if main_grad is None else None
+
+
+def _now_or_later(wgrad: WgradQueue | None, param: Tensor, work: Callable[[], Tensor | None]) -> Tensor | None:
+    if wgrad is None:
+        return work()
+    wgrad.put(param, work)
+    return None
+
+
+def _cast_gradient(dy: Tensor, offsets: Tensor | None, transpose: bool, pow2_scale: bool) -> tuple[Cast, Cast | None]:
+    """dy in tiles of 1x128, for dgrad, and where asked for transposed in tiles of 128x1, for wgrad, from one read."""
+    settings = {"pow2_scale": pow2_scale, "amax_floor": GRADIENT_FLOOR}
+    if not transpose and offsets is None:
+        return per_token_cast(dy, **settings), None
+    data, sf, data_t, sf_t = per_token_cast_and_transpose(dy, offsets, **settings)
+    return (data, sf), (data_t, sf_t)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, param: Tensor, weight: Fp8Weight, cast: Cast, wgrad: WgradQueue | None, keep_input: bool
+    ) -> Tensor:
+        ctx.save_for_backward(*((x,) if keep_input else cast))
+        ctx.weight, ctx.wgrad, ctx.keep_input, ctx.dtype = weight, wgrad, keep_input, x.dtype
+        return _product(cast, weight.data, None, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, kept, keep_input, none = ctx.weight, ctx.saved_tensors, ctx.keep_input, (None,) * 4
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dy_cast, dy_t = _cast_gradient(dy, None, need_dw, False)
+        dx = _product(dy_cast, weight.transposed, None, ctx.dtype) if need_dx else None
+        if not need_dw:
+            return dx, None, *none
+
+        def work() -> Tensor | None:
+            x_t = cast_transpose(kept[0] if keep_input else kept, pow2_scale=keep_input)
+            return _add_wgrad(dy_t, x_t, weight.param, None)
+
+        return dx, _now_or_later(ctx.wgrad, weight.param, work), *none
+
+
+def fp8_linear(
+    x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None, shared_input: bool = False
+) -> Tensor:
+    """x times weight transposed, in FP8 forward and backward; differentiable in both.
+
+    Args:
+        x: [T, K], bf16 or fp32. With an attribute `cast` (what per_token_cast returns) it is not cast again. Its FP8 form is
+            kept for backward, whatever `recipe` it has.
+        weight: of a parameter [N, K] of x's dtype.
+        wgrad: where backward leaves the weight gradient's work; None computes it at once.
+        shared_input: x is kept by whatever made it, so backward keeps x itself and casts it again. For the projection after
+            attention: the recipe keeps its input in more bits, and gives it scales that are powers of two, since one cast
+            must agree with the other.
+
+    Returns:
+        [T, N] of x's dtype. In backward dW goes to `weight.param.main_grad` where the parameter has one.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    n_k = weight.param.shape
+    if x.dim() != 2 or len(n_k) != 2 or n_k[1] != x.shape[1]:
+        raise ValueError(f"fp8_linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(n_k)}")
+    cast = _cast_of(x, pow2_scale=shared_input)
+    return _Fp8Linear.apply(x, weight.param, weight, cast, wgrad, shared_input)
+
+
+def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
+    made = None if pow2_scale else getattr(x, "cast", None)
+    return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
+
+
+@dataclass(frozen=True)
+class _MLP:
+    gate_up: Fp8Weight
+    down: Fp8Weight
+    wgrad: WgradQueue | None
+    pow2_scale: bool
+
+
+class _Fp8MLP(torch.autograd.Function):
+    """Keeps x in FP8 and what goes into SwiGLU; SwiGLU's output is made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        gate_up_param: Tensor,
+        down_param: Tensor,
+        mlp: _MLP,
+        cast: Cast,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        gate_up = _product(cast, mlp.gate_up.data, offsets, x.dtype)
+        ctx.save_for_backward(*cast, gate_up, weights, offsets)
+        ctx.mlp = mlp
+        return _product(swiglu_cast(gate_up, weights, offsets=offsets), mlp.down.data, offsets, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (*x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
+        need_dx, _, need_first, need_second = ctx.needs_input_grad[:4]
+        dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
+        da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
+
+        def second() -> Tensor | None:
+            a_t = cast_transpose(swiglu_cast(gate_up, weights, offsets=offsets), offsets)
+            return _add_wgrad(dy_t, a_t, mlp.down.param, offsets)
+
+        d_second = _now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
+        grads = swiglu_cast_backward(
+            da, gate_up, weights, offsets=offsets, keep_dgate_up=need_first, amax_floor=GRADIENT_FLOOR
+        )
+        dgate_up = grads.dgate_up_fp8, grads.dgate_up_sf
+        dx = _product(dgate_up, mlp.gate_up.transposed, offsets, gate_up.dtype) if need_dx else None
+        d_first = None
+        if need_first:
+            dgate_up_t = cast_transpose(grads.dgate_up, offsets, amax_floor=GRADIENT_FLOOR)
+
+            def first() -> Tensor | None:
+                x_t = cast_transpose(tuple(x_cast), offsets, pow2_scale=mlp.pow2_scale)
+                return _add_wgrad(dgate_up_t, x_t, mlp.gate_up.param, offsets)
+
+            d_first = _now_or_later(mlp.wgrad, mlp.gate_up.param, first)
+        return dx, grads.dweights, d_first, d_second, None, None, None
+
+
+def fp8_mlp(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, *, wgrad: WgradQueue | None = None) -> Tensor:
+    """down(silu(gate) * up) with both layers in FP8 forward and backward; differentiable in x and both weights.
+
+    Args:
+        x: [T, H] bf16 or fp32, with or without `cast`, as in `fp8_linear`.
+        gate_up: of a parameter [2I, H] of x's dtype, the gate half first.
+        down: of a parameter [H, I].
+        wgrad: as in `fp8_linear`.
+
+    Returns:
+        [T, H] of x's dtype. Backward keeps x in FP8 and gate_up's output; SwiGLU's output is made again.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_mlp("fp8_mlp", x, gate_up, down, ())
+    mlp = _MLP(gate_up, down, wgrad, pow2_scale=False)
+    return _Fp8MLP.apply(x, None, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=False), None)
+
+
+def fp8_experts(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    gate_up: Fp8Weight,
+    down: Fp8Weight,
+    *,
+    wgrad: WgradQueue | None = None,
+) -> Tensor:
+    """The MLPs of G experts over rows sorted by expert, each row times its routing weight, in FP8 forward and backward;
+    differentiable in x, the routing weights and both matrices. Nothing is padded and no count is read on the host.
+
+    x, and the gradient of the result, are what moves between ranks: their scales are powers of two. The cast of a row
+    depends on nothing else, so cast before it is sent and cast here are the same bits.
+
+    Args:
+        x: [R, H] bf16 or fp32, rows of expert g from offsets[g] to offsets[g+1].
+        weights: fp32 [R], the routing weights.
+        offsets: int32 [G+1] on the device, not decreasing, offsets[0] = 0. Rows past offsets[G] of the result and of the
+            gradients are not written.
+        gate_up: of a parameter [G, 2I, H] of x's dtype, the gate half first.
+        down: of a parameter [G, H, I].
+        wgrad: as in `fp8_linear`.
+
+    Returns:
+        [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
+    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True)
+    return _Fp8MLP.apply(x, weights, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=True), offsets)
+
+
+def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:
+    first, second = gate_up.param.shape, down.param.shape
+    inner = second[-1]
+    if x.dim() != 2 or first != (*groups, 2 * inner, x.shape[1]) or second != (*groups, x.shape[1], inner):
+        g = "G, " if groups else ""
+        found = f"{tuple(x.shape)}, {tuple(first)} and {tuple(second)}" + (f" for {groups[0]} groups" if groups else "")
+        raise ValueError(f"{name}: x must be (T, H), gate_up ({g}2I, H) and down ({g}H, I), got {found}")

@@ -1,0 +1,264 @@
+"""Linear layers: dense, grouped by expert, and the output head fused with its cross-entropy.
+
+The backward of a linear layer has an input part and a weight part. The weight part adds to `weight.main_grad` (fp32) where
+the parameter has one, so it can run at any time: a WgradQueue keeps it for later (zero-bubble pipelines, DualPipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.registry import define
+from dsv3.reference import linear as reference
+from dsv3.reference.quant import dequantize
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in FP8: data e4m3 [..., N, K], sf fp32 [..., ceil(N/128), ceil(K/128)]; dequantised = data * sf of its block."""
+
+    data: Tensor
+    sf: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight as a dense tensor [..., N, K] of `dtype`."""
+        return dequantize(self.data, self.sf).to(dtype)
+
+
+def dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor that a product with activations of `dtype` can take."""
+    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
+
+
+@dataclass
+class WgradQueue:
+    """Weight gradients that wait. Without main_grad a flushed gradient is added to `weight.grad`."""
+
+    pending: list[Callable[[], None]] = field(default_factory=list)
+
+    def put(self, weight: Tensor, work: Callable[[], Tensor | None]) -> None:
+        """Keeps `work`, which returns the weight's gradient, or None where it added it to main_grad itself."""
+
+        def run() -> None:
+            grad = work()
+            if grad is not None:
+                weight.grad = grad if weight.grad is None else weight.grad + grad
+
+        self.pending.append(run)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Computes every queued weight gradient, in the order in which backward queued them."""
+        pending, self.pending = self.pending, []
+        for run in pending:
+            run()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a tensor again. Set as its attribute `recipe`, it lets `linear` keep the recipe's inputs, which backward
+    needs anyway, instead of the tensor."""
+
+    make: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return torch.mm(dy.t(), x.to(dy.dtype)).to(weight.dtype)
+    reference.add_product_(main_grad, dy, x.to(dy.dtype))
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
+    ) -> Tensor:
+        ctx.save_for_backward(*((x,) if recipe is None else recipe.inputs))
+        ctx.weight, ctx.wgrad, ctx.make, ctx.dtype = weight, wgrad, recipe and recipe.make, x.dtype
+        return reference.linear(x, weight, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, none = ctx.weight, (None,) * 4
+        dx = torch.mm(dy, weight.to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, *none
+        x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
+        if ctx.wgrad is not None:
+            ctx.wgrad.put(weight, lambda: _linear_wgrad(dy, x, weight))
+            return dx, *none
+        return dx, _linear_wgrad(dy, x, weight), *none[1:]
+
+
+def linear(
+    x: Tensor, weight: Tensor | Quantized, *, wgrad: WgradQueue | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x times weight transposed; differentiable in both.
+
+    Args:
+        x: [T, K], bf16 or fp32. With an attribute `recipe` (a Recipe) it is made again in backward instead of being kept.
+        weight: [N, K] of x's dtype, or Quantized (inference only: dequantised to x's dtype).
+        wgrad: where backward leaves the weight gradient's work; None computes it at once.
+        out_dtype: of the output and of the products in backward; None: x's dtype. The gate's logits are fp32.
+
+    Returns:
+        [T, N]. In backward dW goes to `weight.main_grad` where the parameter has one.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if isinstance(weight, Quantized):
+        return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
+    return _Linear.apply(x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
+
+
+define(
+    "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    shapes="x [R,K], weight [G,N,K], offsets [G+1] int32 -> [R,N]",
+    reference=reference.grouped_linear,
+    allocate=lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[1]),
+)
+define(
+    "grouped_linear_dgrad(Tensor dy, Tensor weight, Tensor offsets) -> Tensor",
+    shapes="dy [R,N], weight [G,N,K], offsets [G+1] int32 -> [R,K]",
+    reference=reference.grouped_linear_dgrad,
+    allocate=lambda dy, weight, offsets: dy.new_empty(dy.shape[0], weight.shape[2]),
+)
+define(
+    "grouped_linear_wgrad_(Tensor dy, Tensor x, Tensor offsets, Tensor(a!) out) -> ()",
+    shapes="dy [R,N], x [R,K], offsets [G+1] int32, out [G,N,K] fp32 or dy's dtype (added to)",
+    reference=reference.grouped_linear_wgrad_,
+    allocate=lambda dy, x, offsets, out: None,
+)
+
+
+def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    out = torch.zeros_like(weight) if main_grad is None else main_grad
+    torch.ops.dsv3.grouped_linear_wgrad_(dy, x, offsets, out)
+    return out if main_grad is None else None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
+        ctx.save_for_backward(x, offsets)
+        ctx.weight, ctx.wgrad = weight, wgrad
+        return torch.ops.dsv3.grouped_linear(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, offsets), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
+        dx = torch.ops.dsv3.grouped_linear_dgrad(dy, weight, offsets) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        if ctx.wgrad is not None:
+            ctx.wgrad.put(weight, lambda: _grouped_wgrad(dy, x, weight, offsets))
+            return dx, None, None, None
+        return dx, _grouped_wgrad(dy, x, weight, offsets), None, None
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor | Quantized, offsets: Tensor, *, wgrad: WgradQueue | None = None
+) -> Tensor:
+    """The linear layers of G experts over rows sorted by expert; differentiable in x and weight.
+
+    bf16 on CUDA uses torch's grouped product and never reads the offsets on the host; elsewhere a loop over the groups does.
+
+    Args:
+        x: [R, K], rows of expert g from offsets[g] to offsets[g+1].
+        weight: [G, N, K] of x's dtype, or Quantized (inference only).
+        offsets: int32 [G+1], not decreasing, offsets[0] = 0. Rows past offsets[G] are neither read nor written.
+        wgrad: as in `linear`.
+
+    Returns:
+        [R, N] of x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if (
+        x.dim() != 2
+        or len(weight.shape) != 3
+        or weight.shape[2] != x.shape[1]
+        or offsets.numel() != weight.shape[0] + 1
+    ):
+        found = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(offsets.shape)}"
+        raise ValueError(f"grouped_linear: x must be (R, K), weight (G, N, K) and offsets (G+1,), got {found}")
+    return _GroupedLinear.apply(x, dense(weight, x.dtype), offsets, wgrad)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        need_h, need_w = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(h.dtype, torch.float32)
+        nats = torch.empty(h.shape[0], dtype=wide, device=h.device)
+        dh = torch.empty_like(h) if need_h else None
+        dw = torch.zeros(weight.shape, dtype=wide, device=h.device) if need_w else None
+        buffer = h.new_empty(min(chunk, h.shape[0]), weight.shape[0])
+        for start in range(0, h.shape[0], chunk):
+            part = slice(start, start + chunk)
+            rows = h[part]
+            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+            nats[part] = torch.ops.dsv3.cross_entropy_(logits, targets[part], need_h or need_w)
+            if dh is not None:
+                torch.mm(logits, weight, out=dh[part])
+            if dw is not None:
+                reference.add_product_(dw, logits, rows)
+        ctx.weight, ctx.dh, ctx.dw = weight, dh, dw
+        return nats.sum()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dh, dw, weight = ctx.dh, ctx.dw, ctx.weight
+        if dh is not None:
+            dh = dh * dloss.to(dh.dtype)
+        if dw is not None:
+            main_grad = getattr(weight, "main_grad", None)
+            if main_grad is not None:
+                main_grad.addcmul_(dw, dloss)
+            dw = (dw * dloss).to(weight.dtype) if main_grad is None else None
+        return dh, dw, None, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Sum over the targets of -log softmax(h W^T)[target] in nats, without ever holding all logits.
+
+    Works on `chunk` tokens at a time: logits, fp32 softmax, then (where a gradient is wanted) dh and an fp32 dW, which
+    backward only scales; dW is added to `weight.main_grad` where the parameter has one. Backward runs once.
+
+    Args:
+        h: [T, H] bf16 or fp32.
+        weight: [V, H] of h's dtype.
+        targets: int64 [T]; -100 is ignored.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        fp32 [] (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
+        found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
+    return _LinearCrossEntropy.apply(h, weight, targets, chunk)

@@ -1,0 +1,67 @@
+"""Dense and grouped linear layers in plain PyTorch, on every device: torch's own products where they are good."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [T, K] times weight [N, K] transposed -> [T, N] of out_dtype, summed in it at least."""
+    if out_dtype == x.dtype:
+        return torch.mm(x, weight.t())
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=out_dtype)
+    return torch.mm(x.to(out_dtype), weight.t().to(out_dtype))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Row r of x [R, K], in group g when offsets[g] <= r < offsets[g+1], times weight[g] [N, K] transposed -> [R, N].
+
+    Rows past offsets[G] are neither read nor written: what they hold is undefined.
+    """
+    if _grouped_mm(x):
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for w, rows in _groups(weight, offsets):
+        torch.mm(x[rows], w.t(), out=out[rows])
+    return out
+
+
+def grouped_linear_dgrad(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient of x: dy [R, N] times weight[g] [N, K] -> [R, K]."""
+    if _grouped_mm(dy):
+        return torch.nn.functional.grouped_mm(dy, weight, offs=offsets[1:])
+    out = dy.new_empty(dy.shape[0], weight.shape[2])
+    for w, rows in _groups(weight, offsets):
+        torch.mm(dy[rows], w, out=out[rows])
+    return out
+
+
+def grouped_linear_wgrad_(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[g] += dy[rows of g] transposed times x[rows of g], for out [G, N, K] of dy's dtype or fp32."""
+    if _grouped_mm(x):
+        out += torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:])
+        return
+    for w, rows in _groups(out, offsets):
+        add_product_(w, dy[rows], x[rows])
+
+
+def add_product_(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """out [N, K] += dy [T, N] transposed times x [T, K], summed in out's dtype."""
+    if out.dtype == dy.dtype:
+        torch.addmm(out, dy.t(), x, out=out)
+    elif dy.is_cuda:
+        out += torch.mm(dy.t(), x, out_dtype=out.dtype)
+    else:
+        out += torch.mm(dy.t().to(out.dtype), x.to(out.dtype))
+
+
+def _grouped_mm(x: Tensor) -> bool:
+    """torch has a grouped product, with offsets that stay on the device, for bf16 on CUDA."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
+
+
+def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, slice]]:
+    bounds = offsets.tolist()
+    return [(w, slice(a, b)) for w, a, b in zip(weight.unbind(0), bounds, bounds[1:], strict=False) if b > a]
