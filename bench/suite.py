@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from bench.results import ROOT, Environment, csrc_sha
 
+MAX_WORKERS = 8  # each holds a CUDA context and what its largest test needs
 FAMILIES = ("quant", "norm", "gemm", "attention", "moe", "comm", "loss", "optim")  # the folders of csrc
 
 
@@ -52,14 +56,26 @@ def files_of(families: list[str], root: Path = ROOT) -> list[str]:
     return [path for path in files if not families or family_of(path, root) in families]
 
 
-def record(path: Path, counts: dict[str, Counter[str]], env: Environment) -> None:
-    """Replaces the entries of the families that were run; the others stay as they are."""
+def parallel() -> list[str]:
+    """Options of pytest-xdist, where it is installed and there are cores for it.
+
+    A file goes to one worker, since its tests share what its fixtures made, and files are taken in the order in which they
+    are named. tests/conftest.py divides the cores among the workers.
+    """
+    workers = min(MAX_WORKERS, (os.cpu_count() or 1) // 2)
+    installed = importlib.util.find_spec("xdist") is not None
+    return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"] if installed and workers > 1 else []
+
+
+def record(path: Path, counts: dict[str, Counter[str]], env: Environment, seconds: float) -> None:
+    """Replaces the entries of the families that were run; the others stay as they are. `seconds`: of the whole run."""
     known = json.loads(path.read_text()) if path.is_file() else {}
     for family, count in counts.items():
         known[family] = {
             "commit": env.commit,
             "csrc_sha": csrc_sha(family),
             **{outcome: count[outcome] for outcome in ("passed", "failed", "skipped")},
+            "seconds": round(seconds, 1),
             "gpu": env.gpu,
             "torch": env.torch,
             "date": env.date,
@@ -73,7 +89,10 @@ def run_tests(families: list[str], out: Path, env: Environment) -> int:
     files = files_of(families)
     if not files:
         raise ValueError(f"no tests of {', '.join(families)}; families are {', '.join((*FAMILIES, 'model'))}")
-    tally = Tally()
-    code = int(pytest.main([f"--rootdir={ROOT}", *(str(ROOT / file) for file in files)], plugins=[tally]))
-    record(out / "tests.json", tally.counts, env)
+    tally, start = Tally(), time.monotonic()
+    paths = [
+        str(ROOT / file) for file in reversed(files)
+    ]  # train and the top folder first: they start processes, which last
+    code = int(pytest.main([f"--rootdir={ROOT}", *parallel(), *paths], plugins=[tally]))
+    record(out / "tests.json", tally.counts, env, time.monotonic() - start)
     return code

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,6 +20,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Under pytest-xdist the workers share the cores: a pool of threads as large as the machine in each would thrash."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     config.addinivalue_line("markers", "cuda: needs a Hopper GPU")
 
 
@@ -32,3 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leave_memory_to_other_workers() -> Iterator[None]:
+    """pytest-xdist's workers share one GPU, and torch keeps what its largest test needed."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**32:
+        torch.cuda.empty_cache()

@@ -184,7 +184,8 @@ def test_demo_keeps_what_is_no_demo(capsys: pytest.CaptureFixture[str], tmp_path
     line = refused(capsys, tmp_path, "demo", "--out", tmp_path)
     assert f"expected an earlier demo or nothing in {tmp_path}, found thesis.txt" in line
     assert "preset must be one of tiny, mini, found 'huge'" in refused(capsys, tmp_path, "demo", "--preset", "huge")
-    assert "seconds must be positive, found 0" in refused(capsys, tmp_path, "demo", "--seconds", "0")
+    for seconds in ("0", "nan", "inf"):
+        assert "seconds must be positive, found " in refused(capsys, tmp_path, "demo", "--seconds", seconds)
 
 
 # ---- checkpoints ----
@@ -236,6 +237,12 @@ def test_prompt_longer_than_the_context(capsys: pytest.CaptureFixture[str], mode
     assert re.search(r"expected at most 63 tokens \(context of 64\), got \d+", line)
 
 
+def test_prompt_that_is_not_utf8(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    prompt = b"caf\xe9".decode(errors="surrogateescape")  # how Python hands on such an argument
+    line = refused(capsys, model, "generate", model, prompt, "--device", "cpu")
+    assert r"expected a prompt of UTF-8 text, found '\udce9' at character 3" in line
+
+
 def test_prompt_outside_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
     larger = load_tokenizer(model)
     larger.add_tokens(["zebra"])
@@ -251,6 +258,8 @@ def test_prompt_outside_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_p
         (["--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["--dtype", "int4"], "dtype must be bfloat16, float32 or fp8, found 'int4'"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:99"], "device 'cuda:99' was asked for, and torch finds "),
         (["--no-such-option"], "No such option: --no-such-option"),
         (["--tokenizer", "/nowhere"], "/nowhere"),
     ],
@@ -285,11 +294,20 @@ def test_full_disk_while_saving(tmp_path: Path, tokens: Path, text: Path, model:
     for limit, command in commands:
         done = on_a_small_disk(limit, *command)
         assert done.returncode == 2, done.stderr
-        assert len([line for line in done.stderr.splitlines() if line.startswith("dsv3: ")]) == 1, done.stderr
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("dsv3: "))
+        assert re.match(r"dsv3: could not (write|save) [^ ]+(,|:) ", line), line
         assert "Traceback" not in done.stderr
         after = files(tmp_path)
         assert {name: after[name] for name in before} == before
         assert not [name for name in after if "distcp" in name]
+
+
+def test_full_disk_while_recording(tmp_path: Path, tokens: Path) -> None:
+    done = on_a_small_disk(3000, "train", *train_arguments(tmp_path, tokens, max_steps=50))
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("dsv3: "))
+    assert line == f"dsv3: could not write {tmp_path}/run/metrics.jsonl: File too large; checkpoints are intact"
+    assert "Traceback" not in done.stderr
 
 
 def test_full_disk_while_exporting(tmp_path: Path, tokens: Path) -> None:

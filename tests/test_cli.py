@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsv3 import cli
+from dsv3.train.corpus import open_corpus
+from dsv3.train.tokenizer import train_on_corpus
 
 
 def run(*arguments: object) -> int:
@@ -64,6 +66,28 @@ def test_from_text_to_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == first.out
     assert run("generate", tmp_path / "model", "def function", *options, "--no-speculative") == 0
     assert "drafts" not in capsys.readouterr().err
+
+
+def test_another_tokenizer_ends_its_documents_itself(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is told which tokens begin and end a document: generation stops there, whatever their numbers."""
+    own = train_on_corpus(open_corpus(text), 300).to_str()
+    for ours, theirs in (("<|bos|>", "<s>"), ("<|eos|>", "<unk>"), ("<|pad|>", "</s>"), ("<|fim_hole|>", "<|x|>")):
+        own = own.replace(ours, theirs)
+    (tmp_path / "theirs.json").write_text(own)
+    assert run("tokenize", text, "--out", tmp_path / "tokens", "--tokenizer", tmp_path / "theirs.json") == 0
+    settings = [f"data={tmp_path / 'tokens'}", f"out={tmp_path / 'run'}", "max_steps=1", *SIZES]
+    capsys.readouterr()
+    assert run("train", *settings) == 2
+    assert "found a tokenizer without them: set fim_rate=0\n" in capsys.readouterr().err
+    assert run("train", *settings, "fim_rate=0") == 0
+    assert run("export", tmp_path / "run", tmp_path / "model") == 0
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "model" / file).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (0, 2), file
+    tokenizer = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<s>", "</s>")
 
 
 def test_prompt_from_stdin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

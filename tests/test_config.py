@@ -201,6 +201,23 @@ def test_sizes_that_do_not_fit(changes, message):
         ("rope_theta", "x", "rope_theta must be a positive number, got 'x'"),
         ("rope_scaling", [1], r"must be an object, got \[1\]"),
         ("rope_scaling", {"type": "yarn", "factor": 0}, "the rope factor must be a number of at least 1, got 0"),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 2, "beta_fast": "q"},
+            "beta_fast of the rope scaling must be a number",
+        ),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 2, "mscale_all_dim": [1]},
+            "mscale_all_dim of the rope scaling must",
+        ),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 2, "original_max_position_embeddings": -3},
+            "original_max_position_embeddings must be a positive integer, got -3",
+        ),
+        ("norm_topk_prob", "maybe", "norm_topk_prob must be true or false, got 'maybe'"),
+        ("model_type", ["deepseek_v3"], "model_type must be one of deepseek_v2, deepseek_v3, got"),
         ("quantization_config", 3, "quantization_config must be an object, got 3"),
         ("eos_token_id", "a", "eos_token_id must be a token number, got 'a'"),
     ],
@@ -211,8 +228,9 @@ def test_values_of_the_wrong_kind(key, value, message):
 
 
 def test_null_numbers_take_their_defaults():
-    config = Config.from_dict({**MIN, "routed_scaling_factor": None, "initializer_range": None})
-    assert (config.routed_scaling_factor, config.initializer_range) == (1.0, 0.006)
+    nulls = dict.fromkeys(("routed_scaling_factor", "initializer_range", "norm_topk_prob"))
+    config = Config.from_dict({**MIN, **nulls})
+    assert (config.routed_scaling_factor, config.initializer_range, config.norm_topk_prob) == (1.0, 0.006, True)
 
 
 def test_all_dense_is_written_so_that_others_make_no_empty_experts():

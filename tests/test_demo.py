@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from dsv3 import demo as demo_module
-from dsv3 import plots
+from dsv3 import plots, terminal
 from dsv3.demo import demo, train_config
 from dsv3.inference import Engine, SamplingParams
 from dsv3.model import DeepSeekV3
-from dsv3.terminal import clock, printable
+from dsv3.terminal import clock, command, printable
 from dsv3.train.tokenizer import load_tokenizer
 
 PNG = b"\x89PNG\r\n"
@@ -55,7 +57,7 @@ def test_what_it_prints(ran: tuple[Path, Path, str]) -> None:
     for name in ("this model", "order-2 byte model", "gzip -9", "xz -9"):
         assert re.search(rf"^ ?{name} +\d+\.\d{{3}}", printed, re.M), name
     assert re.search(r"\d+ tokens/s, with MTP drafts \d+ \(\d+\.\d\dx\), \d+% of the drafts accepted", printed)
-    assert lines[-1].startswith(f"next: dsv3 generate {out / 'model'} ")
+    assert lines[-1].startswith(f"next: {command()} generate {out / 'model'} ")
     assert "\x1b" not in printed
     assert "\r" not in printed
 
@@ -109,6 +111,25 @@ def test_pictures_without_experts_or_validation(tmp_path: Path) -> None:
     plots.expert_load(tmp_path / "b.png", np.arange(128.0).reshape(2, 64), ["a", "b"], title="t")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     assert (tmp_path / "b.png").read_bytes().startswith(PNG)
+
+
+def test_what_to_type_next_works_where_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """dsv3 on the PATH, in an environment that is not activated, and not installed at all but for PYTHONPATH."""
+    monkeypatch.chdir(tmp_path)
+    scripts = tmp_path / ".venv" / "bin"
+    monkeypatch.setattr(terminal.sysconfig, "get_path", lambda name: str(scripts))
+    root = Path(terminal.__file__).resolve().parents[1]
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: sys.executable)
+    assert command() == f"PYTHONPATH={root} python3 -m dsv3"
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: None)
+    assert command() == f"PYTHONPATH={root} {sys.executable} -m dsv3"
+    done = subprocess.run(f"{command()} --help", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scripts.mkdir(parents=True)
+    (scripts / "dsv3").touch()
+    assert command() == ".venv/bin/dsv3"
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: str(scripts / name))
+    assert command() == "dsv3"
 
 
 def test_small_things() -> None:

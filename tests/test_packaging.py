@@ -111,10 +111,10 @@ def test_pins() -> None:
     assert toolkit == {
         "nvidia-cuda-nvcc": "13.0.88",
         "nvidia-cuda-crt": "13.0.88",
-        "nvidia-cuda-runtime": "13.0.88",
         "nvidia-nvvm": "13.0.88",
         "nvidia-cuda-cccl": "13.0.85",
-    }
+    }, "and no runtime: torch's build for CUDA requires one of its own, which a pin would make impossible to install"
+    assert "\nCUDA_RUNTIME := nvidia-cuda-runtime==13.0.88\n" in (ROOT / "Makefile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [requirement for requirement in project["dependencies"] if "==" in requirement or "<" in requirement]
 

@@ -89,20 +89,20 @@ def generate(
     speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
-    device: Annotated[str | None, typer.Option(help="by default a GPU where there is one")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto is a GPU where there is one")] = "auto",
 ) -> None:
     """Continue a prompt, streaming; the speed goes to stderr."""
     import torch
 
     from dsv3 import DeepSeekV3, Engine, SamplingParams
+    from dsv3.parallel.data import find_device
     from dsv3.terminal import printable
 
     prompt = sys.stdin.read() if prompt is None else prompt
     params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
     if dtype not in (None, "bfloat16", "float32", "fp8"):
         raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=device)
+    loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device))
     engine = Engine(loaded, tokenizer=tokenizer or model, speculative=speculative, max_batch=1)
     engine.generate([prompt], params, on_token=lambda _, ids, text: print(printable(text), end="", flush=True))
     drafts = f", {engine.stats.acceptance_rate:.0%} of the drafts accepted" if engine.stats.drafted else ""
@@ -159,7 +159,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        if _is_ours(error):
+        if error.errno is None and _is_ours(error):
             return _fail(str(error))
         if error.errno not in USER_ERRNO | DISK_ERRNO:
             raise

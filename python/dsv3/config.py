@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of Config from the keys of a config.json; what has no field goes to `extra`."""
     names = {f.name for f in dataclasses.fields(Config)} - {"extra"}
     model_type = values.get("model_type", "deepseek_v3")
-    if model_type not in SCORING:
+    if model_type not in tuple(SCORING):
         raise ValueError(f"model_type must be one of {', '.join(SCORING)}, got {model_type!r}")
     for key, allowed in FIXED.items():
         if key in values and values[key] not in allowed:
@@ -267,7 +268,8 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         out[key] = out.get(key) or 0
     for key in ("n_group", "topk_group"):
         out[key] = out.get(key) or 1
-    out.setdefault("norm_topk_prob", model_type == "deepseek_v3")
+    if out.get("norm_topk_prob") is None:
+        out["norm_topk_prob"] = model_type == "deepseek_v3"
     if out.get("scoring_func") is None:
         out["scoring_func"] = SCORING[model_type]
     if out.get("topk_method") is None:
@@ -318,10 +320,9 @@ def _validate(c: Config) -> None:
     for name in ("rope_scaling", "quantization_config"):
         value = getattr(c, name)
         need(value is None or isinstance(value, dict), f"{name} must be an object, got {value!r}")
-    factor = (c.rope_scaling or {}).get("factor", 1)
-    need(
-        type(factor) in (int, float) and factor >= 1, f"the rope factor must be a number of at least 1, got {factor!r}"
-    )
+    need(isinstance(c.extra, dict), f"extra must be an object, got {c.extra!r}")
+    need(type(c.norm_topk_prob) is bool, f"norm_topk_prob must be true or false, got {c.norm_topk_prob!r}")
+    _validate_rope(c.rope_scaling or {}, need)
     need(c.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {c.dtype!r}")
     need(c.model_type in SCORING, f"model_type must be one of {', '.join(SCORING)}, got {c.model_type!r}")
     need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, got {c.qk_rope_head_dim}")
@@ -348,6 +349,19 @@ def _validate(c: Config) -> None:
     )
     ambiguous = c.model_type == "deepseek_v2" and c.norm_topk_prob and c.routed_scaling_factor != 1
     need(not ambiguous, "deepseek_v2 with norm_topk_prob and a routed_scaling_factor other than 1 is not supported")
+
+
+def _validate_rope(scaling: dict[str, Any], need: Callable[[bool, str], None]) -> None:
+    factor = scaling.get("factor", 1)
+    number = type(factor) in (int, float)
+    need(number and 1 <= factor < math.inf, f"the rope factor must be a number of at least 1, got {factor!r}")
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+        value = scaling.get(key)
+        good = value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+        need(good, f"{key} of the rope scaling must be a number of at least 0, got {value!r}")
+    value = scaling.get("original_max_position_embeddings")
+    good = value is None or (type(value) is int and value > 0)
+    need(good, f"original_max_position_embeddings must be a positive integer, got {value!r}")
 
 
 _V3_YARN = {

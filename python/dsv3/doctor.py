@@ -13,7 +13,7 @@ from rich.table import Table
 import dsv3.ops
 from dsv3.ops import registry
 
-REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "rich", "typer")
+REQUIRED = ("numpy", "safetensors", "tokenizers", "rich", "typer")
 OPTIONAL = {
     "matplotlib": "pictures of the demo",
     "pyarrow": ".parquet text",
@@ -28,6 +28,7 @@ def report(console: Console | None = None) -> None:
     rows = [
         ("dsv3", dsv3.__version__),
         ("python", f"{platform.python_version()} {platform.machine()} {sys.platform}"),
+        ("torch", torch.__version__),  # which says what it was built for
         *((name, _version(name) or "missing") for name in REQUIRED),
         *((name, _version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()),
         ("CPU threads", str(torch.get_num_threads())),

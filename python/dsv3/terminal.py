@@ -1,8 +1,12 @@
-"""What people see while they wait: a progress bar on a terminal, plain lines elsewhere."""
+"""What people see: a progress bar on a terminal, plain lines elsewhere, and what they can type next."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+import sysconfig
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -23,6 +27,21 @@ def clock(seconds: float) -> str:
 def printable(text: str) -> str:
     """`text` without what could steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def command() -> str:
+    """What starts this dsv3 in the shell of whoever reads it: `dsv3` where that is on the PATH, otherwise its script (in a
+    .venv that is not activated) or, where it is not installed at all, python with the package's folder."""
+    script, found = Path(sysconfig.get_path("scripts")) / "dsv3", shutil.which("dsv3")
+    if script.exists():
+        return "dsv3" if found and script.samefile(found) else str(_from_here(script))
+    python = shutil.which("python3")
+    name = "python3" if python and Path(sys.executable).samefile(python) else sys.executable
+    return f"PYTHONPATH={_from_here(Path(__file__).resolve().parents[1])} {name} -m dsv3"
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class ShowProgress(Callback):

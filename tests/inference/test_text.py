@@ -86,3 +86,6 @@ def test_load_tokenizer_from_a_file_or_its_folder(tmp_path: Path):
         assert load_tokenizer(path).encode("hé").ids == list("hé".encode())
     with pytest.raises(ValueError, match=r"expected a tokenizer at .*missing"):
         load_tokenizer(tmp_path / "missing")
+    (tmp_path / "tokenizer.json").write_text("")
+    with pytest.raises(ValueError, match=r"tokenizer.json: expected a file of the tokenizers library, found EOF"):
+        load_tokenizer(tmp_path)

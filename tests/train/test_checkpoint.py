@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,25 +117,30 @@ def test_other_shape_or_missing_tensor_is_named(tmp_path: Path) -> None:
         checkpoint.load(found, {"master": {"a.weight": torch.zeros(3, 3)}}, parallel=ALONE)
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from dsv3.parallel.data import DataParallel
+from dsv3.train import checkpoint
+
+limit, work = int(sys.argv[1]), Path(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    big = {"big": torch.zeros(100_000)}
+    checkpoint.save(work, 2, big, {"text": "x" * 50_000}, parallel=DataParallel(), keep=3)
+    print("saved", end="")
+except checkpoint.CheckpointError as error:
+    print(error, end="")
+"""
+
+
 def full_disk(limit: int, work: Path) -> str:
-    """Saves a checkpoint in a child whose files may not grow beyond `limit` bytes; returns what the child said."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # the parent's OpenMP threads did not come along: waiting for them would never end
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            checkpoint.save(work, 2, {"big": torch.zeros(100_000)}, {"text": "x" * 50_000}, parallel=ALONE, keep=3)
-            said = "saved"
-        except CheckpointError as error:
-            said = str(error)
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        return pipe.read()
+    """Saves a checkpoint in a process whose files may not grow beyond `limit` bytes; returns what it said."""
+    command = [sys.executable, "-c", FULL_DISK, str(limit), str(work)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("limit", [200_000, 20_000, 0])

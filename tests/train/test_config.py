@@ -41,8 +41,7 @@ def test_toml_json_and_overrides_agree(tmp_path: Path) -> None:
         ("batch=true", "batch must be int, got bool True"),
         ("deterministic=1", "deterministic must be bool, got int 1"),
         ("model=3", "model must be dict, got int 3"),
-        ("precision=fp8", "precision 'fp8' is not available yet"),
-        ("precision=fp16", "precision must be one of bf16, fp32, got 'fp16'"),
+        ("precision=fp16", "precision must be one of bf16, fp8, fp32, got 'fp16'"),
         ("lr_schedule=linear", "lr_schedule must be one of v3, cosine, wsd, constant, got 'linear'"),
         ("batch=0", "batch must be positive, got 0"),
         ("lr=NaN", "lr must be positive, got nan"),
@@ -50,6 +49,8 @@ def test_toml_json_and_overrides_agree(tmp_path: Path) -> None:
         ("fim_rate=1.5", "fim_rate must lie between 0 and 1, got 1.5"),
         ("batch=12", "batch must be a multiple of micro_batch x ranks = 8, got 12"),
         ("batch", "expected key=value, got 'batch'"),
+        ("lr.x=1", "lr holds no keys of its own, got 'lr.x=1'"),
+        ("seed=99999999999999999999", "seed must be below 2^63, got 99999999999999999999"),
     ],
 )
 def test_bad_values_are_named(override: str, message: str) -> None:

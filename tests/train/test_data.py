@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -119,6 +120,9 @@ def test_jsonl(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"content": "b"}\n')
     with pytest.raises(ValueError, match=r'data.jsonl line 2: expected a string field "text", found content'):
         open_corpus(path)
+    path.write_text('{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r'data.jsonl line 2: expected a string field "text", found one of type int'):
+        open_corpus(path)
     path.write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(ValueError, match=r"data.jsonl line 2: expected a JSON object, found Expecting"):
         open_corpus(path)
@@ -228,9 +232,24 @@ def test_damaged_token_folders(corpus: Corpus, tokenizer: Tokenizer, tmp_path: P
     (tmp_path / "t" / "train.bin").write_bytes(raw[:-2])
     with pytest.raises(ValueError, match=rf"train.bin: expected {len(raw)} bytes, found {len(raw) - 2}"):
         TokenDataset(tmp_path / "t", 16)
-    (tmp_path / "t" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index.json: expected the index that `dsv3 tokenize` writes"):
-        read_index(tmp_path / "t")
+    (tmp_path / "t" / "train.bin").write_bytes(raw)
+    offsets = tmp_path / "t" / "train.offsets.npy"
+    for damaged in (b"", (tmp_path / "t" / "valid.offsets.npy").read_bytes()):
+        offsets.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"train.offsets.npy: expected "):
+            TokenDataset(tmp_path / "t", 16)
+    index = (tmp_path / "t" / "index.json").read_text()
+    for text in ("{}", index.replace("uint16", "int3"), re.sub(r'"num_tokens": \d+', '"num_tokens": "many"', index)):
+        (tmp_path / "t" / "index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"index.json: expected the index that `dsv3 tokenize` writes"):
+            read_index(tmp_path / "t")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_a_split_rate_is_a_fraction(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, rate: float) -> None:
+    with pytest.raises(ValueError, match=f"split_rate must lie between 0 and 1, got {rate}"):
+        tokenize_corpus(corpus, tokenizer, tmp_path / "t", split_rate=rate)
+    assert not any(tmp_path.iterdir())
 
 
 def test_split_rate_splits_some_joined_tokens(

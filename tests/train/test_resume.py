@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv3 import train
 from dsv3.model import DeepSeekV3
+from dsv3.terminal import command
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig
 from dsv3.train.metrics import StepReport
@@ -74,7 +75,7 @@ def test_interrupted_and_resumed_run_is_bit_identical(
         said = capsys.readouterr().out
         config_file = Path(parts.out) / "train_config.json"
         saved = Path(parts.out) / f"step-{at + 1:08d}"
-        assert f"saved {saved}; resume with: dsv3 train {config_file} --resume" in said
+        assert f"saved {saved}; resume with: {command()} train {config_file} --resume" in said
         assert TrainConfig.load(config_file) == parts
     assert train.run(parts, resume=True) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

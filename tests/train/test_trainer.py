@@ -236,11 +236,13 @@ def test_second_stage_extends_the_context(token_folder: Path, tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"data": "nowhere"}, "found no nowhere"),
-        ({"model": {"hidden": 3}}, "unknown model key 'hidden' in the training config"),
+        ({"model": {"hidden_sze": 3}}, "training config key 'model.hidden_sze', did you mean 'model.hidden_size'?"),
+        ({"model": {**MODEL, "extra": 3}}, "extra must be an object, got 3"),
         ({"model": {**MODEL, "vocab_size": 100}}, "vocab_size 100, found token"),
         ({"seq_len": 256}, "seq_len 256 is longer than the model's max_position_embeddings 128"),
         ({"preset": "enormous"}, "enormous"),
-        ({"device": "cuda:99"}, "cuda"),
+        ({"device": "cuda:99"}, "device 'cuda:99' was asked for, and torch finds "),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ({"init_from": "nowhere"}, "expected a training checkpoint"),
     ],
 )

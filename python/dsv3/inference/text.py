@@ -24,11 +24,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"expected a tokenizer at {file}, found none")
-    return FastTokenizer.from_file(str(file))
+    try:
+        return FastTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for anything wrong in the file
+        raise ValueError(f"{file}: expected a file of the tokenizers library, found {error}") from None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer itself adds."""
+    """Token ids of a text, with the special tokens that the tokenizer itself adds. ValueError for a text that came from
+    bytes which are not UTF-8: Python spells those as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start : error.end]
+        raise ValueError(f"expected a prompt of UTF-8 text, found {found!a} at character {error.start}") from None
     encoding = tokenizer.encode(text)
     return list(getattr(encoding, "ids", encoding))
 

@@ -13,6 +13,25 @@ if TYPE_CHECKING:
     from dsv3.train.buffers import ParamBuffers
 
 
+def find_device(name: str) -> torch.device:
+    """The device called "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises ValueError for any other name, and for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r} was asked for, and torch finds {count} CUDA devices")
+    return device
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """This process among those that train the same weights. The default is a process on its own."""
@@ -29,11 +48,7 @@ class DataParallel:
         A process group that exists already is used as it is.
         device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the device of the local rank.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = torch.device(device)
-        if kind.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device")
+        kind = find_device(device)
         if not (dist.is_initialized() or dist.is_torchelastic_launched()):
             return cls(device=kind)
         if kind.type == "cuda":

@@ -178,8 +178,14 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number}: expected a JSON object, found {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f'{path} line {number}: expected a string field "text", found {keys or "nothing"}')
+                what = type(record).__name__
+                if isinstance(record, dict):
+                    what = (
+                        f"one of type {type(record['text']).__name__}"
+                        if "text" in record
+                        else ", ".join(record) or "nothing"
+                    )
+                raise ValueError(f'{path} line {number}: expected a string field "text", found {what}')
             if record["text"]:
                 found = True
                 yield Document(f"{name}:{number}", _valid_unicode(record["text"]))

@@ -7,6 +7,7 @@ where a document begins in tokens, in bytes), one `index.json` for both, and the
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -59,8 +60,10 @@ def tokenize_corpus(
 
     Special tokens that occur in the text are encoded as plain text. `split_rate` of the training tokens that join
     punctuation and a line break are split in two (arXiv 2412.19437, section 4.1). Raises ValueError where `out_dir`
-    holds anything else than a token folder, or the tokenizer has no end-of-document token.
+    holds anything else than a token folder, or the tokenizer has no end-of-document token, and OSError where the disk is full.
     """
+    if not 0 <= split_rate <= 1:
+        raise ValueError(f"split_rate must lie between 0 and 1, got {split_rate}")
     out_dir = Path(out_dir)
     if out_dir.exists() and not (out_dir / "index.json").is_file() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"expected a token folder or nothing at {out_dir}, found something else")
@@ -92,6 +95,10 @@ def tokenize_corpus(
         if out_dir.exists():
             shutil.rmtree(out_dir)
         os.replace(temporary, out_dir)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"could not write {out_dir}, which is as it was before: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
@@ -148,6 +155,9 @@ def read_index(folder: str | os.PathLike[str], *, vocab_size: int | None = None)
         special = SpecialIds(fim=None if fim is None else (fim[0], fim[1], fim[2]), **raw.pop("special"))
         splits = {name: SplitIndex(**raw["splits"][name]) for name in SPLITS}
         index = TokenIndex(**{**raw, "special": special, "splits": splits})
+        sizes = [size for split in splits.values() for size in asdict(split).values()]
+        if index.dtype not in ("uint16", "uint32") or any(type(size) is not int for size in sizes):
+            raise ValueError(f"dtype {index.dtype!r} and sizes {sizes}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the index that `dsv3 tokenize` writes, found {error!r}") from None
     largest = max(split.largest_token for split in splits.values())
@@ -167,7 +177,20 @@ class _Split:
         if found != expected:
             raise ValueError(f"{path}: expected {expected} bytes, found {found}")
         self.tokens = np.memmap(path, index.dtype, "r") if expected else np.zeros(0, index.dtype)
-        self.starts, self.byte_starts = np.load(folder / f"{name}.offsets.npy")
+        self.starts, self.byte_starts = _load_offsets(folder / f"{name}.offsets.npy", sizes)
+
+
+def _load_offsets(path: Path, sizes: SplitIndex) -> np.ndarray:
+    """int64 [2, documents + 1]. Raises ValueError where that is not what the file holds."""
+    try:
+        offsets = np.load(path)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: expected the offsets that `dsv3 tokenize` writes, found {error!r}") from None
+    ends = offsets[:, -1].tolist() if offsets.shape == (2, sizes.num_documents + 1) else f"shape {offsets.shape}"
+    if ends != [sizes.num_tokens, sizes.num_bytes]:
+        expected = f"{sizes.num_documents} documents of {sizes.num_tokens} tokens and {sizes.num_bytes} bytes in all"
+        raise ValueError(f"{path}: expected {expected}, found {ends}")
+    return offsets
 
 
 class TokenDataset:
@@ -191,7 +214,9 @@ class TokenDataset:
         self.index = read_index(folder, vocab_size=vocab_size)
         self.seq_len, self.seed, self.fim_rate = seq_len, seed, fim_rate
         if fim_rate > 0 and self.index.special.fim is None:
-            raise ValueError(f"fim_rate {fim_rate} needs fill-in-the-middle tokens, found a tokenizer without them")
+            raise ValueError(
+                f"fim_rate {fim_rate} needs fill-in-the-middle tokens, found a tokenizer without them: set fim_rate=0"
+            )
         self._split = _Split(Path(folder), split, self.index)
         sizes = self.index.splits[split]
         self.bytes_per_token = sizes.num_bytes / max(sizes.num_tokens, 1)

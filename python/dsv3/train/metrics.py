@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -103,11 +104,15 @@ class MetricsFile(Callback):
         self._write({"step": report.step, "validation": dataclasses.asdict(report)})
 
     def on_end(self, trainer: Trainer) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed when it was written, and _write said if that failed
+            self._file.close()
 
     def _write(self, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self._file.name}: {error.strerror}; checkpoints are intact") from error
 
 
 class TensorBoard(Callback):
