@@ -103,7 +103,7 @@ def train_config(preset: str, seconds: float, tokens: Path, out: Path) -> TrainC
     if preset == "mini":
         epochs = {"max_tokens": 2 * read_index(tokens).splits["train"].num_tokens}
         # Two epochs of the standard library are some 6 million tokens: small batches make more than a thousand steps of them.
-        sizes = {"seq_len": 512, "batch": 8, "micro_batch": 8, "eval_every": 200, "eval_sequences": 64}
+        sizes = {"seq_len": 512, "batch": 8, "micro_batch": 8, "eval_every": 200}
         # At this width 0.006 starts slowly, and a thousand steps need a faster bias than 14 trillion tokens do.
         start = {"model": {"initializer_range": 0.02}, "gamma": 0.01, "balance_alpha": 1e-3}
         return TrainConfig(**common, **epochs, **sizes, **start, precision="bf16", lr=1e-3, warmup_steps=150)
