@@ -1,4 +1,5 @@
-"""Whole training steps of the `mini` model: bf16 with fp32 master weights, beside transformers and our own references."""
+"""Whole training steps of the `mini` model: bf16 with fp32 master weights, beside transformers and our own references; and
+with FP8 linear layers, beside bf16."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ class Training:
     Settings and schedules (the learning rate's warm-up over 2000 steps among them) are those of RECIPE from its first step.
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-        self.model = DeepSeekV3(config, device=device, dtype=dtype).init_weights(seed=0)
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, *, precision: str = "bf16") -> None:
+        self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=0)
         recipe = {"eps": RECIPE.eps, "weight_decay": RECIPE.weight_decay, "clip": RECIPE.clip}
         self.optimizer = AdamW(ParamBuffers(self.model), betas=BETAS, **recipe)
         self.bias = ExpertBias(self.model)
@@ -69,6 +70,7 @@ class Training:
         loss = self.model.loss(Batch(tokens), **weights)
         loss.total.backward()
         result = self.optimizer.step(lr, loss.total.detach())
+        self.model.refresh_fp8()
         self.bias.update(loss.expert_load, RECIPE.gamma_schedule.at(progress), result.skip)
         self.steps += 1
         self.tokens += tokens.numel() - len(tokens)
@@ -140,6 +142,21 @@ def measure_step(setup: Setup, mtp: bool, device: torch.device, quick: bool) -> 
     return Timing(ours, {"transformers": theirs})
 
 
+def measure_fp8(setup: Setup, device: torch.device, quick: bool) -> Timing:
+    """Our step without MTP in FP8, beside bf16; and, on a GPU, the most memory that each has held, in GB."""
+    config, dtype = setup.config(False), setup.dtype(device)
+    batches = random_batches(setup, config, 1 if quick else 5, device)
+    times, facts = {}, {}
+    for precision in ("bf16", "fp8"):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        times[precision] = step_us(Training(config, device, dtype, precision=precision).step, batches, device)
+        if device.type == "cuda":
+            facts[f"peak_gb_{precision}"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    return Timing(times["fp8"], {"dsv3 bf16": times["bf16"]}, facts)
+
+
 def measure_agreement(setup: Setup, device: torch.device, quick: bool) -> Timing:
     """The same run, from the same weights on the same text, on the native ops and on the references.
 
@@ -197,17 +214,19 @@ def cases(tiny: bool) -> list[Case]:
     """The mini preset, 8 x 2048 tokens; losses over 200 steps."""
     setup = Setup("tiny", 2, 32, 3) if tiny else Setup("mini", 8, 2048, 200)
 
-    def case(op: str, measure: Callable[..., Timing], mtp: bool, **more: Any) -> Case:
+    def case(op: str, measure: Callable[..., Timing], mtp: bool, *, fp8: bool = False, **more: Any) -> Case:
         config = setup.config(mtp)
         return Case(
             op=op,
             case={"model": setup.preset, "rows": setup.rows, "length": setup.length, "mtp": mtp, **more},
             flops=step_flops(setup, config),
             bytes=step_bytes(config),
+            fp8=fp8,
             measure=functools.partial(measure, setup),
         )
 
     steps = [
         case("train_step", lambda setup, *rest, mtp=mtp: measure_step(setup, mtp, *rest), mtp) for mtp in (False, True)
     ]
+    steps.append(case("train_step", measure_fp8, False, fp8=True, precision="fp8"))
     return [*steps, case("train_losses", measure_agreement, False, steps=setup.steps, warmup_steps=RECIPE.warmup_steps)]

@@ -81,7 +81,7 @@ def test_mtp_drafts(depths, tmp_path):
     prompt, shifted = tokens[:, :-1], tokens[:, 1:]
     hidden = theirs.model(prompt, use_cache=False).last_hidden_state
     positions = torch.arange(1, 30)[None]
-    drafts, logits, _ = mtp(shifted, hidden, None, positions, None)
+    drafts, logits, _ = mtp(shifted, hidden, torch.ones_like(shifted), positions, None)
     assert drafts.shape == (1, depths)
 
     ctx = AttentionContext.batch(1, 29)

@@ -380,6 +380,17 @@ def test_more_than_2_to_31_values():
     assert torch.equal(sf_t[:, -1:], expected[1])
 
 
+@pytest.mark.parametrize("shape", [(144, 272), (3, 32, 144)])
+def test_per_block_cast_into_what_is_there(shape, device):
+    w, other = draw(shape, torch.bfloat16, device), draw(shape, torch.bfloat16, device)
+    out = ops.per_block_cast(w, transpose=True)
+    again = ops.per_block_cast(other, transpose=True, out=out)
+    assert all(a is b for a, b in zip(again, out, strict=True))
+    check_same(out, ops.per_block_cast(other, transpose=True))
+    batched = w.view(-1, *shape[-2:]), False, *(t.view(-1, *t.shape[-2:]) for t in out)
+    check_registration("per_block_cast_out", *batched)
+
+
 def test_bad_arguments():
     x, offsets = torch.randn(4, 144), torch.tensor([0, 4], dtype=torch.int32)
     data, sf = ops.per_token_cast(x)
@@ -393,6 +404,8 @@ def test_bad_arguments():
         ops.per_block_cast(x[0])
     with pytest.raises(ValueError, match="expected bfloat16 or float32, got float64"):
         ops.per_block_cast(x.double())
+    with pytest.raises(ValueError, match=r"out must be what it returns with transpose for w \(4, 144\), got float8"):
+        ops.per_block_cast(x, transpose=True, out=ops.per_block_cast(x))
     with pytest.raises(ValueError, match=r"K a multiple of 16, got \(4, 143\)"):
         ops.cast_transpose(x[:, 1:], offsets)
     with pytest.raises(ValueError, match=r"offsets must be int32 \(G\+1,\) with G >= 1, got int64 \(2,\)"):

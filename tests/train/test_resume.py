@@ -64,7 +64,7 @@ def full(tokens: Path, out: Path, **changes: object) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_interrupted_and_resumed_run_is_bit_identical(
     token_folder: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +92,7 @@ def test_interrupted_and_resumed_run_is_bit_identical(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_resume_is_bit_identical_on_a_gpu(token_folder: Path, tmp_path: Path, precision: str) -> None:
     gpu = {"device": "cuda", "precision": precision, "deterministic": True, "seq_len": 64}
     whole, parts = (full(token_folder, tmp_path / name, **gpu) for name in ("whole", "parts"))
@@ -187,7 +187,7 @@ def test_settings_may_change_on_resume(token_folder: Path, tmp_path: Path, capsy
             train.run(micro(token_folder, tmp_path, **changes), resume=True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_export_writes_weights_and_average(token_folder: Path, tmp_path: Path, precision: str) -> None:
     run, plain = tmp_path / "run", tmp_path / "plain"
     train.run(micro(token_folder, run, precision=precision, ema_decay=0.5, max_steps=5))
@@ -198,7 +198,7 @@ def test_export_writes_weights_and_average(token_folder: Path, tmp_path: Path, p
         model = DeepSeekV3.from_pretrained(out)
         for name, parameter in model.named_parameters():
             expected = state[f"{'ema' if ema else 'master'}.{name}"]
-            assert parameter.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+            assert parameter.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
             assert torch.equal(parameter, expected.to(parameter.dtype)), name
         biases = torch.stack([b for name, b in model.named_buffers() if name.endswith("gate.bias")])
         assert torch.equal(biases, state["expert_bias"])

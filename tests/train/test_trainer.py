@@ -29,9 +29,10 @@ def lines(out: Path) -> list[dict]:
 
 def make_trainer(tokens: Path, out: Path, **changes: object) -> Trainer:
     config = micro(tokens, out, **changes)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     model_config = dataclasses.replace(Config.preset("tiny"), **MODEL)
     model = DeepSeekV3(model_config, device=config.device, dtype=dtype).init_weights(seed=0)
+    model.set_precision("fp8" if config.precision == "fp8" else "bf16")
     reader = BatchReader(TokenDataset(config.data, config.seq_len, seed=config.seed, fim_rate=config.fim_rate))
     return Trainer(model, config, reader, callbacks=[Recorder()])
 
@@ -88,13 +89,28 @@ def test_reports_come_a_step_late(token_folder: Path, tmp_path: Path) -> None:
     assert issued == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
 
 
+def test_run_in_fp8_learns(token_folder: Path, tmp_path: Path) -> None:
+    """Beside the same run in bf16, whose weights, data and settings it has."""
+    curves = {}
+    for precision in ("bf16", "fp8"):
+        recorder = Recorder()
+        out = tmp_path / precision
+        assert train.run(micro(token_folder, out, max_steps=40, precision=precision), callbacks=[recorder]) == 0
+        assert recorder.steps[-1].ce < 0.45 * recorder.steps[0].ce
+        assert not any(r.skipped for r in recorder.steps)
+        curves[precision] = [r.ce for r in recorder.steps]
+    assert curves["bf16"] != curves["fp8"]
+    assert curves["fp8"] == pytest.approx(curves["bf16"], rel=0.05)
+
+
 @pytest.mark.cuda
-def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision: str) -> None:
     """torch raises at every call that makes the host wait for the GPU; EMA and expert bias are on.
 
-    In bf16: the fp32 product of experts has no implementation on a GPU but one that reads the offsets on the host.
+    In bf16 and FP8: the fp32 product of experts has no implementation on a GPU but one that reads the offsets on the host.
     """
-    trainer = make_trainer(token_folder, tmp_path, device="cuda", precision="bf16", ema_decay=0.9)
+    trainer = make_trainer(token_folder, tmp_path, device="cuda", precision=precision, ema_decay=0.9)
     for _ in range(3):  # tables, workspaces and the like are made once
         trainer._issue_step(False)
     torch.cuda.set_sync_debug_mode("error")

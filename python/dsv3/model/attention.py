@@ -135,7 +135,7 @@ class MLA(nn.Module):
             out = checkpoint(self._naive, q_down.view_as(q_down), kv_a, ctx, wgrad, **options)
         else:
             out = self._naive(q_down, kv_a, ctx, wgrad)
-        return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad))
+        return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad, shared_input=True))
 
     def _query(self, q_down: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
         c = self.config

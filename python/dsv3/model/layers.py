@@ -13,34 +13,50 @@ from dsv3.config import Rope
 
 
 class Linear(nn.Module):
-    """y = x W^T. `weight` is a parameter [N, K], or an ops.Quantized put in its place by a loader."""
+    """y = x W^T. `weight` is a parameter [N, K], or an ops.Quantized put in its place by a loader.
+
+    With `fp8` (see DeepSeekV3.set_precision) a parameter trains in FP8 where N and K are multiples of 16; others do not.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.fp8: ops.Fp8Weights | None = None
 
-    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
+    def fp8_weight(self) -> ops.Fp8Weight | None:
+        """The weight's FP8 copies, or None where it is multiplied as it is."""
+        return None if self.fp8 is None else self.fp8.of(self.weight)
+
+    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None, *, shared_input: bool = False) -> Tensor:
+        """`shared_input`: x is kept by what made it, so FP8 needs no copy of its own; see ops.fp8_linear."""
+        weight = self.fp8_weight()
+        if weight is not None:
+            return ops.fp8_linear(x, weight, wgrad=wgrad, shared_input=shared_input)
         return ops.linear(x, self.weight, wgrad=wgrad)
 
 
 class RMSNorm(nn.Module):
-    """With `recompute` the linear layers that read the output do not keep it: backward makes it again from the input."""
+    """With `recompute` the linear layers that read the output do not keep it: backward makes it again from the input.
+    With `cast` the output carries its FP8 form (where its size is a multiple of 16), which FP8 layers keep instead."""
 
     def __init__(self, size: int, eps: float, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.eps = eps
-        self.recompute = False
+        self.recompute = self.cast = False
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_recipe(ops.rmsnorm(x, self.weight, eps=self.eps), x)
+        return self._with_recipe(ops.rmsnorm(x, self.weight, eps=self.eps, cast=self._casts(x)), x)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(residual + x), residual + x)"""
-        y, summed = ops.rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+        y, summed = ops.rmsnorm(x, self.weight, eps=self.eps, residual=residual, cast=self._casts(x))
         return self._with_recipe(y, summed), summed
+
+    def _casts(self, x: Tensor) -> bool:
+        return self.cast and x.shape[1] % 16 == 0
 
     def _with_recipe(self, y: Tensor, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -67,7 +83,10 @@ class MLP(nn.Module):
         self.gather = self.reduce = identity
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
-        return self.reduce(self.down(ops.swiglu(self.gate_up(self.gather(x), wgrad)), wgrad))
+        x, gate_up, down = self.gather(x), self.gate_up.fp8_weight(), self.down.fp8_weight()
+        if gate_up is not None and down is not None:
+            return self.reduce(ops.fp8_mlp(x, gate_up, down, wgrad=wgrad))
+        return self.reduce(self.down(ops.swiglu(self.gate_up(x, wgrad)), wgrad))
 
 
 @functools.cache

@@ -62,7 +62,8 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of one rank: gate_up [G, 2I, H] and down [G, H, I]."""
+    """The routed experts of one rank: gate_up [G, 2I, H] and down [G, H, I]. With `fp8` (see DeepSeekV3.set_precision) they
+    train in FP8 where I and H are multiples of 16."""
 
     def __init__(
         self,
@@ -77,9 +78,14 @@ class Experts(nn.Module):
         hidden, inter = config.hidden_size, config.moe_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(local, 2 * inter, hidden, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(local, hidden, inter, device=device, dtype=dtype))
+        self.fp8: ops.Fp8Weights | None = None
 
     def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
         """x [R, H] sorted by expert, routing weights fp32 [R], offsets int32 [G+1] -> [R, H], already weighted."""
+        if self.fp8 is not None:
+            first, second = self.fp8.of(self.gate_up), self.fp8.of(self.down)
+            if first is not None and second is not None:
+                return ops.fp8_experts(x, weights, offsets, first, second, wgrad=wgrad)
         gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)
         return ops.grouped_linear(ops.swiglu(gate_up, weights), self.down, offsets, wgrad=wgrad)
 

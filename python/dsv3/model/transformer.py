@@ -15,11 +15,12 @@ from dsv3.config import Config
 from dsv3.model.attention import MLA, AttentionContext, segment_of
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
-from dsv3.model.moe import balance_loss
+from dsv3.model.moe import Experts, balance_loss
 from dsv3.model.mtp import MTP
 
 IGNORED = -100
 RECOMPUTE = frozenset({"norm", "mla_up"})
+PRECISIONS = ("bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class DeepSeekV3(nn.Module):
         device: where parameters are made; "meta" makes none.
         dtype: of the parameters; config.dtype if None. The gate's bias is always fp32.
         recompute: see set_recompute.
+        precision: see set_precision.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class DeepSeekV3(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: frozenset[str] = frozenset(),
+        precision: str = "bf16",
     ) -> None:
         super().__init__()
         at: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
@@ -75,7 +78,9 @@ class DeepSeekV3(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **at)
         self.head = Linear(config.hidden_size, config.vocab_size, **at)
         self.mtp = nn.ModuleList(MTP(config, k, self.embed, **at) for k in range(config.num_nextn_predict_layers))
+        self.fp8 = ops.Fp8Weights()
         self.set_recompute(recompute)
+        self.set_precision(precision)
 
     def set_recompute(self, what: frozenset[str]) -> None:
         """What backward computes again instead of keeping: "norm" (RMSNorm outputs), "mla_up" (queries, keys, values)."""
@@ -86,6 +91,27 @@ class DeepSeekV3(nn.Module):
                 module.recompute = "norm" in what
             elif isinstance(module, MLA):
                 module.recompute = "mla_up" in what
+
+    def set_precision(self, precision: str) -> None:
+        """How the linear layers of attention, dense MLPs, shared and routed experts multiply, in training and out of it.
+
+        "bf16": in the dtype of their weights. "fp8": forward and both gradients in block-scaled FP8, with copies of the
+        weights that stay good until they change; call refresh_fp8 then. Embedding, head, gates, norms, attention itself and
+        MTP's eh_proj are the same in both, and so are parameters, activations and the state dict.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        fp8 = precision == "fp8"
+        for block in (module for module in self.modules() if isinstance(module, Block)):
+            for module in block.modules():
+                if isinstance(module, Linear | Experts):
+                    module.fp8 = self.fp8 if fp8 else None
+                elif isinstance(module, RMSNorm):
+                    module.cast = fp8
+
+    def refresh_fp8(self) -> None:
+        """Casts the weights again, after they have changed, in place: every optimizer step, every load. Nothing in bf16."""
+        self.fp8.refresh()
 
     @staticmethod
     def from_pretrained(path: str | Path, **options: Any) -> DeepSeekV3:

@@ -128,9 +128,7 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, _now_or_later(ctx.wgrad, weight.param, work), *none
 
 
-def fp8_linear(
-    x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None, shared_input: bool = False
-) -> Tensor:
+def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None, shared_input: bool = False) -> Tensor:
     """x times weight transposed, in FP8 forward and backward; differentiable in both.
 
     Args:

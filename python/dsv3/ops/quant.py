@@ -87,7 +87,7 @@ define(
 define(
     "per_block_cast_out(Tensor w, bool pow2_scale, Tensor(a!) data, Tensor(b!) sf, Tensor(c!) data_t, Tensor(d!) sf_t)"
     " -> ()",
-    shapes="w of per_block_cast and, to be written, its four outputs with the transpose",
+    shapes="w [G,N,K] bf16|fp32, then per_block_cast's outputs with the transpose, of [G,N,K] and of [G,K,N] (written)",
     reference=reference.per_block_cast_out,
     allocate=lambda *args: None,
     launch=lambda _, w, pow2_scale, *out: native().per_block_cast(*out, w, pow2_scale),
@@ -193,7 +193,9 @@ def _check_per_block_out(w: Tensor, transpose: bool, out: tuple[Tensor, ...]) ->
     fits = transpose and [(t.dtype, t.shape) for t in out] == expected
     if not fits or not all(t.is_contiguous() and t.device == w.device for t in out):
         found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in out).replace("torch.", "")
-        raise ValueError(f"per_block_cast: out must be what it returns with transpose for w {tuple(w.shape)}, got {found}")
+        raise ValueError(
+            f"per_block_cast: out must be what it returns with transpose for w {tuple(w.shape)}, got {found}"
+        )
 
 
 def cast_transpose(

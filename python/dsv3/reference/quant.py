@@ -68,9 +68,7 @@ def per_block_cast(w: Tensor, pow2_scale: bool, transpose: bool) -> tuple[Tensor
     return data, sf, turned[0], turned[1]
 
 
-def per_block_cast_out(
-    w: Tensor, pow2_scale: bool, data: Tensor, sf: Tensor, data_t: Tensor, sf_t: Tensor
-) -> None:
+def per_block_cast_out(w: Tensor, pow2_scale: bool, data: Tensor, sf: Tensor, data_t: Tensor, sf_t: Tensor) -> None:
     """The same with the transpose, into tensors that are there."""
     for target, value in zip((data, sf, data_t, sf_t), per_block_cast(w, pow2_scale, True), strict=True):
         target.copy_(value)

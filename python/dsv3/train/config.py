@@ -14,7 +14,11 @@ from typing import Any, get_type_hints
 
 from dsv3.train.schedules import GAMMA_UNTIL, MTP_SWITCH, BatchSize, LearningRate, Switch
 
-_CHOICES = {"precision": ("bf16", "fp32"), "init_optimizer": ("keep", "fresh"), "lr_schedule": LearningRate.SHAPES}
+_CHOICES = {
+    "precision": ("bf16", "fp8", "fp32"),
+    "init_optimizer": ("keep", "fresh"),
+    "lr_schedule": LearningRate.SHAPES,
+}
 _POSITIVE = ("seq_len", "batch", "micro_batch", "lr", "clip", "save_every", "keep", "max_skips", "log_load_every")
 _FRACTIONS = ("beta1", "beta2", "ema_decay", "fim_rate", "mtp_switch", "gamma_until", "lr_final", "decay_fraction")
 
@@ -38,7 +42,7 @@ class TrainConfig:
     init_optimizer: str = "keep"  # "keep" the moments of init_from, or start "fresh"
     # how
     device: str = "auto"
-    precision: str = "bf16"  # dtype of weights and activations: "bf16" or "fp32"
+    precision: str = "bf16"  # dtype of weights and activations: "bf16" or "fp32"; "fp8": bf16 with FP8 linear layers
     deterministic: bool = False  # same bits from run to run on a GPU; a CPU always gives them
     seed: int = 0
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
@@ -86,8 +90,6 @@ class TrainConfig:
         hints = get_type_hints(type(self))
         for key in hints:
             object.__setattr__(self, key, _typed(key, getattr(self, key), hints[key]))
-        if self.precision == "fp8":
-            raise ValueError("precision 'fp8' is not available yet: use 'bf16' or 'fp32'")
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}")
@@ -100,6 +102,8 @@ class TrainConfig:
         for key, kind in hints.items():
             if kind in (int, float) and not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be finite and not negative, got {getattr(self, key)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if not (self.max_steps or self.max_tokens or self.max_seconds):
             raise ValueError("set max_steps, max_tokens or max_seconds: a run needs an end")
         self.batch_size(ranks=1)
@@ -108,7 +112,7 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Raises ValueError for an unknown key, suggesting the nearest one."""
         for key in values:
-            _check_key(key)
+            check_key(key)
         return cls(**values)
 
     @classmethod
@@ -120,9 +124,12 @@ class TrainConfig:
             if not equals:
                 raise ValueError(f"expected key=value, got {override!r}")
             key, _, inner = key.strip().partition(".")
-            _check_key(key)
+            check_key(key)
             if inner:
-                values[key] = {**values.get(key, {}), inner: _parse(text)}
+                outer = values.get(key, {})
+                if key != "model" or not isinstance(outer, dict):
+                    raise ValueError(f"{key} holds no keys of its own, got {override!r}")
+                values[key] = {**outer, inner: _parse(text)}
             else:
                 values[key] = text if get_type_hints(cls)[key] is str else _parse(text)
         return cls.from_dict(values)
@@ -153,12 +160,13 @@ class TrainConfig:
         return max(value / limit for value, limit in used if limit)
 
 
-def _check_key(key: str) -> None:
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
+def check_key(key: str, owner: type = TrainConfig, prefix: str = "") -> None:
+    """Raises ValueError where `key` is no field of the dataclass `owner`, suggesting the nearest one."""
+    names = [f.name for f in dataclasses.fields(owner)]
     if key not in names:
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
-        raise ValueError(f"unknown training config key {key!r}{hint}")
+        hint = f", did you mean {prefix + near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
+        raise ValueError(f"unknown training config key {prefix + key!r}{hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:

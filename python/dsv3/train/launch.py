@@ -14,9 +14,10 @@ from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
 from dsv3.parallel.data import DataParallel
+from dsv3.terminal import command
 from dsv3.train import checkpoint
-from dsv3.train.config import TrainConfig
-from dsv3.train.data import BatchReader, TokenDataset, ValidationSet
+from dsv3.train.config import TrainConfig, check_key
+from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index
 from dsv3.train.metrics import Callback, MetricsFile, TensorBoard
 from dsv3.train.trainer import Diverged, Trainer
 
@@ -54,7 +55,7 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
             trainer.say(str(error))
             return 1
         if trainer.interrupted:
-            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else "dsv3"
+            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else command()
             trainer.say(f"saved {trainer.last_checkpoint}; resume with: {launcher} train {out / CONFIG_FILE} --resume")
             return 130
         return 0
@@ -104,6 +105,7 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
     has_validation = dataset.index.splits["valid"].num_bytes > 0
     recompute = RECOMPUTE if config.recompute else frozenset()
     model = DeepSeekV3(model_config, device=parallel.device, dtype=_dtype(config.precision), recompute=recompute)
+    model.set_precision("fp8" if config.precision == "fp8" else "bf16")
     model.init_weights(seed=config.seed)
     return Trainer(
         model,
@@ -116,19 +118,20 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
 
 
 def _model_config(config: TrainConfig) -> Config:
-    """The preset's, the folder's or the first stage's config, with the keys of config.model replaced."""
+    """The preset's, the folder's or the first stage's config, with the data's ids of the first and last token of a document,
+    and the keys of config.model replaced."""
     if config.init_from:
         base = Config.from_dict(checkpoint.read_info(checkpoint.find(Path(config.init_from)))["config"])
     elif config.preset in PRESETS:
         base = Config.preset(config.preset)
     else:
         base = Config.from_pretrained(config.preset)
-    known = {f.name for f in dataclasses.fields(Config)}
     for key in config.model:
-        if key not in known:
-            raise ValueError(f"unknown model key {key!r} in the training config: {', '.join(sorted(known))}")
-    dtype = "bfloat16" if config.precision == "bf16" else "float32"
-    return dataclasses.replace(base, **{"dtype": dtype, **config.model})
+        check_key(key, Config, "model.")
+    dtype = str(_dtype(config.precision)).removeprefix("torch.")
+    special = read_index(config.data).special
+    given = {"dtype": dtype, "bos_token_id": special.bos, "eos_token_id": special.eos}
+    return dataclasses.replace(base, **{**given, **config.model})
 
 
 def _records(config: TrainConfig, trainer: Trainer) -> list[Callback]:
@@ -152,4 +155,4 @@ def _seed(config: TrainConfig, parallel: DataParallel) -> None:
 
 
 def _dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16

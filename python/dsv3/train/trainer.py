@@ -128,6 +128,7 @@ class Trainer:
         values = self.parallel.sum(torch.cat([losses, *(losses.new_full((1,), value) for value in agreed)]))
         load = self.parallel.sum(load)
         result = self.optimizer.step(lr, values[0])
+        self.model.refresh_fp8()
         self.bias.update(load, gamma, result.skip)
         self.step += 1
         self.tokens += size * config.seq_len
@@ -307,6 +308,7 @@ class Trainer:
 
     def _after_load(self) -> None:
         self.buffers.sync_weights()
+        self.model.refresh_fp8()
         self.buffers.zero_grad()
 
     def _state(self) -> checkpoint.State:

@@ -1,0 +1,157 @@
+"""precision="fp8": which products are in FP8, how far gradients are from fp32, and what does not change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsv3 import DeepSeekV3, ops
+from dsv3.model import Batch
+from dsv3.testing import relative_error
+from dsv3.train.buffers import ParamBuffers
+from dsv3.train.optimizer import AdamW
+from tests.model.cases import BASE, random_model, tokens_for
+from tests.ops import emulation
+
+# Sizes are multiples of 16, not of 128. Every token goes to every expert: a choice that a rounding flips says nothing of FP8.
+CONFIG = replace(
+    BASE, hidden_size=96, intermediate_size=160, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+    v_head_dim=16, moe_intermediate_size=48, num_nextn_predict_layers=1, num_hidden_layers=2, n_routed_experts=4, n_group=1,
+    topk_group=1, num_experts_per_tok=4, initializer_range=0.02,
+)  # fmt: skip
+PLAIN = ("embed.weight", "head.weight", "eh_proj.weight", "gate.weight")  # matrices that are never FP8
+LOSS = {"balance_alpha": 1e-3}
+
+
+def model_of(precision, device, config=CONFIG):
+    model = random_model(config, device=device)
+    model.set_precision(precision)
+    return model
+
+
+def batch_of(device, rows=4, length=64, seed=1):
+    return Batch(tokens_for(CONFIG, rows, length + 1, seed=seed).to(device))
+
+
+def gradients(model, batch, queue=None):
+    """The loss, and every parameter's gradient by name."""
+    model.zero_grad(set_to_none=True)
+    loss = model.loss(batch, wgrad=queue, **LOSS).total
+    loss.backward()
+    if queue is not None:
+        queue.flush()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_gradients_are_those_of_the_recipe(device, monkeypatch):
+    """Per parameter against fp32: no more than 1.3 times the error of an emulation in plain PyTorch; matrices point the
+    same way."""
+    batch = batch_of(device)
+    exact_loss, exact = gradients(model_of("bf16", device), batch)
+    loss, found = gradients(model_of("fp8", device), batch)
+    for name in ("fp8_linear", "fp8_mlp", "fp8_experts"):
+        monkeypatch.setattr(ops, name, getattr(emulation, name))
+    emulated_loss, emulated = gradients(model_of("fp8", device), batch)
+    assert 0 < abs(loss - exact_loss) < 3e-3 * exact_loss
+    assert abs(loss - emulated_loss) < 1e-3 * exact_loss
+    for name, grad in exact.items():
+        error, expected = relative_error(found[name], grad), relative_error(emulated[name], grad)
+        assert error <= 1.3 * expected, f"{name}: {error:.3e} against an emulation's {expected:.3e}"
+        if grad.dim() > 1:
+            assert F.cosine_similarity(found[name].flatten(), grad.flatten(), dim=0) > 0.99, name
+
+
+def test_which_products_are_in_fp8(device, monkeypatch):
+    """The linear layers of attention, MLPs and experts, and nothing else; the projection after attention keeps its input."""
+    model = model_of("fp8", device)
+    names = {p: name for name, p in model.named_parameters()}
+    used, shared = set(), set()
+
+    def spy(name, take):
+        real = getattr(ops, name)
+
+        def call(*args, **options):
+            for weight in take(*args):
+                used.add(names[weight.param])
+                if options.get("shared_input"):
+                    shared.add(names[weight.param])
+            return real(*args, **options)
+
+        monkeypatch.setattr(ops, name, call)
+
+    spy("fp8_linear", lambda x, weight: [weight])
+    spy("fp8_mlp", lambda x, *weights: weights)
+    spy("fp8_experts", lambda x, w, offsets, *weights: weights)
+    model.loss(batch_of(device))
+    matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
+    assert used == {name for name in matrices if not name.endswith(PLAIN)}
+    assert shared == {name for name in matrices if name.endswith("attention.o.weight")}
+    assert {names[p] for p in model.fp8.made} == used
+
+
+def test_sizes_that_do_not_fit_stay_as_they_are(device):
+    """kv_a has 40 rows and the experts' inner size is 24: no multiples of 16."""
+    model = model_of("fp8", device, BASE)
+    names = {p: name for name, p in model.named_parameters()}
+    _, grads = gradients(model, Batch(tokens_for(BASE, 2, 33).to(device)))
+    made = {names[p] for p in model.fp8.made}
+    assert "layers.0.attention.o.weight" in made
+    assert not any(name.endswith(("kv_a.weight", "experts.down", "shared.down.weight")) for name in made)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_weight_gradients_can_wait(device):
+    """The same bits, at any later time."""
+    model, batch = model_of("fp8", device), batch_of(device)
+    (_, early), (_, late) = gradients(model, batch), gradients(model, batch, ops.WgradQueue())
+    for name, grad in early.items():
+        assert torch.equal(grad, late[name]), name
+
+
+@pytest.mark.parametrize("what", ["norm", "mla_up"])
+def test_recomputation_changes_no_bit(what, device):
+    model, batch = model_of("fp8", device), batch_of(device)
+    _, kept = gradients(model, batch)
+    model.set_recompute(frozenset({what}))
+    _, made_again = gradients(model, batch)
+    for name, grad in kept.items():
+        assert torch.equal(grad, made_again[name]), name
+
+
+def test_the_state_dict_does_not_depend_on_it(device):
+    plain, fp8 = model_of("bf16", device), model_of("fp8", device)
+    fp8.loss(batch_of(device))
+    assert fp8.fp8.made
+    for (name, a), (other, b) in zip(plain.state_dict().items(), fp8.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="precision must be one of bf16, fp8, got 'fp4'"):
+        fp8.set_precision("fp4")
+
+
+def test_weights_are_cast_again_after_a_step(device):
+    """In place; then the model computes what one that is made with the new weights does."""
+    model, batch = model_of("fp8", device), batch_of(device)
+    optimizer = AdamW(ParamBuffers(model))
+    model.loss(batch, **LOSS).total.backward()
+    copies = {p: w.data.data.data_ptr() for p, w in model.fp8.made.items()}
+    before = model.loss(batch, **LOSS).total.detach()
+    optimizer.step(1e-2, before)
+    model.refresh_fp8()
+    after = model.loss(batch, **LOSS).total.detach()
+    assert copies == {p: w.data.data.data_ptr() for p, w in model.fp8.made.items()}
+    fresh = DeepSeekV3(CONFIG, device=device, precision="fp8")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(after, fresh.loss(batch, **LOSS).total)
+    assert after < before
+
+
+def test_back_to_bf16(device):
+    model, batch = model_of("fp8", device), batch_of(device)
+    in_fp8 = model.loss(batch).total
+    model.set_precision("bf16")
+    assert torch.equal(model.loss(batch).total, model_of("bf16", device).loss(batch).total)
+    assert not torch.equal(in_fp8, model.loss(batch).total)
