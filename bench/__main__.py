@@ -95,7 +95,7 @@ def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console,
 
     print_table(console, "ceilings", rows(top, ""))
     for family in args.what:
-        sha = csrc_sha(family)  # before the run: what is measured is what was there when it began
+        sha = csrc_sha(family, copied=env.copied)  # before the run: what is measured is what was there when it began
         measured = run_family(family, ceilings, protocol, failures)
         if measured:
             print_table(console, family, rows(measured, sha))

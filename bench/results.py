@@ -34,6 +34,7 @@ class Environment:
     cuda: str
     commit: str
     date: str
+    copied: bool = False  # the tree came without its history: what git says of it, if anything, may be of older files
 
 
 def _output(*command: str, cwd: Path = ROOT) -> str | None:
@@ -46,7 +47,7 @@ def _output(*command: str, cwd: Path = ROOT) -> str | None:
 def environment(commit: str | None = None) -> Environment:
     """Describes this machine and tree. `commit` names the tree where it is no git checkout; ValueError without either."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit = commit or (_output("git", "rev-parse", "HEAD") or "").strip()
+    named, commit = commit, commit or (_output("git", "rev-parse", "HEAD") or "").strip()
     if not commit:
         raise ValueError(f"{ROOT} is no git checkout with a commit: name the sources with --commit")
     return Environment(
@@ -56,6 +57,7 @@ def environment(commit: str | None = None) -> Environment:
         cuda=torch.version.cuda or "none",
         commit=commit,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        copied=named is not None,
     )
 
 
@@ -65,16 +67,16 @@ def gpu_folder(gpu: str) -> str:
     return found[0].lower() if found else re.sub(r"\W+", "-", gpu).lower()
 
 
-def _files(root: Path, folders: list[str]) -> list[str]:
-    """Tracked files as paths from the root; where git knows none, in a copied tree, all files but build products."""
-    tracked = _output("git", "ls-files", "-z", "--", *folders, cwd=root)
+def _files(root: Path, folders: list[str], copied: bool) -> list[str]:
+    """Tracked files as paths from the root; in a copied tree, or where git knows none, all files but build products."""
+    tracked = None if copied else _output("git", "ls-files", "-z", "--", *folders, cwd=root)
     if tracked:
         return [path for path in tracked.split("\0") if path and (root / path).is_file()]
     found = [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
     return [path.relative_to(root).as_posix() for path in found if path.suffix not in {".pyc", ".so"}]
 
 
-def csrc_sha(family: str, root: Path = ROOT) -> str:
+def csrc_sha(family: str, root: Path = ROOT, *, copied: bool = False) -> str:
     """Names the sources that a measurement of a family depends on.
 
     sha256 over the tracked files under csrc/common, csrc/hopper and csrc/<family> (family model: csrc and python/dsv3),
@@ -82,7 +84,7 @@ def csrc_sha(family: str, root: Path = ROOT) -> str:
     """
     folders = ["csrc", "python/dsv3"] if family == "model" else [f"csrc/{x}" for x in ("common", "hopper", family)]
     digest = hashlib.sha256()
-    for path in sorted(set(_files(root, folders))):
+    for path in sorted(set(_files(root, folders, copied))):
         if not path.endswith(".md"):
             digest.update(path.encode() + b"\0" + (root / path).read_bytes() + b"\0")
     return digest.hexdigest()[:16]

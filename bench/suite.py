@@ -73,7 +73,7 @@ def record(path: Path, counts: dict[str, Counter[str]], env: Environment, second
     for family, count in counts.items():
         known[family] = {
             "commit": env.commit,
-            "csrc_sha": csrc_sha(family),
+            "csrc_sha": csrc_sha(family, copied=env.copied),
             **{outcome: count[outcome] for outcome in ("passed", "failed", "skipped")},
             "seconds": round(seconds, 1),
             "gpu": env.gpu,

@@ -281,6 +281,15 @@ def test_csrc_sha_without_git(tree):
     assert results.csrc_sha("norm", tree) == before
 
 
+def test_csrc_sha_of_a_copy_with_an_older_index(tree):
+    """--commit names a tree that was sent elsewhere; git there may know only the files of an earlier commit."""
+    (tree / "csrc/norm/untracked.cu").unlink()
+    expected = results.csrc_sha("norm", tree)
+    subprocess.run(["git", "rm", "-q", "--cached", "csrc/norm/rmsnorm.cu"], cwd=tree, check=True)
+    assert results.csrc_sha("norm", tree) != expected
+    assert results.csrc_sha("norm", tree, copied=True) == expected
+
+
 # ---- counts of a test run ----
 TESTS = {
     "tests/ops/test_norm.py": "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n",
