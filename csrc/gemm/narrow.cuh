@@ -145,7 +145,7 @@ __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared
   const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(tile.row) * p.columns,
                            p.columns,
                            tile.row_end - tile.row,
-                           tile.column + warp * 16,
+                           tile.column + static_cast<int>(warp) * 16,
                            p.columns,
                            false};
 #pragma unroll
