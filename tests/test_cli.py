@@ -53,6 +53,12 @@ def test_from_text_to_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, 9))
 
+    fp8 = tmp_path / "fp8"
+    assert run("train", f"data={tokens}", f"out={fp8}", "max_steps=2", *SIZES, "--precision", "fp8") == 0
+    assert json.loads((fp8 / "train_config.json").read_text())["precision"] == "fp8"
+    assert len((fp8 / "metrics.jsonl").read_text().splitlines()) == 3
+    capsys.readouterr()
+
     assert run("export", runs, tmp_path / "model") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
     assert (tmp_path / "model" / "tokenizer.json").is_file()

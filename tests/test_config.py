@@ -17,6 +17,7 @@ SIZES = {  # billions: total and active as published (V3 report; V2, arXiv 2405.
     "671b": (671.03, 37.55),
     "236b": (235.7, 21.4),
     "16b": (15.7, 2.7),
+    "2b": (2.75, 1.05),
     "mini": (0.854, None),
 }
 MIN = {
@@ -67,7 +68,7 @@ def test_presets_differ_where_the_models_do():
         assert (c.scoring_func, c.has_gate_bias, c.num_nextn_predict_layers) == ("softmax", False, 0)
     assert Config.preset("671b").has_gate_bias
     assert Config.preset("16b").q_lora_rank == 0
-    with pytest.raises(ValueError, match="preset must be one of tiny, mini, 16b, 236b, 671b, got 'huge'"):
+    with pytest.raises(ValueError, match="preset must be one of tiny, mini, 2b, 16b, 236b, 671b, got 'huge'"):
         Config.preset("huge")
 
 

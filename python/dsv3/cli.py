@@ -38,6 +38,7 @@ def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.toml|.json] [KEY=VALUE]...", show_default=False)
     ] = None,
+    precision: Annotated[str | None, typer.Option(help="short for precision=: bf16, fp8 or fp32")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest intact checkpoint")] = False,
 ) -> int:
     """Train as a TrainConfig file and key=value overrides say, alone or under torchrun."""
@@ -50,7 +51,8 @@ def train(
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
         raise ValueError(f"expected one config file and key=value overrides, found {' and '.join(files)}")
-    config = TrainConfig.load(files[0] if files else None, [a for a in arguments if "=" in a])
+    overrides = [a for a in arguments if "=" in a] + ([f"precision={precision}"] if precision else [])
+    config = TrainConfig.load(files[0] if files else None, overrides)
     return run(config, resume=resume, callbacks=[ShowProgress(Console(highlight=False))])
 
 

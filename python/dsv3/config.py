@@ -101,7 +101,7 @@ class Config:
     # ---- construction ----
     @staticmethod
     def preset(name: str) -> Config:
-        """One of PRESETS: tiny (2 CPU cores), mini (one GPU), 16b (V2-Lite), 236b (V2), 671b (V3)."""
+        """One of PRESETS: tiny (2 CPU cores), mini and 2b (one GPU), 16b (V2-Lite), 236b (V2), 671b (V3)."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
@@ -388,6 +388,12 @@ PRESETS = {
         **_HEAD, vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
         num_attention_heads=16, q_lora_rank=768, moe_intermediate_size=512, first_k_dense_replace=1,
         n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+    ),
+    "2b": Config(
+        **_HEAD, vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=16,
+        num_attention_heads=16, q_lora_rank=1536, moe_intermediate_size=768, first_k_dense_replace=1,
+        n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=8, n_group=4, topk_group=2,
         routed_scaling_factor=2.5, num_nextn_predict_layers=1,
     ),
     "16b": Config(
