@@ -45,7 +45,7 @@ void per_token_cast_and_transpose(Tensor x_fp8, Tensor x_sf, Tensor xt_fp8, Tens
 
 // gemm/fp8_gemm.cu. a e4m3 [M, K], a_sf fp32 [M, ceil(K / 128)] with strides (1, M rounded up to 4); b e4m3 [N, K], b_sf
 // fp32 [ceil(N / 128), ceil(K / 128)], or [N, ceil(K / 128)] strided like a_sf; out bf16 [M, N], or fp32, to which the
-// product may be added. static_weights: no kernel of this stream writes b and b_sf.
+// product may be added. static_weights: no kernel that may still run writes b and b_sf.
 void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate, bool batch_invariant,
               bool static_weights, cudaStream_t stream);
 

@@ -37,11 +37,15 @@ void raise_device_error() {
     const std::string group = std::to_string(word->group), limit = std::to_string(word->limit);
     const std::string first = std::to_string(word->first), second = std::to_string(word->second);
     word->code = 0;
-    const std::string text =
-        code == DeviceErrorCode::kOffsets
-            ? "offsets must start at 0, not decrease and stay within the " + limit + " rows, got offsets[" + group +
-                  "] = " + first + " before " + second
-            : "counts must lie between 0 and the " + limit + " rows of a group, got counts[" + group + "] = " + first;
+    std::string text;
+    if (code == DeviceErrorCode::kOffsets) {
+      text = "offsets must start at 0, not decrease and stay within the " + limit + " rows, got offsets[" + group +
+             "] = " + first + " before " + second;
+    } else if (code == DeviceErrorCode::kSlots) {
+      text = "offsets must stay within the " + limit + " slots, got groups that need " + first;
+    } else {
+      text = "counts must lie between 0 and the " + limit + " rows of a group, got counts[" + group + "] = " + first;
+    }
     throw std::runtime_error("an earlier op on device " + std::to_string(device) + " did nothing: " + text);
   }
 }

@@ -7,7 +7,7 @@
 
 namespace dsv3 {
 
-enum class DeviceErrorCode : uint32_t { kNone, kOffsets, kCounts };
+enum class DeviceErrorCode : uint32_t { kNone, kOffsets, kSlots, kCounts };
 
 struct DeviceError {
   uint32_t code;

@@ -226,6 +226,7 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
       sync_splits();
       send_units<C>(shared, sum, split, p.splits);
       cutlass::arch::ClusterBarrier::wait(&shared.arrived, 0);
+      asm volatile("" ::: "memory");  // the loads of what arrived stay below
       for (int slot = warp; slot * p.splits + split < C::kUnits; slot += C::kWarps) {
         const int unit = slot * p.splits + split;
         float total[8];

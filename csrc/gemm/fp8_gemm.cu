@@ -120,11 +120,13 @@ void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool acc
   check_operand("b", b, Dtype::kE4M3, n, k);
   check_depth(kName, n, k);
   check_row_scales("a_sf", a_sf, m, blocks);
+  check_bulk_scales("a_sf", a_sf);
   const bool row_scales = b_sf.dim() == 2 && b_sf.size(0) == n;
   if (row_scales) {
     check_row_scales("b_sf", b_sf, n, blocks);
+    check_bulk_scales("b_sf", b_sf);
   } else {
-    check_operand("b_sf", b_sf, Dtype::kFloat32, ceil_div(n, kBlockK), blocks);
+    check_block_scales(b_sf, ceil_div(n, kBlockK), blocks);
   }
   const bool wide_out = out.dtype() == Dtype::kFloat32;
   check_operand("out", out, wide_out ? Dtype::kFloat32 : Dtype::kBFloat16, m, n);

@@ -47,7 +47,7 @@ std::pair<int64_t, int64_t> check_weights(const char* name, const Tensor& a, con
   DSV3_CHECK(b.dim() == 3 && b.size(2) == k, name, ": b must be (G, N, K) with a's K, got ", b, " and ", a);
   const int64_t groups = b.size(0), n = b.size(1);
   check_operand("b", b, Dtype::kE4M3, groups, n, k);
-  check_operand("b_sf", b_sf, Dtype::kFloat32, groups, ceil_div(n, kBlockK), ceil_div(k, kBlockK));
+  check_block_scales(b_sf, groups, ceil_div(n, kBlockK), ceil_div(k, kBlockK));
   check_depth(name, n, k);
   return {groups, n};
 }
@@ -69,6 +69,7 @@ void grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, 
   check_operand("a", a, Dtype::kE4M3, r, k);
   const auto [groups, n] = check_weights(kName, a, b, b_sf, k);
   check_row_scales("a_sf", a_sf, r, ceil_div(k, kBlockK));
+  check_bulk_scales("a_sf", a_sf);
   check_operand("offsets", offsets, Dtype::kInt32, groups + 1);
   const bool wide_out = check_out(out);
   check_shape("out", out, r, n);
@@ -124,6 +125,7 @@ void masked_grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor
                        (blocks <= 1 || a_sf.stride(2) == stride);
   DSV3_CHECK(strided || a_sf.numel() == 0, "a_sf must have strides (", r, ", 1, ", stride, "), got (", a_sf.stride(0),
              ", ", a_sf.stride(1), ", ", a_sf.stride(2), ")");
+  check_bulk_scales("a_sf", a_sf);
   check_operand("counts", counts, Dtype::kInt32, groups);
   const bool wide_out = check_out(out);
   check_shape("out", out, groups, r, n);

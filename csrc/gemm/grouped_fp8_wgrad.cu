@@ -18,6 +18,9 @@ void grouped_fp8_wgrad(Tensor out, Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b
   check_operand("b_t", b_t, Dtype::kE4M3, k, slots);
   check_row_scales("a_sf", a_sf, n, slots / kBlockK);
   check_row_scales("b_sf", b_sf, k, slots / kBlockK);
+  check_bulk_scales("a_sf", a_sf);
+  check_bulk_scales("b_sf", b_sf);
+  checked_int("Tp", slots);
   check_operand("offsets", offsets, Dtype::kInt32, groups + 1);
   check_operand("out", out, Dtype::kFloat32, groups, n, k);
   check_same_device(kName, out, {&a_t, &a_sf, &b_t, &b_sf, &offsets});

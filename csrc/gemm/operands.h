@@ -19,7 +19,21 @@ inline int checked_int(const char* what, int64_t value) {
   return static_cast<int>(value);
 }
 
+// Row scales are read by bulk copies, from multiples of 16 bytes on; a view of some rows may begin elsewhere.
+inline void check_bulk_scales(const char* name, const Tensor& sf) {
+  DSV3_CHECK(sf.aligned(16) || sf.numel() == 0, name, " must be 16-byte aligned, of shape ", sf);
+}
+
+// Block scales are read one at a time, so any expert's scales may be taken out of a stack of them.
+template <class... Sizes>
+void check_block_scales(const Tensor& sf, Sizes... sizes) {
+  DSV3_CHECK(sf.is_cuda() && sf.dtype() == Dtype::kFloat32, "b_sf must be float32 on a CUDA device, got ", sf);
+  DSV3_CHECK(sf.is_contiguous(), "b_sf must be contiguous, got strides that are not, of shape ", sf);
+  check_shape("b_sf", sf, sizes...);
+}
+
 inline void check_depth(const char* op, int64_t n, int64_t k) {
+  checked_int("K", k);
   DSV3_CHECK(n % 8 == 0 && k > 0 && k % 16 == 0, op, ": N must be a multiple of 8 and K a positive one of 16, got N ",
              n, " and K ", k);
 }

@@ -38,7 +38,7 @@ struct Grid {
 };
 
 // Row scales of a K block: fp32 [blocks, stride], the rows contiguous. A bulk copy begins at a multiple of 16 bytes, that
-// is at most three rows early, and ends with the rows.
+// is at most three rows early, and ends at one too: up to three floats past the rows, within the 16 bytes of the last.
 struct RowScales {
   const float* data;
   int rows, stride;
@@ -94,9 +94,7 @@ __device__ __forceinline__ bool check_groups(const int* numbers, int groups, int
   if constexpr (kLayout == Layout::kDepth) {
     blocks = __reduce_add_sync(0xffffffffu, blocks);
     if (blocks * kBlockK > limit) {
-      if (reports && lane == 0) {
-        report(error, DeviceErrorCode::kOffsets, groups, __ldg(numbers + groups), blocks * kBlockK, limit);
-      }
+      if (reports && lane == 0) report(error, DeviceErrorCode::kSlots, groups, blocks * kBlockK, 0, limit);
       return false;
     }
   }

@@ -260,6 +260,17 @@ def test_cached_weights(device):
     assert cache.of(ops.Quantized(weight.data.data[0], weight.data.sf[0])) is None
 
 
+def test_weights_that_moved_are_made_anew(device):
+    """A parameter moved in place after its copies were made: refresh leaves it to the next use."""
+    cache, param = ops.Fp8Weights(), parameter(torch.randn(32, 64))
+    cache.of(param)
+    elsewhere = torch.randn(32, 64, device="meta" if device.type == "cpu" else device)
+    torch.utils.swap_tensors(param, parameter(elsewhere))
+    cache.refresh()
+    assert not cache.made
+    assert cache.of(param).data.device == elsewhere.device
+
+
 def test_weights_first_used_by_an_engine_can_train(device):
     cache, param = ops.Fp8Weights(), parameter(torch.randn(32, 64, device=device))
     x = torch.randn(5, 64, device=device)

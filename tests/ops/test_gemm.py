@@ -400,3 +400,25 @@ def test_bad_arguments(make, changed, match):
         if isinstance(value, torch.Tensor):
             found = f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
             assert re.search(re.escape(found), str(error.value)), found
+
+
+@pytest.mark.cuda
+def test_views_that_begin_between_16_bytes():
+    """Of row scales they are refused, whose bulk copies would fault; of block scales they are as good as any."""
+    a, b = operands(4, 384, 640, "cuda")
+    stacked, scales = expert_weights(2, 384, 640, "cuda")
+    assert scales[1].data_ptr() % 16
+    check(ops.fp8_gemm(*a, stacked[1], scales[1]), product(a, (stacked[1], scales[1])))
+
+    offsets = offsets_of([1], "cuda")
+    last = a[0][3:], a[1][3:]
+    with pytest.raises(ValueError, match="a_sf must be 16-byte aligned"):
+        ops.fp8_gemm(*last, *b)
+    with pytest.raises(ValueError, match="a_sf must be 16-byte aligned"):
+        ops.grouped_fp8_gemm(*last, stacked[:1], scales[:1], offsets)
+    shallow, rows = operands(8, 24, 128, "cuda", True)
+    with pytest.raises(ValueError, match="b_sf must be 16-byte aligned"):
+        ops.fp8_gemm(*shallow, rows[0][1:17], rows[1][1:17], out_dtype=FP32)
+    check(
+        ops.fp8_gemm(*shallow, rows[0][8:16], rows[1][8:16], out_dtype=FP32), product(shallow, take(rows, slice(8, 16)))
+    )

@@ -65,7 +65,9 @@ class Fp8Weights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Casts every parameter again whose copies have been made."""
+        """Casts every parameter again whose copies have been made, but those that have moved to another device since:
+        theirs are made anew at the next use."""
+        self.made = {param: weight for param, weight in self.made.items() if weight.data.device == param.device}
         for weight in self.made.values():
             weight.refresh()
 

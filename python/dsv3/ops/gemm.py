@@ -2,11 +2,13 @@
 scales cover 1x128 or 128x128 values and multiply back. Partial sums are promoted to fp32 every 128 of K, so the error does
 not grow with K; the result is rounded once, to bf16 or fp32.
 
-Operands are K-major and come from the casts of `dsv3.ops.quant`; nothing is padded. Where numbers of rows are data
-(`offsets`, `counts`), they stay on the device. Offsets that start elsewhere than at 0, decrease or exceed the rows, and
-counts that exceed them, write nothing: natively the next native call raises RuntimeError with the numbers, the reference at
-once. A NaN in a row of A makes that row of the result NaN and no other; in B, the columns that share its scale or its row.
-No op here has a gradient.
+Operands are K-major and come from the casts of `dsv3.ops.quant`; nothing is padded. On a GPU, operands and scales of rows
+start at multiples of 16 bytes, as the casts' do; a view of later rows may not, and is then refused with a ValueError.
+
+Where numbers of rows are data (`offsets`, `counts`), they stay on the device. Offsets that start elsewhere than at 0,
+decrease or exceed the rows, and counts that exceed them, write nothing: natively the next native call raises RuntimeError
+with the numbers, the reference at once (natively an empty result looks at none of them). A NaN in a row of A makes that row
+of the result NaN and no other; in B, the columns that share its scale or its row. No op here has a gradient.
 """
 
 from __future__ import annotations
