@@ -81,6 +81,13 @@ def _deep_gemm(name: str) -> Callable[..., None]:
     return getattr(deep_gemm, name)
 
 
+def _grouped_peers(plain: Callable[..., Any], deep: Callable[..., Any]) -> dict[str, Baseline]:
+    found = {"torch bf16": Baseline(plain, binds=True, tolerance=1e-2)}
+    if _has_deep_gemm():
+        found["deep_gemm"] = Baseline(deep, binds=True)
+    return found
+
+
 def _bf16(data: Tensor, sf: Tensor) -> Tensor:
     return dequantize(data, sf).bfloat16()
 
@@ -240,9 +247,6 @@ def _grouped_wgrad(groups: int, mean: int, n: int, k: int) -> Case:
 
         return run
 
-    found = {"torch bf16": Baseline(plain, binds=True, tolerance=1e-2)}
-    if _has_deep_gemm():
-        found["deep_gemm"] = Baseline(deep, binds=True)
     return Case(
         op="grouped_fp8_wgrad",
         case={"groups": groups, "rows": mean, "n": n, "k": k, "spread": SPREAD},
@@ -251,7 +255,7 @@ def _grouped_wgrad(groups: int, mean: int, n: int, k: int) -> Case:
         fp8=True,
         inputs=inputs,
         run=run,
-        baselines=found,
+        baselines=_grouped_peers(plain, deep),
     )
 
 
@@ -294,9 +298,6 @@ def _grouped(groups: int, mean: int, n: int, k: int) -> Case:
 
         return run
 
-    found = {"torch bf16": Baseline(plain, binds=True, tolerance=1e-2)}
-    if _has_deep_gemm():
-        found["deep_gemm"] = Baseline(deep, binds=True)
     return Case(
         op="grouped_fp8_gemm",
         case={"groups": groups, "rows": mean, "n": n, "k": k, "spread": SPREAD},
@@ -305,7 +306,7 @@ def _grouped(groups: int, mean: int, n: int, k: int) -> Case:
         fp8=True,
         inputs=inputs,
         run=lambda *inputs: torch.ops.dsv3.grouped_fp8_gemm(*inputs, BF16, False).split(rows),
-        baselines=found,
+        baselines=_grouped_peers(plain, deep),
     )
 
 
@@ -338,9 +339,6 @@ def _masked(groups: int, mean: int, n: int, k: int, room: int) -> Case:
 
         return run
 
-    found = {"torch bf16": Baseline(plain, binds=True, tolerance=1e-2)}
-    if _has_deep_gemm():
-        found["deep_gemm"] = Baseline(deep, binds=True)
     return Case(
         op="masked_grouped_fp8_gemm",
         case={"groups": groups, "rows": mean, "n": n, "k": k, "room": room, "spread": SPREAD},
@@ -349,7 +347,7 @@ def _masked(groups: int, mean: int, n: int, k: int, room: int) -> Case:
         fp8=True,
         inputs=inputs,
         run=lambda *inputs: valid(torch.ops.dsv3.masked_grouped_fp8_gemm(*inputs, BF16, False)),
-        baselines=found,
+        baselines=_grouped_peers(plain, deep),
     )
 
 

@@ -9,7 +9,6 @@ FP8 too. Nothing here asks the device, so all of it can be captured in CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
-from dsv3.ops.linear import Quantized, WgradQueue
+from dsv3.ops.linear import Quantized, WgradQueue, now_or_later
 from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 
@@ -89,13 +88,6 @@ def _add_wgrad(dy_t: Cast, x_t: Cast, param: Tensor, offsets: Tensor | None) -> 
     return out.to(param.dtype) if main_grad is None else None
 
 
-def _now_or_later(wgrad: WgradQueue | None, param: Tensor, work: Callable[[], Tensor | None]) -> Tensor | None:
-    if wgrad is None:
-        return work()
-    wgrad.put(param, work)
-    return None
-
-
 def _cast_gradient(dy: Tensor, offsets: Tensor | None, transpose: bool, pow2_scale: bool) -> tuple[Cast, Cast | None]:
     """dy in tiles of 1x128, for dgrad, and where asked for transposed in tiles of 128x1, for wgrad, from one read."""
     settings = {"pow2_scale": pow2_scale, "amax_floor": GRADIENT_FLOOR}
@@ -127,7 +119,7 @@ class _Fp8Linear(torch.autograd.Function):
             x_t = cast_transpose(kept[0] if keep_input else kept, pow2_scale=keep_input)
             return _add_wgrad(dy_t, x_t, weight.param, None)
 
-        return dx, _now_or_later(ctx.wgrad, weight.param, work), *none
+        return dx, now_or_later(ctx.wgrad, weight.param, work), *none
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None, shared_input: bool = False) -> Tensor:
@@ -198,7 +190,7 @@ class _Fp8MLP(torch.autograd.Function):
             a_t = cast_transpose(swiglu_cast(gate_up, weights, offsets=offsets), offsets)
             return _add_wgrad(dy_t, a_t, mlp.down.param, offsets)
 
-        d_second = _now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
+        d_second = now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
         grads = swiglu_cast_backward(
             da, gate_up, weights, offsets=offsets, keep_dgate_up=need_first, amax_floor=GRADIENT_FLOOR
         )
@@ -212,7 +204,7 @@ class _Fp8MLP(torch.autograd.Function):
                 x_t = cast_transpose(tuple(x_cast), offsets, pow2_scale=mlp.pow2_scale)
                 return _add_wgrad(dgate_up_t, x_t, mlp.gate_up.param, offsets)
 
-            d_first = _now_or_later(mlp.wgrad, mlp.gate_up.param, first)
+            d_first = now_or_later(mlp.wgrad, mlp.gate_up.param, first)
         return dx, grads.dweights, d_first, d_second, None, None, None
 
 

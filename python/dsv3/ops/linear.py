@@ -67,6 +67,14 @@ class WgradQueue:
             run()
 
 
+def now_or_later(wgrad: WgradQueue | None, weight: Tensor, work: Callable[[], Tensor | None]) -> Tensor | None:
+    """The gradient of the weight from `work`; None where the queue keeps the work."""
+    if wgrad is None:
+        return work()
+    wgrad.put(weight, work)
+    return None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to make a tensor again. Set as its attribute `recipe`, it lets `linear` keep the recipe's inputs, which backward
@@ -100,10 +108,7 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dx, *none
         x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
-        if ctx.wgrad is not None:
-            ctx.wgrad.put(weight, lambda: _linear_wgrad(dy, x, weight))
-            return dx, *none
-        return dx, _linear_wgrad(dy, x, weight), *none[1:]
+        return dx, now_or_later(ctx.wgrad, weight, lambda: _linear_wgrad(dy, x, weight)), *none[1:]
 
 
 def linear(
@@ -170,10 +175,7 @@ class _GroupedLinear(torch.autograd.Function):
         dx = torch.ops.dsv3.grouped_linear_dgrad(dy, weight, offsets) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
-        if ctx.wgrad is not None:
-            ctx.wgrad.put(weight, lambda: _grouped_wgrad(dy, x, weight, offsets))
-            return dx, None, None, None
-        return dx, _grouped_wgrad(dy, x, weight, offsets), None, None
+        return dx, now_or_later(ctx.wgrad, weight, lambda: _grouped_wgrad(dy, x, weight, offsets)), None, None
 
 
 def grouped_linear(
