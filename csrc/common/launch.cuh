@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "tensor.h"
 
@@ -60,11 +61,16 @@ struct Launch {
 };
 
 // Dynamic shared memory beyond what every kernel may use must be asked for, once a kernel and device.
-template <class Kernel>
-void allow_smem(const char* name, Kernel kernel, size_t bytes) {
+inline void allow_smem(const char* name, const void* kernel, size_t bytes) {
   constexpr size_t kDefault = 32 * 1024;  // 48 KiB with the static part
   if (bytes <= kDefault) return;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  size_t& known = allowed[{device, kernel}];
+  if (bytes <= known) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  known = bytes;
 }
 
 // Launches with programmatic stream serialisation: the kernel may start while the one before it drains, and must call
@@ -72,7 +78,7 @@ void allow_smem(const char* name, Kernel kernel, size_t bytes) {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cudaStream_t stream, Args&&... args) {
   if (shape.grid.x == 0) return;
-  allow_smem(name, kernel, shape.smem);
+  allow_smem(name, reinterpret_cast<const void*>(kernel), shape.smem);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -89,16 +95,17 @@ void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cu
 }
 
 // Clusters (of one block: blocks) of a kernel that fit on the current device at once: the grid of a persistent kernel.
-// Kept a kernel and device, since asking takes longer than a launch.
+// None where the device has been divided and a cluster is larger than the part. Kept a kernel and device, since asking
+// takes longer than a launch.
 template <class... Params>
 int resident_clusters(const char* name, void (*kernel)(Params...), const Launch& shape) {
   using Key = std::tuple<int, const void*, size_t, int>;
   static std::map<Key, int> known;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  int& clusters = known[Key{device, reinterpret_cast<const void*>(kernel), shape.smem, shape.cluster}];
-  if (clusters > 0) return clusters;
-  allow_smem(name, kernel, shape.smem);
+  const Key key{device, reinterpret_cast<const void*>(kernel), shape.smem, shape.cluster};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  allow_smem(name, reinterpret_cast<const void*>(kernel), shape.smem);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
@@ -108,7 +115,15 @@ int resident_clusters(const char* name, void (*kernel)(Params...), const Launch&
   config.dynamicSmemBytes = shape.smem;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  int clusters = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), name);
+  return known[key] = clusters;
+}
+
+// The same for a kernel that is about to run: throws where there are none.
+template <class... Params>
+int some_clusters(const char* name, void (*kernel)(Params...), const Launch& shape) {
+  const int clusters = resident_clusters(name, kernel, shape);
   if (clusters == 0) throw std::runtime_error(std::string(name) + ": no cluster of this kernel fits on the device");
   return clusters;
 }

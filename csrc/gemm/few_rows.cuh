@@ -1,7 +1,7 @@
-// The kernel for up to 128 rows, bound by reading B once: a block takes 64 or 128 rows of B and a part of K; the blocks of a
-// cluster hold the parts, and add their partial sums through distributed shared memory in the order of K. A producer
-// warp fills a ring by TMA, deep enough for the latency of device memory; one warpgroup for every 64 rows multiplies.
-// Roofline: README.md, section gemm.
+// The kernel for up to 128 rows, bound by reading B once: a block takes 64 or 128 rows of B and a part of K; the blocks
+// of a cluster hold the parts, and add their partial sums through distributed shared memory in the order of K. A
+// producer warp fills a ring by TMA, deep enough for the latency of device memory; one warpgroup for every 64 rows
+// multiplies. Roofline: README.md, section gemm.
 #pragma once
 
 #include "transposed.cuh"
@@ -18,7 +18,7 @@ struct FewRowsConfig {
   static constexpr int kThreads = (kWarps + 1) * kWarpSize;
   // A whole multiprocessor's memory in flight, or half of it, so that the next kernel's blocks can move in early.
   static constexpr int kBlocks = kDeep_ || kRows + kTokens > 192 ? 1 : 2;
-  static constexpr int kStageBytes = (kRows + kTokens) * kBlockK + RowScales::size(kTokens) * 4 + 32;
+  static constexpr int kStageBytes = (kRows + kTokens) * kBlockK + kTokens * 4 + 32;
   static constexpr int kStages = (kBlocks == 1 ? 216 : 104) * 1024 / kStageBytes;
   // K blocks whose products are under way at once: as many as registers hold.
   static constexpr int kRegisters = kGroups == 2 ? (kBlocks == 2 ? 96 : 168) : kBlocks == 2 ? 168 : 240;
@@ -39,7 +39,7 @@ struct FewRowsShared {
     struct {
       alignas(1024) uint8_t b[C::kStages][C::kRows * kBlockK];
       alignas(1024) uint8_t a[C::kStages][C::kTokens * kBlockK];
-      alignas(16) float a_sf[C::kStages][RowScales::size(C::kTokens)];
+      alignas(16) float a_sf[C::kStages][C::kTokens];
       float b_sf[C::kStages];
     };
     Unit received[C::kUnits + 8];  // once no ring of the cluster is in use: of every block's units that this one adds
@@ -117,46 +117,61 @@ __device__ __forceinline__ void produce(const FewRowsParams& p, FewRowsShared<C>
   }
 }
 
-// kCount K blocks at once: a block's chain of waits is longer than its product, so several products are under way before
-// the first is promoted.
+// Where a warp finds a stage's operands and scales, as addresses that are computed once.
+template <class C>
+struct FewRowsStages {
+  uint32_t full, empty, a, b, a_sf, b_sf;
+  __device__ __forceinline__ explicit FewRowsStages(const FewRowsShared<C>& shared)
+      : full(shared_address(shared.ring.full)),
+        empty(shared.ring.empty_address()),
+        a(uniform(matrix_descriptor(shared_address(shared.a)))),
+        b(uniform(matrix_descriptor(shared_address(shared.b)) +
+                  uniform_warp() / kWarpgroupWarps * (64 * kBlockK / 16))),
+        a_sf(shared_address(shared.a_sf)),
+        b_sf(shared_address(shared.b_sf)) {}
+};
+
+// kCount K blocks at once: a block's chain of waits is longer than its product, so several products are under way
+// before the first is promoted.
 template <class C, int... kIndex>
-__device__ __forceinline__ void multiply_blocks(FewRowsShared<C>& shared, float (&sum)[C::kTokens / 2],
-                                                uint32_t a_first, uint32_t b_first, RingState<C::kStages>& at,
-                                                std::integer_sequence<int, kIndex...>) {
-  constexpr int kCount = sizeof...(kIndex);
-  float product[kCount][C::kTokens / 2];
-  int stages[kCount];
+__device__ __forceinline__ void multiply_blocks(const FewRowsStages<C>& stages, float (&sum)[C::kTokens / 2],
+                                                RingState<C::kStages>& at, std::integer_sequence<int, kIndex...>) {
+  using Shared = FewRowsShared<C>;
+  using Ring = decltype(Shared::ring);
+  constexpr int kCount = sizeof...(kIndex), kTokens = C::kTokens;
+  float product[kCount][kTokens / 2];
+  int stage[kCount];
   const auto start = [&](int i) {
-    stages[i] = at.stage;
-    shared.ring.wait_full(at);
-    start_product<C::kTokens>(b_first + at.stage * (sizeof(shared.b[0]) / 16),
-                              a_first + at.stage * (sizeof(shared.a[0]) / 16), product[i]);
+    stage[i] = at.stage;
+    Ring::wait_full(stages.full, at);
+    start_product<kTokens>(stages.b + at.stage * (sizeof(Shared::b[0]) / 16),
+                           stages.a + at.stage * (sizeof(Shared::a[0]) / 16), product[i]);
     at.advance();
   };
   const auto finish = [&](auto i) {
-    finish_product<C::kTokens, kCount - 1 - i>(product[i]);
-    promote_transposed<C::kTokens>(sum, product[i], shared.b_sf[stages[i]], shared.a_sf[stages[i]]);
-    shared.ring.release(stages[i]);
+    finish_product<kTokens, kCount - 1 - i>(product[i]);
+    promote_transposed<kTokens, true>(sum, product[i],
+                                      load_shared_float(stages.b_sf + stage[i] * sizeof(Shared::b_sf[0])),
+                                      stages.a_sf + stage[i] * sizeof(Shared::a_sf[0]));
+    Ring::release(stages.empty, stage[i]);
   };
   (start(kIndex), ...);
   (finish(std::integral_constant<int, kIndex>{}), ...);
 }
 
 template <class C>
-__device__ __forceinline__ void multiply(FewRowsShared<C>& shared, float (&sum)[C::kTokens / 2], int blocks,
+__device__ __forceinline__ void multiply(const FewRowsShared<C>& shared, float (&sum)[C::kTokens / 2], int blocks,
                                          RingState<C::kStages>& at) {
   constexpr int kCount = C::kAtOnce;
-  const uint32_t group = uniform_warp() / kWarpgroupWarps;
-  const uint32_t b_first = matrix_descriptor(shared_address(shared.b)) + group * (64 * kBlockK / 16);
-  const uint32_t a_first = matrix_descriptor(shared_address(shared.a));
+  const FewRowsStages<C> stages(shared);
   int i = 0;
 #pragma unroll 1
   for (; i + kCount <= blocks; i += kCount) {
-    multiply_blocks<C>(shared, sum, a_first, b_first, at, std::make_integer_sequence<int, kCount>{});
+    multiply_blocks<C>(stages, sum, at, std::make_integer_sequence<int, kCount>{});
   }
 #pragma unroll 1
   for (; i < blocks; ++i) {
-    multiply_blocks<C>(shared, sum, a_first, b_first, at, std::make_integer_sequence<int, 1>{});
+    multiply_blocks<C>(stages, sum, at, std::make_integer_sequence<int, 1>{});
   }
 }
 
@@ -165,7 +180,8 @@ __device__ __forceinline__ void sync_splits() {
   cute::cluster_wait();
 }
 
-// Unit u of the tile is added by block u % splits of the cluster, there as number u / splits. Every block sends its sums.
+// Unit u of the tile is added by block u % splits of the cluster, there as number u / splits. Every block sends its
+// sums.
 template <class C>
 __device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float (&sum)[C::kTokens / 2], int split,
                                            int splits) {

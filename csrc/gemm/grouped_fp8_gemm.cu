@@ -13,7 +13,7 @@ constexpr int kFewRowsAGroup = 128;    // on average; the host knows no more
 constexpr int kFewRowsOfCounts = 256;  // of one group of the masked layout, as the device finds it
 
 template <Layout kLayout, class Out>
-using Wide = WideConfig<kLayout, Out, false, 128, 2, 2, 4>;
+using Wide = WideConfig<kLayout, Out, false, 128, 2, 2, 4, 2>;
 
 template <Layout kLayout, class Out>
 void launch_narrow(const char* name, const WideProblem& x, int most_rows, cudaStream_t stream) {
@@ -36,7 +36,7 @@ void launch_narrow(const char* name, const WideProblem& x, int most_rows, cudaSt
   Launch shape{dim3(), dim3(C::kThreads), sizeof(NarrowShared<C>), C::kCluster};
   const int64_t pairs = ceil_div(x.columns, kTileRows * C::kCluster);
   const int64_t tiles = pairs * (ceil_div(x.a_rows, C::kTokens) + x.groups);
-  const int64_t clusters = std::min<int64_t>(tiles, resident_clusters(name, narrow_kernel<C>, shape));
+  const int64_t clusters = std::min<int64_t>(tiles, some_clusters(name, narrow_kernel<C>, shape));
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, narrow_kernel<C>, shape, stream, p);
 }

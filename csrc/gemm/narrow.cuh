@@ -1,7 +1,7 @@
 // The kernel for groups of any number of rows, weights read once where a group has at most 256: tiles of 128 weights by
 // up to 256 tokens, with as many columns of the tensor core as the tile has tokens. The blocks of a cluster of two take
-// neighbouring weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md, section
-// gemm.
+// neighbouring weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md,
+// section gemm.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -121,25 +121,29 @@ __device__ __forceinline__ void produce(const NarrowParams& p, NarrowShared<C>& 
 template <class C, int kN, int kHalves>
 __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared<C>& shared, const Tile& tile,
                                              RingState<C::kStages>& at) {
+  using Ring = decltype(shared.ring);
   const uint32_t warp = uniform_warp() - kWarpgroupWarps, group = warp / kWarpgroupWarps;
-  const uint32_t b_first = matrix_descriptor(shared_address(shared.b)) + group * (64 * kBlockK / 16);
-  const uint32_t a_first = matrix_descriptor(shared_address(shared.a));
+  const uint32_t full = shared_address(shared.ring.full), empty = shared.ring.empty_address();
+  const uint32_t b_first = uniform(matrix_descriptor(shared_address(shared.b)) + group * (64 * kBlockK / 16));
+  const uint32_t a_first = uniform(matrix_descriptor(shared_address(shared.a)));
+  const uint32_t b_sf = shared_address(shared.b_sf);
+  const uint32_t a_sf = shared_address(shared.a_sf) + (tile.row & RowScales::kEarly) * 4;
   float sum[kHalves][kN / 2] = {};
 #pragma unroll 1
   for (int i = 0; i < p.depth_blocks; ++i, at.advance()) {
-    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16),
-                   a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
-    shared.ring.wait_full(at);
-    const float weight_sf = shared.b_sf[at.stage];
-    const float* const token_sf = shared.a_sf[at.stage] + (tile.row & RowScales::kEarly);
+    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16);
+    const uint32_t a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
+    Ring::wait_full(full, at);
+    const float weight_sf = load_shared_float(b_sf + at.stage * 4);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float product[kN / 2];
       start_product<kN>(b, a + half * (kN * kBlockK / 16), product);
       finish_product<kN>(product);
-      promote_transposed<kN>(sum[half], product, weight_sf, token_sf + half * kN);
+      promote_transposed<kN, false>(sum[half], product, weight_sf,
+                                    a_sf + at.stage * sizeof(shared.a_sf[0]) + half * kN * 4);
     }
-    shared.ring.release(at.stage);
+    Ring::release(empty, at.stage);
   }
   using Out = typename C::Out;
   const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(tile.row) * p.columns,

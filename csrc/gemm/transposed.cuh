@@ -1,6 +1,6 @@
-// What the kernels with weights on the M side of the tensor core share: D^T[N, T] = B[N, K] A[T, K]^T, so that few tokens
-// cost few columns. A thread's accumulator i lies in row (weight) (i / 2 % 2) * 8 + lane / 4 of its warp's 16, column
-// (token) i / 4 * 8 + lane % 4 * 2 + i % 2.
+// What the kernels with weights on the M side of the tensor core share: D^T[N, T] = B[N, K] A[T, K]^T, so that few
+// tokens cost few columns. A thread's accumulator i lies in row (weight) (i / 2 % 2) * 8 + lane / 4 of its warp's 16,
+// column (token) i / 4 * 8 + lane % 4 * 2 + i % 2.
 #pragma once
 
 #include <cute/arch/copy_sm90.hpp>
@@ -15,16 +15,16 @@ namespace dsv3 {
 
 constexpr int kScratchBytes = 512;  // of a warp: 16 tokens of 16 bf16 outputs
 
-// Scales the tensor core's sum of one K block and adds it. token_sf holds the scales of kN tokens; where groups begin at
-// odd rows a thread's two neighbours are no vector.
-template <int kN>
+// Scales the tensor core's sum of one K block and adds it. token_sf is the address of the scales of kN tokens; kPairs:
+// a multiple of 8. Where groups begin at odd rows a thread's two neighbours are no vector.
+template <int kN, bool kPairs>
 __device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const float (&product)[kN / 2],
-                                                   float weight_sf, const float* token_sf) {
-  const float* const mine = token_sf + threadIdx.x % 4 * 2;
+                                                   float weight_sf, uint32_t token_sf) {
+  const uint32_t mine = token_sf + threadIdx.x % 4 * 8;
   const auto add = [&](auto load_pair) {
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float2 tokens = load_pair(mine + 8 * j);
+      const float2 tokens = load_pair(mine + j * 32);
       const float first = tokens.x * weight_sf, second = tokens.y * weight_sf;
       sum[4 * j] = fmaf(first, product[4 * j], sum[4 * j]);
       sum[4 * j + 1] = fmaf(second, product[4 * j + 1], sum[4 * j + 1]);
@@ -32,10 +32,10 @@ __device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const f
       sum[4 * j + 3] = fmaf(second, product[4 * j + 3], sum[4 * j + 3]);
     }
   };
-  if (__cvta_generic_to_shared(token_sf) % sizeof(float2) == 0) {
-    add([](const float* pair) { return *reinterpret_cast<const float2*>(pair); });
+  if (kPairs || token_sf % 8 == 0) {
+    add([](uint32_t pair) { return load_shared_float2(pair); });
   } else {
-    add([](const float* pair) { return make_float2(pair[0], pair[1]); });
+    add([](uint32_t pair) { return make_float2(load_shared_float(pair), load_shared_float(pair + 4)); });
   }
 }
 

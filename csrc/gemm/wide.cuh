@@ -1,13 +1,15 @@
 // The kernel for many rows: D[M, N] = A[M, K] B[N, K]^T in FP8 with a scale for every 1x128 of A, and for every 128x128
-// or 1x128 of B. Tiles of 128 rows by up to 256 columns; a producer warp fills a ring of K blocks by TMA, two warpgroups
-// of 64 rows each multiply and promote: the tensor core's sum of 128 products is scaled and added to fp32 registers.
-// While one warpgroup promotes, the other keeps the tensor cores busy. In a cluster of two, blocks of neighbouring rows
-// share the columns: each loads half of B and multicasts it. Roofline: README.md, section gemm.
+// or 1x128 of B. Tiles of 128 rows by up to 256 columns; a producer warp fills a ring of K blocks by TMA, two
+// warpgroups of 64 rows each multiply and promote: the tensor core's sum of 128 products is scaled and added to fp32
+// registers. While one warpgroup promotes, the other keeps the tensor cores busy, if the way from the end of one
+// product to the start of the next is short: see `multiply`. In a cluster of two, blocks of neighbouring rows share the
+// columns: each loads half of B and multicasts it. Roofline: README.md, section gemm.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90.hpp>
+#include <numeric>
 
 #include "../common/launch.cuh"
 #include "../hopper/pipeline.cuh"
@@ -17,34 +19,35 @@
 
 namespace dsv3 {
 
-// kN columns a product, kParts products a tile and K block; tiles whose width is no multiple of 128 meet several blocks
-// of B's scales. Out is bf16 or float; kRowScaleB: B has a scale every 1x128.
-template <Layout kLayout_, class Out_, bool kRowScaleB_, int kN_, int kParts_, int kCluster_, int kStages_>
+// kN columns a product, kParts products a tile and K block; tiles wider than 128, or of no multiple of it, meet two
+// blocks of B's scales. Out is bf16 or float; kRowScaleB: B has a scale every 1x128.
+template <Layout kLayout_, class Out_, bool kRowScaleB_, int kN_, int kParts_, int kCluster_, int kStages_,
+          int kBuffers_>
 struct WideConfig {
   static constexpr Layout kLayout = kLayout_;
   using Out = Out_;
   static constexpr bool kRowScaleB = kRowScaleB_;
   static constexpr int kN = kN_, kParts = kParts_, kCluster = kCluster_, kStages = kStages_;
+  static constexpr int kBuffers = kBuffers_;  // of 128 bytes of columns: what a warp writes out at a time
   static constexpr bool kByRows = kLayout == Layout::kRows || kLayout == Layout::kMasked;
   static constexpr int kTileColumns = kN * kParts;
-  static constexpr bool kAligned = kTileColumns % kBlockK == 0;
-  // Blocks of B's scales that a tile can meet; its first column is a multiple of 16.
-  static constexpr int kScales = kRowScaleB ? 0
-                                 : kAligned ? kTileColumns / kBlockK
-                                            : (kBlockK - 16 + kTileColumns - 1) / kBlockK + 1;
+  static constexpr int kEdgeStep = std::gcd(kTileColumns, kBlockK);  // of a tile's distance to the next block of scales
+  // Blocks of B's scales that a tile can meet.
+  static constexpr int kScales = kRowScaleB ? 0 : (2 * kBlockK - kEdgeStep + kTileColumns - 1) / kBlockK;
   static constexpr int kConsumerWarps = 8;
   static constexpr int kThreads = 3 * kWarpgroup;
+  static_assert(!kRowScaleB || kParts == 1);  // StageScales holds the columns of one product
 };
 
-constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes: what a warp stores at a time
+constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes
 
 template <class C>
 struct WideShared {
   alignas(1024) uint8_t a[C::kStages][kTileRows * kBlockK];
   alignas(1024) uint8_t b[C::kStages][C::kTileColumns * kBlockK];
-  alignas(1024) uint8_t store[C::kConsumerWarps][2][kStoreBytes];
-  alignas(16) float a_sf[C::kStages][RowScales::size(kTileRows)];
+  alignas(1024) uint8_t store[C::kConsumerWarps][C::kBuffers][kStoreBytes];
   alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
+  alignas(16) float a_sf[C::kStages][RowScales::size(kTileRows)];
   RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
 };
 
@@ -172,41 +175,41 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
   }
 }
 
-// Scales of a stage: of a thread's two rows, and of the tile's columns.
+// The scales of a K block that a thread needs: of its two rows, and of its columns or of the blocks that they lie in.
 template <class C>
 struct StageScales {
   float rows[2];
   float blocks[C::kScales > 0 ? C::kScales : 1];
-  uint32_t columns;  // kRowScaleB: the address of this thread's first two
+  float2 columns[C::kRowScaleB ? C::kN / 8 : 1];
 
-  __device__ __forceinline__ StageScales(uint32_t a_sf, uint32_t b_sf, int row) {
-    rows[0] = load_shared_float(a_sf + row * 4);
-    rows[1] = load_shared_float(a_sf + row * 4 + 32);
+  __device__ __forceinline__ StageScales(uint32_t a_sf, uint32_t b_sf) {
+    rows[0] = load_shared_float(a_sf);
+    rows[1] = load_shared_float(a_sf + 32);
 #pragma unroll
     for (int i = 0; i < C::kScales; ++i) blocks[i] = load_shared_float(b_sf + i * 4);
-    columns = b_sf + threadIdx.x % 4 * 8;
+    if constexpr (C::kRowScaleB) {
+#pragma unroll
+      for (int j = 0; j < C::kN / 8; ++j) columns[j] = load_shared_float2(b_sf + j * 32);
+    }
   }
 };
 
-// Adds a product's columns, scaled, to the sums. Accumulator i of a thread lies in row (i / 2 % 2) * 8 + lane / 4 of its
-// warp, column i / 4 * 8 + lane % 4 * 2 + i % 2.
+// Adds a product's columns, scaled, to the sums. Accumulator i of a thread lies in row (i / 2 % 2) * 8 + lane / 4 of
+// its warp, column i / 4 * 8 + lane % 4 * 2 + i % 2.
 template <class C, int kEdge>
 __device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const float (&product)[C::kN / 2],
                                         const StageScales<C>& scales, int part) {
 #pragma unroll
-  for (int j = 0; j < C::kN / 8; ++j) {
-    const int column = part * C::kN + 8 * j;
-    float* const s = &sum[column / 2];
-    float2 columns;
+  for (int i = 0; i < C::kN / 2; ++i) {
+    const int column = part * C::kN + i / 4 * 8;
+    float factor = scales.rows[i / 2 % 2];
     if constexpr (C::kRowScaleB) {
-      columns = load_shared_float2(scales.columns + column * 4);
+      factor *= i % 2 == 0 ? scales.columns[i / 4].x : scales.columns[i / 4].y;
     } else {
-      columns.x = columns.y = scales.blocks[column < kEdge ? 0 : (column - kEdge) / kBlockK + 1];
+      factor *= scales.blocks[column < kEdge ? 0 : (column - kEdge) / kBlockK + 1];
     }
-    s[0] = fmaf(scales.rows[0] * columns.x, product[4 * j], s[0]);
-    s[1] = fmaf(scales.rows[0] * columns.y, product[4 * j + 1], s[1]);
-    s[2] = fmaf(scales.rows[1] * columns.x, product[4 * j + 2], s[2]);
-    s[3] = fmaf(scales.rows[1] * columns.y, product[4 * j + 3], s[3]);
+    float& s = sum[part * (C::kN / 2) + i];
+    s = fmaf(factor, product[i], s);
   }
 }
 
@@ -255,104 +258,109 @@ __device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool a
   *reinterpret_cast<float4*>(out) = value;
 }
 
-// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element, so
-// the order of sums stays fixed); rows at the end of a group, and chunks that the tile does not fill, by the warp itself.
+// A chunk of 128 bytes of columns, or as many as the tile and the matrix have, written by the warp.
 template <class C>
-__device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile, uint8_t (&buffers)[2][kStoreBytes],
-                                           const float (&sum)[C::kTileColumns / 2], int warp_row, int& chunk) {
+__device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* buffer, int64_t row, int rows,
+                                            int column, int columns) {
   using Out = typename C::Out;
-  constexpr int kChunk = 128 / sizeof(Out), kChunks = (C::kTileColumns + kChunk - 1) / kChunk, kGroups = kChunk / 8;
-  const int lane = threadIdx.x % kWarpSize;
-  const int row = tile.row + warp_row;
-  const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
-  const int rows = min(16, tile.row_end - row);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int groups = min(kGroups, C::kTileColumns / 8 - c * kGroups);
-    const int column = tile.column + c * kChunk;
-    if (rows <= 0 || column >= p.columns) continue;
-    uint8_t* const buffer = buffers[chunk++ % 2];
-    if (lane == 0) cute::tma_store_wait<1>();
-    __syncwarp();
-    stage_chunk(buffer, &sum[c * kGroups * 4], groups, Out{});
-    if (rows == 16 && groups == kGroups) {
-      cute::tma_store_fence();
-      __syncwarp();
-      if (lane == 0) {
-        if (p.accumulate) {
-          cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffer, column, static_cast<int>(out_row));
-        } else {
-          cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffer, column, static_cast<int>(out_row));
-        }
-      }
-    } else {
-      __syncwarp();
-      constexpr int kUnit = 16 / sizeof(Out);
-      const int unit = lane % 8, first = column + unit * kUnit;
-      for (int r = lane / 8; r < rows; r += 4) {
-        if (unit * kUnit >= groups * 8 || first >= p.columns) break;
-        const uint4 value = *reinterpret_cast<const uint4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
-        write_unit(static_cast<Out*>(p.out) + (out_row + r) * p.columns + first, value, p.accumulate);
-      }
-      __syncwarp();
-    }
-    if (lane == 0) cute::tma_store_arrive();  // an empty group where the warp wrote: buffers take turns by counting
+  constexpr int kUnit = 16 / sizeof(Out);
+  const int lane = threadIdx.x % kWarpSize, unit = lane % 8;
+  if (unit * kUnit >= min(columns, p.columns - column)) return;
+  for (int r = lane / 8; r < rows; r += 4) {
+    const uint4 value = *reinterpret_cast<const uint4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
+    write_unit(static_cast<Out*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, p.accumulate);
   }
 }
 
-// The tile's sums over its K blocks. Products of 128 columns take A from shared memory, one at a time: the other
-// warpgroup's fill the tensor cores while one is promoted. Narrower ones take it from registers, which leaves the shared
-// memory's bandwidth to B, and leave registers for two: one is under way while the other is promoted.
+// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element, so
+// the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which one is not
+// whole, by the warp itself.
+template <class C>
+__device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
+                                           uint8_t (&buffers)[C::kBuffers][kStoreBytes],
+                                           const float (&sum)[C::kTileColumns / 2], int warp_row) {
+  using Out = typename C::Out;
+  constexpr int kChunk = 128 / sizeof(Out), kChunks = (C::kTileColumns + kChunk - 1) / kChunk, kGroups = kChunk / 8;
+  const int row = tile.row + warp_row, rows = min(16, tile.row_end - row);
+  if (rows <= 0) return;
+  const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
+#pragma unroll
+  for (int first = 0; first < kChunks; first += C::kBuffers) {
+    const int end = min(first + C::kBuffers, kChunks);
+    if (tile.column + first * kChunk >= p.columns) break;
+    if (cute::elect_one_sync()) cute::tma_store_wait<0>();
+    __syncwarp();
+#pragma unroll
+    for (int c = first; c < end; ++c) {
+      stage_chunk(buffers[c - first], &sum[c * kGroups * 4], min(kGroups, C::kTileColumns / 8 - c * kGroups), Out{});
+    }
+    if (rows == 16 && end * kChunk <= min(C::kTileColumns, p.columns - tile.column)) {
+      cute::tma_store_fence();
+      __syncwarp();
+      if (cute::elect_one_sync()) {
+#pragma unroll
+        for (int c = first; c < end; ++c) {
+          const int column = tile.column + c * kChunk;
+          if (p.accumulate) {
+            cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
+          } else {
+            cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
+          }
+        }
+        cute::tma_store_arrive();
+      }
+    } else {
+      __syncwarp();
+      for (int c = first; c < end; ++c) {
+        write_chunk<C>(p, buffers[c - first], out_row, rows, tile.column + c * kChunk, C::kTileColumns - c * kChunk);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// The tile's sums over its K blocks. From the end of a product to the start of the next lies what the tensor cores can
+// wait for, so little is done there: addresses are kept, and the scales are read before the product starts, since a
+// load after it queues behind its operands. Unrolled, the question whether the next stage is full is asked while this
+// one is promoted.
 template <class C, int kEdge>
 __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kStages>& at, int blocks, int row,
                                          uint32_t warp, float (&sum)[C::kTileColumns / 2]) {
-  constexpr bool kFragments = C::kN < 128;
-  constexpr int kProducts = kFragments ? 2 : 1, kLast = C::kParts - 1;
-  const uint32_t a_first = shared_address(shared.a), full = shared_address(shared.ring.full);
-  const uint32_t a_sf = shared_address(shared.a_sf), b_sf = shared_address(shared.b_sf);
-  const uint32_t b_first = matrix_descriptor(shared_address(shared.b));
-#pragma unroll 1
+  using Ring = decltype(shared.ring);
+  const uint32_t full = shared_address(shared.ring.full), empty = shared.ring.empty_address();
+  const uint32_t a_first =
+      uniform(matrix_descriptor(shared_address(shared.a) + warp / kWarpgroupWarps * (64 * kBlockK)));
+  const uint32_t b_first = uniform(matrix_descriptor(shared_address(shared.b)));
+  const uint32_t a_sf = shared_address(shared.a_sf) + row * 4;
+  const uint32_t b_sf = shared_address(shared.b_sf) + (C::kRowScaleB ? threadIdx.x % 4 * 8 : 0);
+#pragma unroll 4
   for (int i = 0; i < blocks; ++i, at.advance()) {
-    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16), a = a_first + at.stage * sizeof(shared.a[0]);
-    shared.ring.wait_full(full, at);
-    float product[kProducts][C::kN / 2];
-    Fragment fragment;
-    if constexpr (kFragments) fragment.load(a + warp * (16 * kBlockK));
-    const auto start = [&](int part) {
-      float (&target)[C::kN / 2] = product[part % kProducts];
-      const uint32_t part_b = b + part * (C::kN * kBlockK / 16);
-      if constexpr (kFragments) {
-        start_product<C::kN>(fragment, part_b, target);
-      } else {
-        start_product<C::kN>(matrix_descriptor(a + warp / kWarpgroupWarps * (64 * kBlockK)), part_b, target);
-      }
-    };
-#pragma unroll
-    for (int part = 0; part < kProducts; ++part) start(part);
-    const StageScales<C> scales(a_sf + at.stage * sizeof(shared.a_sf[0]), b_sf + at.stage * sizeof(shared.b_sf[0]),
-                                row);
+    const uint32_t a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
+    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16);
+    Ring::wait_full(full, at);
+    const StageScales<C> scales(a_sf + at.stage * sizeof(shared.a_sf[0]), b_sf + at.stage * sizeof(shared.b_sf[0]));
+    float product[C::kN / 2];
+    start_product<C::kN>(a, b, product);
 #pragma unroll
     for (int part = 0; part < C::kParts; ++part) {
-      float (&source)[C::kN / 2] = product[part % kProducts];
-      part == kLast ? finish_product<C::kN, 0>(source) : finish_product<C::kN, kProducts - 1>(source);
-      if (part == kLast && !C::kRowScaleB) shared.ring.release(at.stage);
-      promote<C, kEdge>(sum, source, scales, part);
-      if (part + kProducts <= kLast) start(part + kProducts);
+      finish_product<C::kN>(product);
+      if (part == C::kParts - 1) Ring::release(empty, at.stage);
+      promote<C, kEdge>(sum, product, scales, part);
+      if (part + 1 < C::kParts) start_product<C::kN>(a, b + (part + 1) * (C::kN * kBlockK / 16), product);
     }
-    if constexpr (C::kRowScaleB) shared.ring.release(at.stage);
   }
 }
 
 // Calls f with the distance from the tile's first column to the next block of scales as a constant: selecting scales by
 // a variable costs more than the promotion itself.
-template <class C, int kEdge = 16, class F>
+template <class C, int kEdge = C::kRowScaleB ? kBlockK : C::kEdgeStep, class F>
 __device__ __forceinline__ void with_edge(int edge, F&& f) {
-  if constexpr (C::kAligned || C::kRowScaleB || kEdge == kBlockK) {
+  if constexpr (kEdge == kBlockK) {
     f(std::integral_constant<int, kBlockK>{});
   } else if (edge == kEdge) {
     f(std::integral_constant<int, kEdge>{});
   } else {
-    with_edge<C, kEdge + 16>(edge, f);
+    with_edge<C, kEdge + C::kEdgeStep>(edge, f);
   }
 }
 
@@ -363,15 +371,14 @@ __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shar
   WideSchedule<C> schedule(p, false);
   RingState<C::kStages> at;
   Tile tile;
-  int chunk = 0;
   while (schedule.next(tile)) {
     float sum[C::kTileColumns / 2] = {};
     with_edge<C>(kBlockK - tile.column % kBlockK, [&](auto edge) {
       multiply<C, edge>(shared, at, tile.depth_blocks, row + (tile.row & RowScales::kEarly), warp, sum);
     });
-    store_tile<C>(p, tile, shared.store[warp], sum, warp * 16, chunk);
+    store_tile<C>(p, tile, shared.store[warp], sum, warp * 16);
   }
-  if (lane == 0) cute::tma_store_wait<0>();
+  cute::tma_store_wait<0>();
 }
 
 template <class C>

@@ -24,16 +24,6 @@ Launch wide_shape() {
   return {dim3(), dim3(C::kThreads), sizeof(WideShared<C>), C::kCluster};
 }
 
-// Clocks that a product should take: waves of tiles, each of them K blocks and the writing of the tile. Fitted to times on
-// an H100 (README.md).
-template <class C>
-int64_t wide_cost(int64_t rows, int64_t columns, int64_t depth_blocks) {
-  const int clusters = resident_clusters("fp8_gemm", wide_kernel<C>, wide_shape<C>());
-  const int64_t tiles = ceil_div(rows, kTileRows * C::kCluster) * ceil_div(columns, C::kTileColumns);
-  constexpr int64_t kBlock = C::kRowScaleB ? C::kTileColumns * 17 / 2 : 300 + C::kTileColumns * 4;
-  return ceil_div(tiles, clusters) * (depth_blocks * kBlock + 3 * C::kTileColumns * sizeof(typename C::Out));
-}
-
 template <class C>
 void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
@@ -61,27 +51,14 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   // Rows that groups leave unused at their ends can add a span each.
   const int64_t spans = ceil_div(x.rows, kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
   const int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
-  const int64_t clusters = std::min<int64_t>(tiles, resident_clusters(name, wide_kernel<C>, shape));
+  const int64_t clusters = std::min<int64_t>(tiles, some_clusters(name, wide_kernel<C>, shape));
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, wide_kernel<C>, shape, stream, p);
 }
 
-// Launches the tile whose predicted time is the shortest.
-template <class... Configs>
-void launch_cheapest(const char* name, const WideProblem& x, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(x.k, kBlockK), rows = static_cast<int64_t>(x.rows);
-  const int64_t costs[] = {wide_cost<Configs>(rows, x.columns, blocks)...};
-  const int64_t cheapest = *std::min_element(std::begin(costs), std::end(costs));
-  int i = 0;
-  bool done = false;
-  ((costs[i++] == cheapest && !done ? (launch_wide<Configs>(name, x, stream), done = true) : false), ...);
-}
-
-// A product whose operands both have a scale for every 1x128, added to or written to fp32.
+// A product whose operands both have a scale for every 1x128, added to or written to fp32. NOTE: without multicast,
+// which ties two blocks to each other's pace (README.md).
 template <Layout kLayout>
-void launch_wgrad(const char* name, const WideProblem& x, cudaStream_t stream) {
-  launch_cheapest<WideConfig<kLayout, float, true, 128, 2, 1, 3>, WideConfig<kLayout, float, true, 64, 3, 1, 4>,
-                  WideConfig<kLayout, float, true, 64, 2, 1, 5>>(name, x, stream);
-}
+using Wgrad = WideConfig<kLayout, float, true, 128, 1, 1, 4, 4>;
 
 }  // namespace dsv3

@@ -39,11 +39,7 @@ struct RingBarriers {
     }
     cutlass::arch::fence_barrier_init();
   }
-  __device__ __forceinline__ void wait_full(const RingState<kStages>& at) {
-    cutlass::arch::ClusterBarrier::wait(&full[at.stage], at.phase);
-    asm volatile("" ::: "memory");
-  }
-  // The same by the address of `full`, which the caller keeps in a register.
+  // By the address of `full`, which the caller keeps in a register: the compiler makes a member's anew at every use.
   __device__ static __forceinline__ void wait_full(uint32_t full, const RingState<kStages>& at) {
     asm volatile(
         "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
@@ -57,14 +53,25 @@ struct RingBarriers {
   __device__ __forceinline__ void expect(int stage, uint32_t bytes) {
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], bytes);
   }
-  // By a whole warp: one arrival at each block of the cluster.
-  __device__ __forceinline__ void release(int stage) {
-    asm volatile("" ::: "memory");
-    const int lane = threadIdx.x % 32;
+  // Where this lane's arrivals go, for `release`: the address of `empty`, lane l's in block l of the cluster.
+  __device__ __forceinline__ uint32_t empty_address() const {
+    const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(empty));
     if constexpr (kCluster == 1) {
-      if (lane == 0) cutlass::arch::ClusterBarrier::arrive(&empty[stage]);
+      return local;
     } else {
-      cutlass::arch::ClusterBarrier::arrive(&empty[stage], lane, lane < kCluster);
+      uint32_t remote;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(threadIdx.x % kCluster));
+      return remote;
+    }
+  }
+  // By a whole warp: one arrival at each block of the cluster. NOTE: without .release.cluster, which makes memory
+  // visible to the whole device (MEMBAR.ALL.GPU); what a stage held was only read, and by instructions that are done.
+  __device__ static __forceinline__ void release(uint32_t empty_address, int stage) {
+    if (threadIdx.x % 32 >= kCluster) return;
+    if constexpr (kCluster == 1) {
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_address + stage * 8) : "memory");
+    } else {
+      asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(empty_address + stage * 8) : "memory");
     }
   }
 };
@@ -83,7 +90,8 @@ __device__ __forceinline__ uint32_t rank_in_cluster() {
   return kCluster > 1 ? cute::block_rank_in_cluster() : 0;
 }
 
-// A box of a two-dimensional tensor at (inner, outer) to shared memory; to every block of the cluster where `mask` says.
+// A box of a two-dimensional tensor at (inner, outer) to shared memory; to every block of the cluster where `mask`
+// says.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, uint64_t& full, int inner, int outer,
                                          cute::TMA::CacheHintSm90 hint = cute::TMA::CacheHintSm90::EVICT_NORMAL) {
   cute::SM90_TMA_LOAD_2D::copy(&map, &full, static_cast<uint64_t>(hint), shared, inner, outer);

@@ -12,30 +12,30 @@ namespace dsv3 {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kWarpgroupWarps = 4;
 
-// CuTe's atoms: A from shared memory or from registers.
+// CuTe's atom for both operands in shared memory.
 template <int kN>
 struct WgmmaE4M3;
-#define DSV3_WGMMA(N)                                                        \
-  template <>                                                                \
-  struct WgmmaE4M3<N> {                                                      \
-    using Shared = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>;    \
-    using Registers = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>; \
+#define DSV3_WGMMA(N)                                                   \
+  template <>                                                           \
+  struct WgmmaE4M3<N> {                                                 \
+    using Atom = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>; \
   }
 DSV3_WGMMA(16);
 DSV3_WGMMA(32);
 DSV3_WGMMA(64);
-DSV3_WGMMA(72);
-DSV3_WGMMA(88);
 DSV3_WGMMA(96);
 DSV3_WGMMA(128);
+DSV3_WGMMA(144);
+DSV3_WGMMA(192);
 #undef DSV3_WGMMA
 
-// A tile's matrix descriptor, lower half (the upper is constant): rows of 128 bytes, 8 rows (1024 bytes) to the next brick,
-// 128-byte swizzle. The tile starts at a multiple of 1024 bytes. `+ n / 16` is n bytes further on.
+// A tile's matrix descriptor, lower half (the upper is constant): rows of 128 bytes, 8 rows (1024 bytes) to the next
+// brick, 128-byte swizzle. The tile starts at a multiple of 1024 bytes. `+ n / 16` is n bytes further on.
 __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return 1u << 16 | address >> 4; }
 
-// A value that is the same for all lanes, in a register that the compiler knows to be so: what is derived from it,
-// descriptors above all, then stays in uniform registers, where the tensor core takes it from.
+// A value that is the same for all lanes, in a register that the compiler knows to be so: what is derived from it and
+// from other such values, descriptors above all, can then stay in uniform registers, where the tensor core takes it
+// from.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 // An address in shared memory, computed once: the compiler makes a generic pointer's anew wherever it is used.
@@ -59,12 +59,6 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&d)[kSize],
                                       std::integer_sequence<int, kIndex...>) {
   Atom::fma(a, b, d[kIndex]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
-template <class Atom, int kSize, int... kIndex>
-__device__ __forceinline__ void wgmma(const uint32_t (&a)[4], uint64_t b, float (&d)[kSize], bool accumulate,
-                                      std::integer_sequence<int, kIndex...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]...,
-            accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
 template <int kSize>
 __device__ __forceinline__ void fence_registers(float (&d)[kSize]) {
 #pragma unroll
@@ -72,7 +66,8 @@ __device__ __forceinline__ void fence_registers(float (&d)[kSize]) {
 }
 }  // namespace detail
 
-// Issues D = A B^T over one K block of 128, A and B being descriptors. Nothing but `finish_product` may touch d before it returns.
+// Issues D = A B^T over one K block of 128, A and B being descriptors. Nothing but `finish_product` may touch d before
+// it returns.
 template <int kN>
 __device__ __forceinline__ void start_product(uint32_t a, uint32_t b, float (&d)[kN / 2]) {
   constexpr uint64_t kHigh = (uint64_t{1} << 30 | 1024 / 16) << 32;
@@ -80,39 +75,8 @@ __device__ __forceinline__ void start_product(uint32_t a, uint32_t b, float (&d)
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    detail::wgmma<typename WgmmaE4M3<kN>::Shared>(kHigh | (a + 2 * k), kHigh | (b + 2 * k), d, k > 0,
-                                                  std::make_integer_sequence<int, kN / 2>{});
-  }
-  cute::warpgroup_commit_batch();
-}
-// A warp's 16 rows of A for one K block of 128, as the instructions take them from registers. `rows` is the address of the
-// warp's first row, a multiple of 8 in its tile.
-struct Fragment {
-  uint32_t values[4][4];
-
-  __device__ __forceinline__ void load(uint32_t rows) {
-    const uint32_t lane = threadIdx.x % 32, row = lane % 16, half = lane / 16;
-#pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) {
-      auto& v = values[k];
-      asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                   : "r"(rows + row * 128 + ((2 * k + half) ^ row % 8) * 16)
-                   : "memory");
-    }
-  }
-};
-
-// The same with A in registers, which must not change before the product is finished.
-template <int kN>
-__device__ __forceinline__ void start_product(const Fragment& a, uint32_t b, float (&d)[kN / 2]) {
-  constexpr uint64_t kHigh = (uint64_t{1} << 30 | 1024 / 16) << 32;
-  detail::fence_registers(d);
-  cute::warpgroup_arrive();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    detail::wgmma<typename WgmmaE4M3<kN>::Registers>(a.values[k], kHigh | (b + 2 * k), d, k > 0,
-                                                     std::make_integer_sequence<int, kN / 2>{});
+    detail::wgmma<typename WgmmaE4M3<kN>::Atom>(kHigh | (a + 2 * k), kHigh | (b + 2 * k), d, k > 0,
+                                                std::make_integer_sequence<int, kN / 2>{});
   }
   cute::warpgroup_commit_batch();
 }

@@ -220,7 +220,7 @@ template <class T, int kCluster, int kVecs>
 void launch_persistent(const CrossEntropyParams& p, cudaStream_t stream) {
   const auto kernel = cross_entropy_kernel<T, kCluster, kVecs>;
   Launch shape{.block = dim3(kThreads), .smem = kStages * p.slice * sizeof(T), .cluster = kCluster};
-  const int64_t clusters = std::min<int64_t>(p.tokens, resident_clusters("cross_entropy", kernel, shape));
+  const int64_t clusters = std::min<int64_t>(p.tokens, some_clusters("cross_entropy", kernel, shape));
   shape.grid = dim3(clusters * kCluster);
   launch("cross_entropy", kernel, shape, stream, p);
 }
