@@ -48,6 +48,13 @@ def test_scale_and_non_contiguous(device):
     check_op(lambda x, w: ops.rmsnorm(x[:, ::2], w[:1024]), lambda x, w: plain(x[:, ::2], w[:1024]), x, weight)
 
 
+def test_no_hidden_values(device):
+    x, weight = (torch.zeros(*shape, 0, device=device, requires_grad=True) for shape in ((3,), ()))
+    y = ops.rmsnorm(x, weight)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (3, 0)
+
+
 def test_only_the_residual_stream_has_a_gradient(device):
     x, residual, weight = make(16, 256, torch.float32, device)
     x.requires_grad_()

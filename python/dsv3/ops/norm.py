@@ -18,8 +18,8 @@ _AMAX_FLOOR = 1e-4  # of per_token_cast, unless it is told another
 
 def _supports_row(x: Tensor) -> str | None:
     size = 16 // x.element_size()
-    if x.shape[-1] % size or x.shape[-1] > _MAX_VECTORS * size:
-        return f"hidden {x.shape[-1]} is not a multiple of {size} up to {_MAX_VECTORS * size}"
+    if not 0 < x.shape[-1] <= _MAX_VECTORS * size or x.shape[-1] % size:
+        return f"hidden {x.shape[-1]} is not a positive multiple of {size} up to {_MAX_VECTORS * size}"
     return check_dtype("x", x, torch.bfloat16, torch.float32)
 
 
