@@ -1,6 +1,6 @@
-// How the casts that need a whole tile before they can convert it move it. A warp holds 8 packs of columns of 4 quads
-// of rows (a pack is 16 bytes of a row, a quad 4 rows): it reads whole lines, each thread can make words of 4 rows of a
-// column, and those words go through shared memory without bank conflicts.
+// How the casts that need a whole tile before they can convert it move it. A warp mostly holds 8 packs of columns of 4
+// quads of rows (a pack is 16 bytes of a row, a quad 4 rows): it reads whole lines, each thread can make words of 4 rows of
+// a column, and those words go through shared memory without bank conflicts.
 #pragma once
 
 #include <algorithm>

@@ -68,6 +68,20 @@ def wide(x):
     return x.float().cpu().numpy()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("bounds", [[0, 1000, -(2**31)], [500, 7], [-(2**31), 2**31 - 1], [2**31 - 1, 2**31 - 1, 0]])
+def test_wrong_offsets_stay_inside(bounds):
+    """What they give is nobody's business, but nothing outside of x is read or written."""
+    x = torch.full((900, 272), 7.0, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    data, *others = ops.per_token_cast_and_transpose(x[300:600], offsets)
+    around = torch.full((900, 272), 85, device="cuda", dtype=torch.uint8)
+    within = around.view(data.dtype)[300:600]
+    registry.native().per_token_cast_and_transpose(within, *others, x[300:600], offsets, False, 1e-4)
+    assert (around[:300] == 85).all()
+    assert (around[600:] == 85).all()
+
+
 @pytest.mark.parametrize("settings", [{}, {"pow2_scale": True}, {"amax_floor": 0.0}, {"amax_floor": GRADIENT_FLOOR}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
