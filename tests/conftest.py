@@ -25,15 +25,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if workers > 1:
         torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     config.addinivalue_line("markers", "cuda: needs a Hopper GPU")
+    config.addinivalue_line("markers", "two_gpus: needs two GPUs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a Hopper GPU the cuda variants are not part of the run at all: a skip would look like a gap."""
-    if _hopper():
-        return
-    kept = [item for item in items if "cuda" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "cuda" in item.keywords])
-    items[:] = kept
+    """What the machine lacks the GPUs for is not part of the run at all: a skip would look like a gap."""
+    lacking = set()
+    if not _hopper():
+        lacking.add("cuda")
+    if torch.cuda.device_count() < 2:
+        lacking.add("two_gpus")
+    config.hook.pytest_deselected(items=[item for item in items if lacking & item.keywords.keys()])
+    items[:] = [item for item in items if not lacking & item.keywords.keys()]
 
 
 @pytest.fixture(autouse=True)

@@ -152,11 +152,12 @@ def test_other_rows_do_not_matter(device):
 
 
 V3_SHAPES = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+# Tiles of 144 columns at every distance from a block of scales, and of 192 of which the last is not whole.
+TILE_SHAPES = [(2048, 1152, 272), (4096, 2176, 272)]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("m", [1, 64, 128, 4096])
-@pytest.mark.parametrize(("n", "k"), V3_SHAPES)
+@pytest.mark.parametrize(("m", "n", "k"), [*((m, *nk) for m in (1, 64, 128, 4096) for nk in V3_SHAPES), *TILE_SHAPES])
 def test_v3_shapes(m, n, k, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     a, b = operands(m, n, k, "cuda")

@@ -1,4 +1,5 @@
-"""What the data-parallel test starts under torchrun: three runs in each of two processes. Arguments: tokens, out."""
+"""What the data-parallel test starts under torchrun: three runs in each of two processes. Arguments: tokens, out,
+device."""
 
 from __future__ import annotations
 
@@ -29,15 +30,15 @@ class InterruptSecondRank(Trainer):
 
 def main() -> None:
     torch.set_num_threads(1)
-    tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
-    parallel = DataParallel.start("cpu")  # once: gloo cannot meet twice at the same torchrun store
+    tokens, out, on = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    parallel = DataParallel.start(on)  # once: gloo cannot meet twice at the same torchrun store
     assert (parallel.rank, parallel.world) == (int(os.environ["RANK"]), 2)
-    config = same_losses(tokens, out / "two")
+    config = same_losses(tokens, out / "two", device=on)
     launch.Trainer = InterruptSecondRank
     codes = [train.run(config)]
     launch.Trainer = Trainer
     codes.append(train.run(config, resume=True))
-    codes.append(train.run(micro(tokens, out / "timed", max_steps=10**6, max_seconds=1.0)))
+    codes.append(train.run(micro(tokens, out / "timed", device=on, max_steps=10**6, max_seconds=1.0)))
     (out / f"codes-{parallel.rank}").write_text(str(codes))
     parallel.stop()
 

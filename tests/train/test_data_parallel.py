@@ -1,4 +1,5 @@
-"""Two processes on gloo against one: the same losses, one agreement on when to stop, checkpoints that either can read."""
+"""Two processes against one, on gloo and, where there are two GPUs, on NCCL: the same losses, one agreement on when to
+stop, checkpoints that either can read."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ def rows(out: Path) -> list[dict]:
     return [row for row in parsed if "loss" in row]
 
 
-def test_two_processes_train_as_one(token_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.two_gpus)])
+def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = ["-m", "tests.train.parallel_worker", str(token_folder), str(tmp_path)]
+    worker = ["-m", "tests.train.parallel_worker", str(token_folder), str(tmp_path), on]
     done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
@@ -35,7 +37,7 @@ def test_two_processes_train_as_one(token_folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in two] == list(range(1, 51))
 
     single = Recorder()
-    assert train.run(same_losses(token_folder, tmp_path / "one"), callbacks=[single]) == 0
+    assert train.run(same_losses(token_folder, tmp_path / "one", device=on), callbacks=[single]) == 0
     assert [row["loss"] for row in two] == pytest.approx(single.losses, rel=1e-5)
     assert [row["grad_norm"] for row in two] == pytest.approx([r.grad_norm for r in single.steps], rel=1e-4)
     loads = [row["expert_load"] for row in two if "expert_load" in row]
@@ -47,6 +49,7 @@ def test_two_processes_train_as_one(token_folder: Path, tmp_path: Path) -> None:
     files = {path.name for path in checkpoint.find(tmp_path / "two").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "manifest.json"} == files
     alone = Recorder()  # one process continues what two have saved
-    assert train.run(same_losses(token_folder, tmp_path / "two", max_steps=52), resume=True, callbacks=[alone]) == 0
+    longer = same_losses(token_folder, tmp_path / "two", max_steps=52, device=on)
+    assert train.run(longer, resume=True, callbacks=[alone]) == 0
     assert [r.step for r in alone.steps] == [51, 52]
     assert alone.losses[0] == pytest.approx(single.losses[-1], rel=0.2)
