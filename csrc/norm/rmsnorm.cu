@@ -301,8 +301,8 @@ constexpr int kMaxVecs = 2048;  // vectors of 16 bytes in a row: hidden <= 16384
 template <class T>
 void check_hidden(int64_t hidden) {
   DSV3_CHECK(hidden > 0 && hidden % Vec<T>::kSize == 0 && hidden / Vec<T>::kSize <= kMaxVecs,
-             "hidden must be a positive multiple of ", Vec<T>::kSize, " and at most ", kMaxVecs * Vec<T>::kSize, ", got ",
-             hidden);
+             "hidden must be a positive multiple of ", Vec<T>::kSize, " and at most ", kMaxVecs * Vec<T>::kSize,
+             ", got ", hidden);
 }
 
 // Checks what the forward ops share.
