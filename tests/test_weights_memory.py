@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ print(json.dumps([{"save": save, "load": load}[what](folder, dtype) for dtype in
 def measure(what: str, folder: Path, *dtypes: str) -> list[dict]:
     """What a process of its own finds when it saves to `folder`/<dtype>, or loads `folder`/bfloat16, as each dtype."""
     command = [sys.executable, "-c", CHILD, what, str(folder), *dtypes]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # glibc raises the size from which on freed blocks go back to the system; set by hand, it stays: what counts is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -76,9 +79,9 @@ def test_memory(tmp_path: Path) -> None:
     for found in (plain, converted):
         assert sum(found["shards"]) > found["size"] >= 1e9
         assert len(found["shards"]) == 8
-    # The first copies nothing, the second makes copies of one shard at a time (and malloc keeps some freed blocks).
+    # The first copies nothing, the second makes copies of one shard at a time.
     assert plain["growth"] < 0.2 * max(plain["shards"])
-    assert 0.5 * max(converted["shards"]) < converted["growth"] <= 1.3 * max(converted["shards"])
+    assert 0.5 * max(converted["shards"]) < converted["growth"] <= 1.1 * max(converted["shards"])
     for found, size in zip(measure("load", tmp_path, "bfloat16", "float32"), (1e9, 2e9), strict=True):
         assert found["size"] >= size
         assert 0.95 * found["size"] <= found["growth"] <= 1.1 * found["size"]
