@@ -1,4 +1,4 @@
-"""What the buffer tests start under torchrun: eight processes that leave their results in a folder. Argument: folder."""
+"""What the buffer tests start under torchrun: eight processes that leave their results. Argument: a folder."""
 
 from __future__ import annotations
 

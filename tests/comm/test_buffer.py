@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def tree(case: Case, rows: dict[int, Tensor]) -> Tensor:
-    """The sum over a token's experts {expert: row [H]}: in a rank, then in a node, then over nodes; each rounded once."""
+    """The sum over a token's experts {expert: row [H]}: in a rank, in a node, then over nodes; each rounded once."""
 
     def add(values: list[Tensor]) -> Tensor:
         total = values[0].float()
@@ -87,7 +87,7 @@ def test_against_plain_loops(results: list[dict[str, Any]], case: Case) -> None:
 
 
 def test_every_case_says_something() -> None:
-    """Among the random cases are tokens that need several experts of a rank, ranks of a node and nodes; others need one."""
+    """Among the random cases are tokens that need several experts of a rank, or ranks of a node, and others."""
     case = Case(8, 2)
     idx = torch.cat([inputs(case, rank)[1] for rank in range(8)])
     for span in (2, 4):

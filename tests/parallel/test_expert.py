@@ -55,7 +55,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[str, Any], Recorder], ep: int) -> None:
-    """The same initial weights bit for bit, and gradients within 1e-5 of each tensor's norm; experts where they belong."""
+    """The same initial weights bit for bit; gradients within 1e-5 of each tensor's norm; experts where they belong."""
     expected, _ = single
     local = MODEL["n_routed_experts"] // ep
     for rank in range(4):

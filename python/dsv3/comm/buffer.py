@@ -1,8 +1,8 @@
 """The expert-parallel seam: tokens go to the ranks that hold their experts, and the results come back.
 
-A dispatch is a chain of steps: exchanges between ranks, across nodes and within one, then the copies into expert order within
-the rank. Combine, and the backward of dispatch, walk the chain from its end and add up what a token got at every step. So the
-tree of sums is fixed: experts within a rank, ranks within a node, nodes.
+A dispatch is a chain of steps: exchanges between ranks, across nodes and within one, then the copies into expert order
+within the rank. Combine, and the backward of dispatch, walk the chain from its end and add up what a token got at every
+step. So the tree of sums is fixed: experts within a rank, ranks within a node, nodes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TRANSPORTS = ("auto", "local", "collective")
 class Dispatched(tuple[Tensor, ...]):
     """What a dispatch gives the G local experts: a flat tuple of tensors, R rows sorted by local expert.
 
-    Behind the first five, every exchange between ranks leaves its source, position and splits (see comm/steps.py). T is the
-    number of tokens that reached this rank.
+    Behind the first five, every exchange between ranks leaves its source, position and splits (see comm/steps.py). T is
+    the number of tokens that reached this rank.
     """
 
     def __new__(cls, *tensors: Tensor) -> Dispatched:
@@ -50,12 +50,12 @@ class Dispatched(tuple[Tensor, ...]):
 class ExpertBuffer:
     """Moves tokens to their experts and back. Ranks hold equal runs of experts, the first rank the first ones.
 
-    A token goes once to each rank that needs it. With several nodes it goes once to each node, to the rank that has there the
-    index which its own rank has here, and that one forwards it. No token is dropped. For the same number of ranks and of
-    ranks a node, results are the same bits run after run, whatever the transport.
+    A token goes once to each rank that needs it. With several nodes it goes once to each node, to the rank that has there
+    the index which its own rank has here, and that one forwards it. No token is dropped. For the same number of ranks and
+    of ranks a node, results are the same bits run after run, whatever the transport.
 
-    All ranks of the group make the buffer together, and use it equally often, forward and backward; one that has no tokens
-    dispatches none.
+    All ranks of the group make the buffer together, and use it equally often, forward and backward; one that has no
+    tokens dispatches none.
 
     Args:
         group: the ranks that share the experts; None: the default process group, or with "local" this rank on its own.
@@ -66,8 +66,8 @@ class ExpertBuffer:
         wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's, or torch.float32.
 
     Raises:
-        ValueError: a transport that is unknown or does not fit the group, numbers that do not divide, and, on every rank,
-            numbers that differ between ranks.
+        ValueError: a transport that is unknown or does not fit the group, numbers that do not divide, and, on every
+            rank, numbers that differ between ranks.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class ExpertBuffer:
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends every token to its experts; differentiable in x and topk_weights.
 
-        "collective" reads all ranks' counts once on the host. "local" never waits for the device, so it does not look at the
-        expert ids.
+        "collective" reads all ranks' counts once on the host. "local" never waits for the device, so it does not look at
+        the expert ids.
 
         Args:
             x: [T, H], bf16, fp16, fp32 or fp64; ranks may differ in T, and have T = 0.
@@ -116,7 +116,8 @@ class ExpertBuffer:
             topk_weights: fp32 [T, k].
 
         Raises:
-            ValueError: shapes, dtypes or expert ids that do not fit; on every rank if on one, or if H, k or a dtype differ.
+            ValueError: shapes, dtypes or expert ids that do not fit; raised on every rank if they do not on one, or if H,
+                k or a dtype differ.
         """
         slots, weights, rows = topk_idx, topk_weights, x.to(self.wire_dtype or x.dtype)
         ways: list[Tensor] = []
@@ -144,8 +145,8 @@ class ExpertBuffer:
     def combine(self, y: Tensor, handle: Dispatched) -> Tensor:
         """Brings the rows y [R, H] home and sums each token's, unweighted -> [T, H]; differentiable in y.
 
-        In fp32: experts ascending within a rank, then ranks ascending within a node, then nodes ascending, with one rounding
-        after each. Raises ValueError where y has not the shape of the rows that were dispatched.
+        In fp32: experts ascending within a rank, then ranks ascending within a node, then nodes ascending, with one
+        rounding after each. Raises ValueError where y has not the shape of the rows that were dispatched.
         """
         if y.shape != handle.x.shape:
             raise ValueError(f"combine: y must be {tuple(handle.x.shape)} like handle.x, got {tuple(y.shape)}")
@@ -160,6 +161,6 @@ class ExpertBuffer:
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 raise ValueError(
-                    f"num_experts, ranks_per_node and wire_dtype must be the same on all ranks, got {everyone[0]} on rank 0 "
-                    f"and {other} on rank {rank}"
+                    "num_experts, ranks_per_node and wire_dtype must be the same on all ranks, got "
+                    f"{everyone[0]} on rank 0 and {other} on rank {rank}"
                 )

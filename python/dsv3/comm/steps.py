@@ -1,4 +1,4 @@
-"""The steps of which a dispatch is made: each copies tokens to destinations, and the way back adds a token's copies up."""
+"""The steps of a dispatch: each copies tokens to their destinations, and the way back adds a token's copies up."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def copies_to(destination: Tensor, num_destinations: int, num_rows: int) -> tupl
 
 
 def distinct(destination: Tensor, num_destinations: int) -> Tensor:
-    """Each token's destinations (int64 [T, k], num_destinations for none) once -> int64 [T, min(k, num_destinations)]."""
+    """Each token's destinations once: int64 [T, k], num_destinations for none -> [T, min(k, num_destinations)]."""
     ordered = destination.sort(-1).values
     again = ordered[:, 1:] == ordered[:, :-1]
     ordered[:, 1:].masked_fill_(again, num_destinations)

@@ -26,8 +26,8 @@ _REPLICA, _EXPERT = "replica", "expert"
 class ExpertParallel(DataParallel):
     """All ranks train on data of their own; of the routed experts each holds one of `ep` equal runs.
 
-    The runs lie on `ep` consecutive ranks, which dispatch tokens to each other; ranks that are `ep` apart hold the same run.
-    All other parameters are on every rank.
+    The runs lie on `ep` consecutive ranks, which dispatch tokens to each other; ranks that are `ep` apart hold the same
+    run. All other parameters are on every rank.
     """
 
     mesh: DeviceMesh = field(kw_only=True)  # [replicas, ep]
@@ -56,7 +56,7 @@ class ExpertParallel(DataParallel):
         return range(layout.num_experts)[layout.rank * layout.num_local_experts :][: layout.num_local_experts]
 
     def apply(self, model: DeepSeekV3) -> None:
-        """Leaves `model`, on any device, meta included, with this rank's experts alone and the buffer that joins them."""
+        """Leaves `model`, on any device or meta, with this rank's experts alone and the buffer that joins them."""
         held = self.experts
         for moe in (module for module in model.modules() if isinstance(module, MoE)):
             for name, weight in list(moe.experts.named_parameters()):
@@ -70,7 +70,7 @@ class ExpertParallel(DataParallel):
         buffers.sync_weights()
 
     def reduce_gradients(self, buffers: ParamBuffers) -> None:
-        """Sums main_grad: of experts over the ranks that hold the same ones, to which their tokens' gradients have come."""
+        """Sums main_grad over the ranks; that of experts over those that hold the same ones."""
         self.sum(buffers.dense.main_grad)
         dist.all_reduce(buffers.expert.main_grad, group=self.mesh.get_group(_REPLICA))
 

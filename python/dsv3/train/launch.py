@@ -117,15 +117,16 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
 
 
 def _model(model_config: Config, config: TrainConfig, parallel: DataParallel) -> DeepSeekV3:
-    """This rank's part of a new model; what other ranks hold never takes memory here."""
+    """This rank's part of a new model; experts of other ranks never take memory here."""
+    split = isinstance(parallel, ExpertParallel)
     recompute = RECOMPUTE if config.recompute else frozenset()
-    model = DeepSeekV3(model_config, device="meta", dtype=_dtype(config.precision), recompute=recompute)
-    first_expert = 0
-    if isinstance(parallel, ExpertParallel):
+    device = "meta" if split else parallel.device  # torch takes half a second for its first tensor on meta
+    model = DeepSeekV3(model_config, device=device, dtype=_dtype(config.precision), recompute=recompute)
+    if split:
         parallel.apply(model)
-        first_expert = parallel.experts.start
+        model.to_empty(device=parallel.device)
     model.set_precision("fp8" if config.precision == "fp8" else "bf16")
-    return model.to_empty(device=parallel.device).init_weights(seed=config.seed, first_expert=first_expert)
+    return model.init_weights(seed=config.seed, first_expert=parallel.experts.start if split else 0)
 
 
 def _model_config(config: TrainConfig) -> Config:
