@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3 import train
+from dsv3.model import DeepSeekV3
 from dsv3.parallel.data import DataParallel
 from dsv3.train import launch
 from dsv3.train.config import TrainConfig
@@ -32,6 +33,15 @@ def first_step(trainer: Trainer) -> dict[str, dict[str, Tensor] | float]:
     return {"start": start, "grads": grads, "norm": float(trainer.parallel.grad_norm(buffers))}
 
 
+def assert_whole_models_are_cut(trainer: Trainer) -> None:
+    """A model that has all its weights becomes, once split, the one that was never whole."""
+    model = DeepSeekV3(trainer.model.config, dtype=torch.float32).init_weights(trainer.config.seed)
+    trainer.parallel.apply(model)
+    expected = trainer.model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def run_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
     return same_losses(tokens, out, ep=ep, micro_batch=2, max_steps=10, eval_every=5, eval_sequences=6)
 
@@ -46,7 +56,9 @@ def main() -> None:
     parallel = DataParallel.start("cpu")
     for ep in (2, 4):
         config = run_config(tokens, out / f"ep{ep}", ep)
-        torch.save(first_step(trainer_of(config, parallel)), out / f"first-{ep}-{parallel.rank}.pt")
+        trainer = trainer_of(config, parallel)
+        assert_whole_models_are_cut(trainer)
+        torch.save(first_step(trainer), out / f"first-{ep}-{parallel.rank}.pt")
         assert train.run(config) == 0
 
     whole, parts = (resumed_config(tokens, out / name) for name in ("whole", "parts"))

@@ -84,6 +84,6 @@ class ExpertParallel(DataParallel):
         if not is_expert_param(name):
             return part
         # A mesh of the tensor's kind of device (averages lie on the CPU), else from_local would move it.
-        groups = [self.mesh.get_group(name) for name in (_REPLICA, _EXPERT)]
+        groups = [self.mesh.get_group(dim) for dim in (_REPLICA, _EXPERT)]
         mesh = DeviceMesh.from_group(groups, part.device.type, self.mesh.mesh, mesh_dim_names=(_REPLICA, _EXPERT))
         return DTensor.from_local(part, mesh, [Replicate(), Shard(0)], run_check=False)
