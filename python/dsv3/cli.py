@@ -39,6 +39,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[CONFIG.toml|.json] [KEY=VALUE]...", show_default=False)
     ] = None,
     precision: Annotated[str | None, typer.Option(help="short for precision=: bf16, fp8 or fp32")] = None,
+    ep: Annotated[int | None, typer.Option(help="short for ep=: ranks that share the experts, under torchrun")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest intact checkpoint")] = False,
 ) -> int:
     """Train as a TrainConfig file and key=value overrides say, alone or under torchrun."""
@@ -51,7 +52,8 @@ def train(
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
         raise ValueError(f"expected one config file and key=value overrides, found {' and '.join(files)}")
-    overrides = [a for a in arguments if "=" in a] + ([f"precision={precision}"] if precision else [])
+    overrides = [a for a in arguments if "=" in a]
+    overrides += [f"{key}={value}" for key, value in (("precision", precision), ("ep", ep)) if value is not None]
     config = TrainConfig.load(files[0] if files else None, overrides)
     return run(config, resume=resume, callbacks=[ShowProgress(Console(highlight=False))])
 

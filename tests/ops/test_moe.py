@@ -140,7 +140,7 @@ def test_sum_is_in_fp32(device):
 
 
 def test_local_buffer(device):
-    buffer = ExpertBuffer(6, transport="local")
+    buffer = ExpertBuffer(num_experts=6, transport="local")
     x = torch.randn(20, 8, device=device, requires_grad=True)
     index = torch.rand(20, 6, device=device).argsort(-1)[:, :2].contiguous()
     weights = torch.rand(20, 2, device=device, requires_grad=True)
@@ -152,8 +152,8 @@ def test_local_buffer(device):
     out.sum().backward()
     torch.testing.assert_close(x.grad, weights.sum(1, keepdim=True).expand_as(x))
     torch.testing.assert_close(weights.grad, x.sum(1, keepdim=True).expand_as(weights))
-    with pytest.raises(ValueError, match="transport must be one of local, got 'pigeon'"):
-        ExpertBuffer(6, transport="pigeon")
+    with pytest.raises(ValueError, match="transport must be one of auto, local, collective, got 'pigeon'"):
+        ExpertBuffer(num_experts=6, transport="pigeon")
 
 
 # ---- registration, compilation, errors ----

@@ -99,7 +99,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, num_experts=num_experts, **at)
         inter = config.moe_intermediate_size * config.n_shared_experts
         self.shared = MLP(config.hidden_size, inter, **at) if inter else None
-        self.buffer = ExpertBuffer(config.n_routed_experts, transport="local")
+        self.buffer = ExpertBuffer(num_experts=config.n_routed_experts, transport="local")
 
 
 def balance_loss(logits: Tensor, segment: Tensor | int, *, topk: int, score: str) -> Tensor:

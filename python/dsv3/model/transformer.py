@@ -127,17 +127,18 @@ class DeepSeekV3(nn.Module):
         save_pretrained(self, path, **options)
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> DeepSeekV3:
+    def init_weights(self, seed: int = 0, *, first_expert: int = 0) -> DeepSeekV3:
         """Normal weights of std config.initializer_range, unit norms, zero gate biases.
 
         Every matrix, and every expert, has a generator of its own, seeded with its name: values do not depend on what else
-        this process holds.
+        this process holds. first_expert: the number of the first expert held here, where others are held elsewhere.
         """
         for name, param in self.named_parameters():
             if param.dim() == 1:
                 param.fill_(1.0)
                 continue
-            for index, part in enumerate(param.unbind(0) if param.dim() == 3 else [param]):
+            parts, first = (param.unbind(0), first_expert) if param.dim() == 3 else ([param], 0)
+            for index, part in enumerate(parts, start=first):
                 generator = torch.Generator(part.device).manual_seed(zlib.crc32(f"{seed}/{name}/{index}".encode()))
                 part.normal_(0.0, self.config.initializer_range, generator=generator)
         for name, buffer in self.named_buffers():

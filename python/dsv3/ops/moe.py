@@ -153,8 +153,10 @@ def _launch_permutation(outputs: Any, topk_idx: Tensor, num_experts: int) -> Non
     native().moe_permutation(*outputs, topk_idx.new_empty(blocks, num_experts, dtype=torch.int32), topk_idx)
 
 
-def _supports_rows(x: Tensor, position: Tensor) -> str | None:
+def _supports_rows(x: Tensor, position: Tensor, rows: int) -> str | None:
     size = 16 // x.element_size()
+    if rows != position.numel():
+        return f"{rows} rows are not one for each of {position.numel()} positions"
     if x.shape[1] % size or position.shape[1] > 16:
         return f"hidden {x.shape[1]} is not a multiple of {size}, or topk {position.shape[1]} is more than 16"
     return check_dtype("x", x, torch.bfloat16, torch.float32)
@@ -170,19 +172,19 @@ define(
 )
 define(
     "moe_permute(Tensor x, Tensor source, Tensor position) -> Tensor",
-    shapes="x [T,H] bf16|fp32, source [T*k], position [T,k] int64 -> rows [T*k,H]",
+    shapes="x [T,H] bf16|fp32, source [R], position [T,k] int64 -> rows [R,H], R <= T*k (native R = T*k)",
     reference=reference.moe_permute,
     allocate=lambda x, source, position: x.new_empty(source.shape[0], x.shape[1]),
     launch=lambda rows, x, source, position: native().moe_permute(rows, x, position),
-    supports=lambda x, source, position: _supports_rows(x, position),
+    supports=lambda x, source, position: _supports_rows(x, position, source.shape[0]),
 )
 define(
     "moe_unpermute(Tensor y, Tensor position, Tensor? weights) -> Tensor",
-    shapes="y [T*k,H] bf16|fp32, position [T,k] int64, weights [T,k] fp32 -> [T,H]",
+    shapes="y [R,H] bf16|fp32, position [T,k] int64 in 0..R-1, weights [T,k] fp32 -> [T,H] (native R = T*k)",
     reference=reference.moe_unpermute,
     allocate=lambda y, position, weights: y.new_empty(position.shape[0], y.shape[1]),
     launch=lambda out, *args: native().moe_unpermute(out, *args),
-    supports=lambda y, position, weights: _supports_rows(y, position),
+    supports=lambda y, position, weights: _supports_rows(y, position, y.shape[0]),
 )
 
 

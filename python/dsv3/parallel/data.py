@@ -80,6 +80,14 @@ class DataParallel:
         for group in buffers.groups:
             self.sum(group.main_grad)
 
+    def grad_norm(self, buffers: ParamBuffers) -> Tensor:
+        """L2 norm of the whole model's reduced gradient, fp32 []; the same bits on every rank."""
+        return buffers.grad_norm()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of parameter `name` (weight, moment, average) as checkpoints have it; it shares the memory of `part`."""
+        return part
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums `tensor` over the ranks, in place."""
         if self.world > 1:

@@ -19,7 +19,7 @@ _CHOICES = {
     "init_optimizer": ("keep", "fresh"),
     "lr_schedule": LearningRate.SHAPES,
 }
-_POSITIVE = ("seq_len", "batch", "micro_batch", "lr", "clip", "save_every", "keep", "max_skips", "log_load_every")
+_POSITIVE = ("ep", "seq_len", "batch", "micro_batch", "lr", "clip", "save_every", "keep", "max_skips", "log_load_every")
 _FRACTIONS = ("beta1", "beta2", "ema_decay", "fim_rate", "mtp_switch", "gamma_until", "lr_final", "decay_fraction")
 
 
@@ -45,6 +45,7 @@ class TrainConfig:
     precision: str = "bf16"  # dtype of weights and activations: "bf16" or "fp32"; "fp8": bf16 with FP8 linear layers
     deterministic: bool = False  # same bits from run to run on a GPU; a CPU always gives them
     seed: int = 0
+    ep: int = 1  # consecutive ranks that share the routed experts among them
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
     # batch, in sequences
     seq_len: int = 4096

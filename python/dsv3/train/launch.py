@@ -14,6 +14,7 @@ from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
 from dsv3.parallel.data import DataParallel
+from dsv3.parallel.expert import ExpertParallel
 from dsv3.terminal import command
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig, check_key
@@ -103,18 +104,29 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
     sizes = {"seq_len": config.seq_len, "vocab_size": model_config.vocab_size}
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
-    recompute = RECOMPUTE if config.recompute else frozenset()
-    model = DeepSeekV3(model_config, device=parallel.device, dtype=_dtype(config.precision), recompute=recompute)
-    model.set_precision("fp8" if config.precision == "fp8" else "bf16")
-    model.init_weights(seed=config.seed)
+    if config.ep > 1:
+        parallel = ExpertParallel.split(parallel, config.ep, model_config.n_routed_experts)
     return Trainer(
-        model,
+        _model(model_config, config, parallel),
         config,
         BatchReader(dataset, rank=parallel.rank, world_size=parallel.world),
         validation=ValidationSet(config.data, **sizes) if has_validation else None,
         parallel=parallel,
         callbacks=callbacks,
     )
+
+
+def _model(model_config: Config, config: TrainConfig, parallel: DataParallel) -> DeepSeekV3:
+    """This rank's part of a new model; experts of other ranks never take memory here."""
+    split = isinstance(parallel, ExpertParallel)
+    recompute = RECOMPUTE if config.recompute else frozenset()
+    device = "meta" if split else parallel.device  # torch takes half a second for its first tensor on meta
+    model = DeepSeekV3(model_config, device=device, dtype=_dtype(config.precision), recompute=recompute)
+    if split:
+        parallel.apply(model)
+        model.to_empty(device=parallel.device)
+    model.set_precision("fp8" if config.precision == "fp8" else "bf16")
+    return model.init_weights(seed=config.seed, first_expert=parallel.experts.start if split else 0)
 
 
 def _model_config(config: TrainConfig) -> Config:

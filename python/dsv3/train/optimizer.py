@@ -42,13 +42,14 @@ class AdamW:
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
         self._lr = torch.zeros((), device=device)
 
-    def step(self, lr: float, loss: Tensor) -> StepResult:
+    def step(self, lr: float, loss: Tensor, grad_norm: Tensor | None = None) -> StepResult:
         """Clips main_grad to the global norm, updates master and weights, and clears main_grad.
 
         loss: [], the step's loss; if it or the gradient norm is not finite, weights, moments and step_count stay.
+        grad_norm: fp32 [], the global norm where these buffers hold a part of the model; None: the buffers' own.
         """
         buffers = self.buffers
-        norm = buffers.grad_norm()
+        norm = buffers.grad_norm() if grad_norm is None else grad_norm
         skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
         scale = (self.clip / norm).clamp(max=1.0)
         self._lr.fill_(lr)

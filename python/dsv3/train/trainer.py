@@ -7,8 +7,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,7 +128,7 @@ class Trainer:
         agreed = [float(stop_requested), self._clock.seconds() if self.parallel.is_first else 0.0]
         values = self.parallel.sum(torch.cat([losses, *(losses.new_full((1,), value) for value in agreed)]))
         load = self.parallel.sum(load)
-        result = self.optimizer.step(lr, values[0])
+        result = self.optimizer.step(lr, values[0], self.parallel.grad_norm(self.buffers))
         self.model.refresh_fp8()
         self.bias.update(load, gamma, result.skip)
         self.step += 1
@@ -215,12 +216,7 @@ class Trainer:
         if self.validation is None:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # nats, targets
-        micro = self.config.micro_batch
-        for number, (tokens, mask) in enumerate(self.validation.batches(micro)):
-            if max_sequences and number * micro >= max_sequences:
-                break
-            if number % self.parallel.world != self.parallel.rank:
-                continue
+        for tokens, mask in self._share(self.validation.batches(self.config.micro_batch), max_sequences):
             batch = Batch(tokens.to(self.parallel.device), mask.to(self.parallel.device))
             loss = self.model.loss(batch, mtp_weight=0.0, balance_alpha=0.0)
             sums += torch.stack([loss.ce.double() * loss.num_tokens, torch.as_tensor(loss.num_tokens).double()])
@@ -232,6 +228,16 @@ class Trainer:
         )
         self._call("on_eval", report)
         return report
+
+    def _share(self, batches: Iterator[tuple[Tensor, Tensor]], max_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of (tokens, mask) batches, as many as every other's, since ranks may need each other's experts:
+        where nothing is left for it, a batch of which nothing counts."""
+        rank, world = self.parallel.rank, self.parallel.world
+        if max_sequences:
+            batches = islice(batches, -(-max_sequences // self.config.micro_batch))
+        while turn := list(islice(batches, world)):
+            tokens, mask = turn[min(rank, len(turn) - 1)]
+            yield tokens, mask if rank < len(turn) else torch.zeros_like(mask)
 
     # ---- checkpoints ----
     def save(self) -> Path:
@@ -316,13 +322,13 @@ class Trainer:
         state: checkpoint.State = {name: {} for name in ("master", "exp_avg", "exp_avg_sq")}
         for slot, group in self.buffers.slots():
             for name in state:
-                state[name][slot.name] = slot.view(getattr(group, name))
+                state[name][slot.name] = self.parallel.whole(slot.name, slot.view(getattr(group, name)))
         optimizer = self.optimizer
         state["optimizer"] = {n: getattr(optimizer, n) for n in ("step_count", "skipped", "skipped_in_row")}
         if self.bias.bias.numel():
             state["expert_bias"] = self.bias.bias
         if self.ema:
-            state["ema"] = self.ema.views()
+            state["ema"] = {name: self.parallel.whole(name, view) for name, view in self.ema.views().items()}
         rng = {"cpu": torch.get_rng_state()}
         if self.parallel.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.parallel.device)

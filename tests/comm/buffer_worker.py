@@ -1,0 +1,134 @@
+"""What the buffer tests start under torchrun: eight processes that leave their results. Argument: a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3.comm import Dispatched, ExpertBuffer
+from tests.comm.cases import CASES, Case, experts, inputs
+
+
+def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
+    """A forward and a backward of dispatch, experts and combine."""
+    x, idx, weights, dout = inputs(case, rank)
+    x.requires_grad_()
+    weights.requires_grad_()
+    handle = buffer.dispatch(x, idx, weights)
+    first = buffer.layout.num_local_experts * buffer.layout.rank
+    expert = torch.arange(first, first + handle.offsets.numel() - 1).repeat_interleave(handle.offsets.diff())
+    out = buffer.combine(experts(handle.x, handle.topk_weights, expert), handle)
+    out.backward(dout)
+    apart = Dispatched(*(t.detach() for t in handle))
+    again = buffer.combine(experts(apart.x, apart.topk_weights, expert), apart)
+    assert torch.equal(again, out), "a handle is its tensors"
+    return {
+        "x": handle.x.detach(),
+        "weights": handle.topk_weights.detach(),
+        "offsets": handle.offsets,
+        "out": out.detach(),
+        "dx": x.grad,
+        "dweights": weights.grad,
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def buffer_for(group: dist.ProcessGroup, case: Case) -> ExpertBuffer:
+    return ExpertBuffer(group, num_experts=case.num_experts, ranks_per_node=case.per_node, wire_dtype=case.wire)
+
+
+def one_rank_alone(group: dist.ProcessGroup) -> None:
+    """The transports agree bit for bit, forward and backward."""
+    for case in (Case(1, 1), Case(1, 1, dtype=torch.bfloat16), Case(1, 1, dtype=torch.bfloat16, wire=torch.float32)):
+        made = [
+            ExpertBuffer(group, num_experts=16, transport=transport, wire_dtype=case.wire)
+            for transport in ("local", "collective")
+        ]
+        local, collective = (run(buffer, case, 0) for buffer in made)
+        assert same(local, collective)
+    assert ExpertBuffer(group, num_experts=16).transport == "local"
+
+
+def two_groups_at_once(group: dist.ProcessGroup, rank: int) -> None:
+    """Buffers do not disturb each other: their calls may be nested."""
+    case = Case(4, 4)
+    buffers = [ExpertBuffer(group, num_experts=16, ranks_per_node=n) for n in (4, 2)]
+    x, idx, weights, _ = inputs(case, rank)
+    handles = [buffer.dispatch(x, idx, weights) for buffer in buffers]
+    nested = [b.combine(h.x, h) for b, h in reversed(list(zip(buffers, handles, strict=True)))]
+    apart = [b.combine(h.x, h) for b, h in ((b, b.dispatch(x, idx, weights)) for b in reversed(buffers))]
+    assert all(torch.equal(a, b) for a, b in zip(nested, apart, strict=True))
+
+
+def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
+    """What two ranks say to mistakes of the second; afterwards the buffer works as before."""
+    said: dict[str, str] = {}
+    buffer = ExpertBuffer(group, num_experts=8)
+    x, idx, weights = torch.randn(3, 8), torch.tensor([[0, 7], [1, 2], [3, 4]]), torch.rand(3, 2)
+    bad = {
+        "hidden": (x[:, :4], idx, weights),
+        "dtype": (x.bfloat16(), idx, weights),
+        "topk": (x, idx[:, :1], weights[:, :1]),
+        "tokens": (x[:2], idx, weights),
+        "weights": (x, idx, weights[:, :1]),
+        "ids": (x, idx + 1, weights),
+        "negative": (x, idx - 1, weights),
+        "index": (x, idx.int(), weights),
+    }
+    for name, arguments in bad.items():
+        try:
+            buffer.dispatch(*(arguments if rank == 1 else (x, idx, weights)))
+        except ValueError as error:
+            said[name] = str(error)
+    handle = buffer.dispatch(x, idx, weights)
+    try:
+        buffer.combine(handle.x[1:], handle)
+    except ValueError as error:
+        said["rows"] = str(error)
+    torch.testing.assert_close(buffer.combine(handle.x, handle), 2 * x)
+    settings: dict[str, dict[str, Any]] = {
+        "differ": {"num_experts": 8 * (rank + 1)},
+        "experts": {"num_experts": 7},
+        "nodes": {"num_experts": 8, "ranks_per_node": 3},
+        "local": {"num_experts": 8, "transport": "local"},
+    }
+    for name, setting in settings.items():
+        try:
+            ExpertBuffer(group, **setting)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, out = dist.get_rank(), Path(sys.argv[1])
+    groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}
+    results: dict[str, Any] = {}
+    for case in CASES:
+        if rank < case.ranks:
+            buffer = buffer_for(groups[case.ranks], case)
+            results[case.name] = run(buffer, case, rank)
+            assert same(results[case.name], run(buffer, case, rank)), f"{case.name}: other bits the second time"
+    if rank < 1:
+        one_rank_alone(groups[1])
+    if rank < 2:
+        results["errors"] = errors(groups[2], rank)
+    if rank < 4:
+        two_groups_at_once(groups[4], rank)
+    torch.save(results, out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What the expert-parallel test starts under torchrun: runs of four processes. Arguments: tokens, out."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3 import train
+from dsv3.model import DeepSeekV3
+from dsv3.parallel.data import DataParallel
+from dsv3.train import launch
+from dsv3.train.config import TrainConfig
+from dsv3.train.trainer import Trainer
+from tests.train.common import micro, same_losses
+
+
+def trainer_of(config: TrainConfig, parallel: DataParallel) -> Trainer:
+    return launch._trainer(config, parallel, [])
+
+
+def first_step(trainer: Trainer) -> dict[str, dict[str, Tensor] | float]:
+    """Master weights at the start, the reduced gradients of the first step and their norm."""
+    buffers = trainer.buffers
+    start = {slot.name: slot.view(group.master).clone() for slot, group in buffers.slots()}
+    trainer._accumulate_gradients(trainer.config.batch, 0.3)
+    trainer.parallel.reduce_gradients(buffers)
+    grads = {slot.name: slot.view(group.main_grad).clone() for slot, group in buffers.slots()}
+    return {"start": start, "grads": grads, "norm": float(trainer.parallel.grad_norm(buffers))}
+
+
+def assert_whole_models_are_cut(trainer: Trainer) -> None:
+    """A model that has all its weights becomes, once split, the one that was never whole."""
+    model = DeepSeekV3(trainer.model.config, dtype=torch.float32).init_weights(trainer.config.seed)
+    trainer.parallel.apply(model)
+    expected = trainer.model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def run_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
+    return same_losses(tokens, out, ep=ep, micro_batch=2, max_steps=10, eval_every=5, eval_sequences=6)
+
+
+def resumed_config(tokens: Path, out: Path) -> TrainConfig:
+    return micro(tokens, out, ep=2, micro_batch=2, max_steps=6, save_every=3, ema_decay=0.9, fim_rate=0.5, gamma=0.01)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
+    parallel = DataParallel.start("cpu")
+    for ep in (2, 4):
+        config = run_config(tokens, out / f"ep{ep}", ep)
+        trainer = trainer_of(config, parallel)
+        assert_whole_models_are_cut(trainer)
+        torch.save(first_step(trainer), out / f"first-{ep}-{parallel.rank}.pt")
+        assert train.run(config) == 0
+
+    whole, parts = (resumed_config(tokens, out / name) for name in ("whole", "parts"))
+    assert train.run(whole) == 0
+    if parallel.is_first:
+        shutil.copytree(whole.out, parts.out, ignore=shutil.ignore_patterns("step-00000006"))
+    dist.barrier()
+    assert train.run(parts, resume=True) == 0
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Four gloo processes that share their experts train as one process does, and their checkpoints are like its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3 import train
+from dsv3.cli import _run
+from dsv3.model import is_expert_param
+from dsv3.parallel.data import DataParallel
+from dsv3.train import checkpoint
+from tests.parallel.expert_worker import first_step, resumed_config, run_config, trainer_of
+from tests.train.common import MODEL, Recorder, make_tokens, micro
+from tests.train.test_resume import tensors
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokens(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes leave: runs ep2, ep4, whole and parts, and first-<ep>-<rank>.pt."""
+    out = tmp_path_factory.mktemp("runs")
+    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(out)]
+    done = subprocess.run([*TORCHRUN, "4", *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def single(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Recorder]:
+    """The first step and the run of one process."""
+    config = run_config(tokens, tmp_path_factory.mktemp("single"), 1)
+    recorder = Recorder()
+    assert train.run(config, callbacks=[recorder]) == 0
+    return first_step(trainer_of(config, DataParallel())), recorder
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[str, Any], Recorder], ep: int) -> None:
+    """The same initial weights bit for bit; gradients within 1e-5 of each tensor's norm; experts where they belong."""
+    expected, _ = single
+    local = MODEL["n_routed_experts"] // ep
+    for rank in range(4):
+        found = torch.load(runs / f"first-{ep}-{rank}.pt")
+        assert found["start"].keys() == expected["start"].keys()
+        assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+        held = slice(rank % ep * local, (rank % ep + 1) * local)
+        for name, grad in expected["grads"].items():
+            part = held if is_expert_param(name) else slice(None)
+            assert torch.equal(found["start"][name], expected["start"][name][part]), name
+            assert torch.linalg.vector_norm(found["grads"][name] - grad[part]) <= 1e-5 * grad[part].norm(), name
+            assert grad[part].norm() > 0, name
+    norms = {torch.load(runs / f"first-{ep}-{rank}.pt")["norm"] for rank in range(4)}
+    assert len(norms) == 1, "every rank clips by the same bits"
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_losses_are_those_of_one_process(runs: Path, single: tuple[dict[str, Any], Recorder], ep: int) -> None:
+    _, recorder = single
+    steps = [row for row in rows(runs / f"ep{ep}") if "loss" in row]
+    assert [row["loss"] for row in steps] == pytest.approx(recorder.losses, rel=1e-5)
+    assert [row["grad_norm"] for row in steps] == pytest.approx([r.grad_norm for r in recorder.steps], rel=1e-4)
+    loads = {row["step"]: row["expert_load"] for row in steps if "expert_load" in row}
+    assert loads == {r.step: r.expert_load.tolist() for r in recorder.steps if r.step in loads}
+    evals = [row["validation"]["bits_per_byte"] for row in rows(runs / f"ep{ep}") if "validation" in row]
+    assert evals == pytest.approx([report.bits_per_byte for report in recorder.evals], rel=1e-5)
+    assert len(evals) == 2, "in the first, one of the four ranks had nothing to score"
+
+
+def test_resume_is_bit_identical(runs: Path) -> None:
+    """Losses, weights, moments, average, bias and random generators."""
+    assert [row["loss"] for row in rows(runs / "whole") if "loss" in row] == [
+        row["loss"] for row in rows(runs / "parts") if "loss" in row
+    ]
+    first, second = tensors(runs / "whole"), tensors(runs / "parts")
+    assert first.keys() == second.keys()
+    assert {name.split(".")[0] for name in first} == {
+        "master", "exp_avg", "exp_avg_sq", "optimizer", "expert_bias", "ema", "rng_0", "rng_1", "rng_2", "rng_3",
+    }  # fmt: skip
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpoints_do_not_depend_on_the_split(runs: Path, tokens: Path, tmp_path: Path) -> None:
+    """One process loads what four have saved, every tensor whole; saved again and exported, the files are the same."""
+    saved = tensors(runs / "whole")
+    weight = next(t for name, t in saved.items() if name.startswith("master") and is_expert_param(name))
+    assert weight.shape[0] == MODEL["n_routed_experts"]
+    config = dataclasses.replace(resumed_config(tokens, runs / "whole"), ep=1)
+    trainer = trainer_of(config, DataParallel())
+    assert trainer.resume()
+    trainer.out, trainer.last_checkpoint = tmp_path / "alone", None
+    trainer.save()
+    again = tensors(tmp_path / "alone")
+    assert all(torch.equal(again[name], saved[name]) for name in again if not name.startswith("rng"))
+    for ema in (False, True):
+        for name, run in (("split", runs / "whole"), ("alone", tmp_path / "alone")):
+            train.export(run, tmp_path / f"{name}-{ema}", ema=ema)
+        files = sorted(path.name for path in (tmp_path / f"alone-{ema}").iterdir())
+        assert files == sorted(path.name for path in (tmp_path / f"split-{ema}").iterdir())
+        for file in files:
+            assert (tmp_path / f"split-{ema}" / file).read_bytes() == (tmp_path / f"alone-{ema}" / file).read_bytes()
+
+
+def test_another_split_continues(runs: Path, tokens: Path, tmp_path: Path) -> None:
+    """A single process goes on from the middle of a run of four, with the losses that the four had."""
+    out = tmp_path / "run"
+    recorder = Recorder()
+    config = dataclasses.replace(resumed_config(tokens, out), ep=1)
+    out.mkdir()
+    (out / "step-00000003").symlink_to(runs / "whole" / "step-00000003")
+    assert train.run(config, resume=True, callbacks=[recorder]) == 0
+    expected = [row["loss"] for row in rows(runs / "whole") if "loss" in row]
+    assert [r.step for r in recorder.steps] == [4, 5, 6]
+    assert recorder.losses == pytest.approx(expected[3:], rel=1e-3)
+
+
+def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
+    """The command itself, with two processes; and its checkpoint exported."""
+    config = micro(tokens, tmp_path / "run", max_steps=2)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", "2"]
+    done = subprocess.run([*TORCHRUN, "2", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
+    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == 2
+    found = checkpoint.find(tmp_path / "run")
+    assert (found / "__1_0.distcp").stat().st_size > 0.2 * (found / "__0_0.distcp").stat().st_size, (
+        "each writes its experts"
+    )
+    assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--ep", "2"],
+            "ep must divide the number of ranks, got ep 2 and 1: start it with torchrun --nproc-per-node 2",
+        ),
+        (["ep=0"], "ep must be positive, got 0"),
+    ],
+)
+def test_ranks_that_do_not_divide(
+    tokens: Path, tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(micro(tokens, tmp_path / "run").to_dict()))
+    assert _run(["train", str(tmp_path / "run.json"), *arguments]) == 2
+    assert capsys.readouterr().err == f"dsv3: {said}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("experts", [6, 0])
+def test_experts_that_do_not_divide(experts: int) -> None:
+    from dsv3.parallel.expert import ExpertParallel
+
+    with pytest.raises(ValueError, match=f"ep must divide the model's routed experts, got ep 4 and {experts} experts"):
+        ExpertParallel.split(DataParallel(world=4), 4, experts)
