@@ -105,7 +105,7 @@ def test_mistakes_are_said_on_every_rank(results: list[dict[str, Any]]) -> None:
         "topk": rf"{same}, got .* and \(8, 1, float32, float32\) on rank 1",
         "ids": r"expert ids must lie in 0\.\.7 on rank 1",
         "negative": r"expert ids must lie in 0\.\.7 on rank 1",
-        "rows": r"combine: y must be \(\d, 8\) like handle.x, got \(\d, 8\)",
+        "rows": r"combine: y must be \(\d, 8\) float32 like handle.x, got \(\d, 8\) float32",
         "differ": r"must be the same on all ranks, got \(8, None, None\) on rank 0 and \(16, None, None\) on rank 1",
         "experts": "num_experts must be a multiple of the ranks, got 7 experts for 2 ranks",
         "nodes": "ranks_per_node must divide the ranks, got 3 for 2 ranks",
@@ -115,8 +115,8 @@ def test_mistakes_are_said_on_every_rank(results: list[dict[str, Any]]) -> None:
         assert re.search(text, first[name]), first[name]
         assert re.search(text, second[name]), second[name]
     own = {
-        "tokens": r"x must be \(T, H\), topk_idx and topk_weights \(T, k\), got \(2, 8\), \(3, 2\), \(3, 2\)",
-        "weights": r"topk_idx and topk_weights \(T, k\), got \(3, 8\), \(3, 2\), \(3, 1\)",
+        "tokens": r"x must be \(T, H\), topk_idx and topk_weights \(T, k\) with k >= 1, got \(2, 8\), \(3, 2\), \(3, 2\)",
+        "weights": r"topk_idx and topk_weights \(T, k\) with k >= 1, got \(3, 8\), \(3, 2\), \(3, 1\)",
         "index": "topk_idx int64, got float32, int32, float32",
     }
     for name, text in own.items():
@@ -139,6 +139,20 @@ def test_without_a_process_group() -> None:
         ExpertBuffer(num_experts=8, wire_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"dispatch: x must be \(T, H\)"):
         ExpertBuffer(num_experts=8).dispatch(torch.zeros(2, 8), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("number", ["8", 8.0, True, None])
+def test_numbers_that_are_none(number: object) -> None:
+    with pytest.raises(ValueError, match="num_experts must be an int"):
+        ExpertBuffer(num_experts=number)
+
+
+def test_combine_takes_the_rows_as_they_came() -> None:
+    buffer = ExpertBuffer(num_experts=8)
+    handle = buffer.dispatch(torch.ones(2, 16), torch.tensor([[0, 3], [1, 0]]), torch.ones(2, 2))
+    for y in (handle.x.bfloat16(), handle.x.int(), handle.x[:3]):
+        with pytest.raises(ValueError, match=r"combine: y must be \(4, 16\) float32 like handle\.x, got \(\d, 16\)"):
+            buffer.combine(y, handle)
 
 
 def test_local_sums_experts_in_ascending_order(device: torch.device) -> None:

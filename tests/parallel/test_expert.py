@@ -16,7 +16,7 @@ from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import is_expert_param
 from dsv3.parallel.data import DataParallel
-from dsv3.train import checkpoint
+from dsv3.train import checkpoint, launch
 from tests.parallel.expert_worker import first_step, resumed_config, run_config, trainer_of
 from tests.train.common import MODEL, Recorder, make_tokens, micro
 from tests.train.test_resume import tensors
@@ -168,9 +168,17 @@ def test_ranks_that_do_not_divide(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("experts", [6, 0])
-def test_experts_that_do_not_divide(experts: int) -> None:
+def test_experts_that_do_not_divide() -> None:
     from dsv3.parallel.expert import ExpertParallel
 
-    with pytest.raises(ValueError, match=f"ep must divide the model's routed experts, got ep 4 and {experts} experts"):
-        ExpertParallel.split(DataParallel(world=4), 4, experts)
+    with pytest.raises(ValueError, match="ep must divide the model's routed experts, got ep 4 and 6 experts"):
+        ExpertParallel.split(DataParallel(world=4), 4, 6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_routed_experts": 0}, {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0}]
+)
+def test_models_without_experts(changes: dict[str, int], tokens: Path, tmp_path: Path) -> None:
+    config = micro(tokens, tmp_path, ep=2, model={**MODEL, **changes})
+    with pytest.raises(ValueError, match="ep 2 splits routed experts, and no layer of this model has any"):
+        launch._trainer(config, DataParallel(world=2), [])

@@ -54,8 +54,8 @@ class ExpertBuffer:
     the index which its own rank has here, and that one forwards it. No token is dropped. For the same number of ranks and
     of ranks a node, results are the same bits run after run, whatever the transport.
 
-    All ranks of the group make the buffer together, and use it equally often, forward and backward; one that has no
-    tokens dispatches none.
+    All ranks of the group make the buffer together, with the same transport, and use it equally often, forward and
+    backward; one that has no tokens dispatches none. Where a call fails on one rank alone, the others wait for it.
 
     Args:
         group: the ranks that share the experts; None: the default process group, or with "local" this rank on its own.
@@ -66,8 +66,8 @@ class ExpertBuffer:
         wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's, or torch.float32.
 
     Raises:
-        ValueError: a transport that is unknown or does not fit the group, numbers that do not divide, and, on every
-            rank, numbers that differ between ranks.
+        ValueError: a transport that is unknown or does not fit the group, a group without this process, numbers that are
+            no ints or do not divide, and, on every rank, numbers that differ between ranks.
     """
 
     def __init__(
@@ -81,6 +81,9 @@ class ExpertBuffer:
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+        for name, number in (("num_experts", num_experts), ("ranks_per_node", ranks_per_node)):
+            if type(number) is not int and (number is not None or name == "num_experts"):
+                raise ValueError(f"{name} must be an int, got {number!r}")
         if wire_dtype not in (None, torch.float32):
             raise ValueError(f"wire_dtype must be None or torch.float32, got {wire_dtype}")
         if transport == "collective" and not dist.is_initialized():
@@ -89,6 +92,8 @@ class ExpertBuffer:
             )
         alone = not dist.is_initialized() or (transport == "local" and group is None)
         ranks, rank = (1, 0) if alone else (dist.get_world_size(group), dist.get_rank(group))
+        if rank < 0:
+            raise ValueError("this process is not one of the group's ranks")
         if transport == "local" and ranks > 1:
             raise ValueError(f"transport local is for one rank, and the group has {ranks}")
         width = ranks if ranks_per_node is None else ranks_per_node
@@ -113,11 +118,11 @@ class ExpertBuffer:
         Args:
             x: [T, H], bf16, fp16, fp32 or fp64; ranks may differ in T, and have T = 0.
             topk_idx: int64 [T, k], experts in 0..E-1.
-            topk_weights: fp32 [T, k].
+            topk_weights: fp32 [T, k]; of another float dtype, so are the handle's.
 
         Raises:
-            ValueError: shapes, dtypes or expert ids that do not fit; raised on every rank if they do not on one, or if H,
-                k or a dtype differ.
+            ValueError: shapes, dtypes or ("collective" only) expert ids that do not fit; raised on every rank if they do
+                not on one, or if H, k or a dtype differ.
         """
         slots, weights, rows = topk_idx, topk_weights, x.to(self.wire_dtype or x.dtype)
         ways: list[Tensor] = []
@@ -146,10 +151,12 @@ class ExpertBuffer:
         """Brings the rows y [R, H] home and sums each token's, unweighted -> [T, H]; differentiable in y.
 
         In fp32: experts ascending within a rank, then ranks ascending within a node, then nodes ascending, with one
-        rounding after each. Raises ValueError where y has not the shape of the rows that were dispatched.
+        rounding after each. Raises ValueError, on this rank alone, where y has not the shape and dtype of the rows that were
+        dispatched.
         """
-        if y.shape != handle.x.shape:
-            raise ValueError(f"combine: y must be {tuple(handle.x.shape)} like handle.x, got {tuple(y.shape)}")
+        if (y.shape, y.dtype) != (handle.x.shape, handle.x.dtype):
+            expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (handle.x, y))
+            raise ValueError(f"combine: y must be {expected} like handle.x, got {got}")
         out = y.to(self.wire_dtype or y.dtype)
         for step in reversed(handle.steps(self.group)):
             out = add_up(out, step)

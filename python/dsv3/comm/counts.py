@@ -90,7 +90,7 @@ def problem(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> str | None:
         or shapes[0][0] != shapes[1][0]
         or not shapes[1][1]
     ):
-        return f"x must be (T, H), topk_idx and topk_weights (T, k), got {', '.join(map(str, shapes))}"
+        return f"x must be (T, H), topk_idx and topk_weights (T, k) with k >= 1, got {', '.join(map(str, shapes))}"
     if topk_idx.dtype != torch.int64 or not {x.dtype, topk_weights.dtype} <= set(DTYPES):
         dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (x, topk_idx, topk_weights))
         return f"x and topk_weights must be floats and topk_idx int64, got {dtypes}"

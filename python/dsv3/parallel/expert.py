@@ -42,7 +42,7 @@ class ExpertParallel(DataParallel):
         if parallel.world % ep:
             hint = f"start it with torchrun --nproc-per-node {ep}"
             raise ValueError(f"ep must divide the number of ranks, got ep {ep} and {parallel.world}: {hint}")
-        if not num_experts or num_experts % ep:
+        if num_experts % ep:
             raise ValueError(f"ep must divide the model's routed experts, got ep {ep} and {num_experts} experts")
         shape = (parallel.world // ep, ep)
         mesh = init_device_mesh(parallel.device.type, shape, mesh_dim_names=(_REPLICA, _EXPERT))

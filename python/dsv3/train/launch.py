@@ -105,6 +105,9 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
     if config.ep > 1:
+        layers = model_config.num_hidden_layers + model_config.num_nextn_predict_layers
+        if not any(map(model_config.is_moe, range(layers))):
+            raise ValueError(f"ep {config.ep} splits routed experts, and no layer of this model has any")
         parallel = ExpertParallel.split(parallel, config.ep, model_config.n_routed_experts)
     return Trainer(
         _model(model_config, config, parallel),
