@@ -183,29 +183,33 @@ class _Fp8MLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (*x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
         need_dx, _, need_first, need_second = ctx.needs_input_grad[:4]
+        # What is large is let go as soon as it has been used: here a step's memory is at its highest.
         dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
+        del dy_cast
 
-        def second() -> Tensor | None:
+        def second(dy_t: Cast | None = dy_t) -> Tensor | None:
             a_t = cast_transpose(swiglu_cast(gate_up, weights, offsets=offsets), offsets)
             return _add_wgrad(dy_t, a_t, mlp.down.param, offsets)
 
         d_second = now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
-        grads = swiglu_cast_backward(
+        del second, dy_t
+        dgate_up_fp8, dgate_up_sf, dgate_up, dweights = swiglu_cast_backward(
             da, gate_up, weights, offsets=offsets, keep_dgate_up=need_first, amax_floor=GRADIENT_FLOOR
         )
-        dgate_up = grads.dgate_up_fp8, grads.dgate_up_sf
-        dx = _product(dgate_up, mlp.gate_up.transposed, offsets, gate_up.dtype) if need_dx else None
+        del da
+        dgate_up_t = cast_transpose(dgate_up, offsets, amax_floor=GRADIENT_FLOOR) if need_first else None
+        del dgate_up
+        dx = _product((dgate_up_fp8, dgate_up_sf), mlp.gate_up.transposed, offsets, gate_up.dtype) if need_dx else None
         d_first = None
         if need_first:
-            dgate_up_t = cast_transpose(grads.dgate_up, offsets, amax_floor=GRADIENT_FLOOR)
 
             def first() -> Tensor | None:
                 x_t = cast_transpose(tuple(x_cast), offsets, pow2_scale=mlp.pow2_scale)
                 return _add_wgrad(dgate_up_t, x_t, mlp.gate_up.param, offsets)
 
             d_first = now_or_later(mlp.wgrad, mlp.gate_up.param, first)
-        return dx, grads.dweights, d_first, d_second, None, None, None
+        return dx, dweights, d_first, d_second, None, None, None
 
 
 def fp8_mlp(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, *, wgrad: WgradQueue | None = None) -> Tensor:
