@@ -108,13 +108,18 @@ def has_hopper() -> bool:
     return torch.cuda.is_available() and registry.is_hopper(torch.device("cuda", torch.cuda.current_device()))
 
 
-def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
-    """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
+def measuring(commit: str | None) -> Environment:
+    """Describes this machine and tree. Raises ValueError where nothing can be measured."""
     if not has_hopper():
         raise ValueError("no Hopper GPU here; --dry-run checks the cases on a CPU")
     if registry.NATIVE_ERROR:
         raise ValueError(f"nothing to measure: {registry.NATIVE_ERROR}")
-    env = environment(args.commit)
+    return environment(commit)
+
+
+def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
+    """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
+    env = measuring(args.commit)
     if args.what[0] == "tests":
         from bench.suite import run_tests
 

@@ -1,7 +1,9 @@
-"""`python -m bench plot`: one picture a family, every case's time and its peers' as multiples of the floor."""
+"""`python -m bench plot`: one picture a family, every case's time and its peers' as multiples of the floor; and the loss
+curves of the parity run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from bench.table import describe
 OURS = "#0b5cad"
 PEERS = ("#c44e52", "#dd8452", "#55a868", "#8172b3", "#937860", "#64b5cd")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+RUNS = {"bf16": ("#222222", "bf16"), "fp8": (OURS, "FP8"), "control": (PEERS[0], "bf16, perturbed start")}
 TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20)
 
 
@@ -26,7 +29,7 @@ def plot_all(results: Path) -> list[Path]:
         rows = [row for row in read_rows(file) if row["baselines"]]  # ceilings have no peers, they are the floor
         if rows:
             pictures.append(plot_family(rows, file.with_suffix(".png")))
-    return pictures
+    return pictures + [plot_parity(file) for file in sorted(results.rglob("train_parity.json"))]
 
 
 def plot_family(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -66,3 +69,31 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
         style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": PEERS[i % len(PEERS)]}
         handles.append(plt.Line2D([], [], linestyle="", markerfacecolor="none", label=name, **style))
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def plot_parity(file: Path) -> Path:
+    """What bench.parity wrote: the mean losses of its three runs, and below how far they are from bf16's; a PNG beside it."""
+    record = json.loads(file.read_text())
+    means, window, bound = record["means"], record["window"], 100 * record["bound"]
+    steps = [window * (i + 1) for i in range(len(means["bf16"]))]
+    figure, (top, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 7), height_ratios=(3, 2), layout="constrained")
+    for name, (color, label) in RUNS.items():
+        style = {"color": color, "label": label, "marker": ".", "linestyle": "--" if name == "control" else "-"}
+        top.plot(steps, means[name], **style)
+        if name != "bf16":
+            differences = [100 * (x / y - 1) for x, y in zip(means[name], means["bf16"], strict=True)]
+            below.plot(steps, differences, **style)
+    below.axhline(0, color=RUNS["bf16"][0], linewidth=1)
+    for limit in (-bound, bound):
+        below.axhline(limit, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)))
+    below.annotate(f"bound {bound:.3g}%", (steps[-1], bound), xytext=(0, 3), textcoords="offset points", ha="right")
+    for axes in (top, below):
+        axes.axvspan(0, record["warmup_steps"], color="#f0f0f0", zorder=0)  # not judged
+        axes.spines[["top", "right"]].set_visible(False)
+    top.set_ylabel(f"training loss, nats a token: means of {window} steps")
+    top.legend(frameon=False)
+    below.set(xlabel="step (grey: the learning rate warms up)", ylabel="difference from bf16, %", xlim=(0, None))
+    figure.suptitle(f"{record['title']} on {record['gpu']}, {record['date'][:10]}", x=0.01, ha="left")
+    figure.savefig(file.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+    return file.with_suffix(".png")

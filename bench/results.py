@@ -18,6 +18,7 @@ from bench.timing import Ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+APART = ("train_parity",)  # ops whose rows a command of their own writes, into the file of a family
 KEYS = (
     "op", "case", "time_us", "flops", "bytes", "tflops", "gbs", "floor_us", "copy_fraction", "baselines",
     "gpu", "driver", "torch", "cuda", "commit", "csrc_sha", "date",
@@ -112,7 +113,18 @@ def make_row(case: Case, timing: Timing, *, ceilings: Ceilings, env: Environment
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rewrites a family's file."""
+    """Rewrites a family's file, in which rows of APART stay."""
+    apart = [row for row in read_rows(path) if row["op"] in APART] if path.is_file() else []
+    _write(path, [*rows, *apart])
+
+
+def write_apart(path: Path, row: dict[str, Any]) -> None:
+    """Puts a row of APART in the place of the one before, and leaves the family's others alone."""
+    others = [other for other in read_rows(path) if other["op"] != row["op"]] if path.is_file() else []
+    _write(path, [*others, row])
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -9,8 +9,9 @@ from rich.table import Table
 
 
 def best_baseline(row: dict[str, Any]) -> tuple[str, float] | None:
-    """Name and time of the fastest baseline."""
-    return min(row["baselines"].items(), key=lambda item: item[1]) if row["baselines"] else None
+    """Name and time of the fastest baseline that was measured."""
+    measured = [(name, time) for name, time in row["baselines"].items() if not name.startswith("published")]
+    return min(measured, key=lambda item: item[1], default=None)
 
 
 def describe(case: dict[str, Any]) -> str:

@@ -204,7 +204,7 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
         except Exception as error:  # a peer that fails must not hide the others
             errors.append(f"{name}: {one_line(error)}")
             release()
-    return Timing(op_us, baselines, errors=errors)
+    return Timing(op_us, {**baselines, **case.published}, errors=errors)
 
 
 def one_line(error: BaseException) -> str:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import expert_layer, table, timing
+from bench.cases import Case, Timing
 from bench.cases import model as bench_model
 from dsv3 import train
 from dsv3.config import Config
+from dsv3.model import DeepSeekV3
 from dsv3.train.config import TrainConfig
 from dsv3.train.data import TokenDataset
 from tests.train.common import Recorder, make_tokens, micro
 
+CPU = torch.device("cpu")
 
-def test_its_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses bit for bit, with every schedule at work: warm-up and decay of the rate, MTP's weight, the end of gamma."""
+
+def test_its_step_is_the_trainers(tmp_path: Path) -> None:
+    """Losses bit for bit, with micro-batches and with every schedule at work: warm-up and decay of the rate, MTP's weight,
+    the end of gamma."""
     tokens = make_tokens(tmp_path)
     config = micro(
-        tokens, tmp_path / "run", micro_batch=8, max_steps=0, max_tokens=12 * 8 * 32, lr_schedule="v3", warmup_steps=5,
+        tokens, tmp_path / "run", micro_batch=4, max_steps=0, max_tokens=12 * 8 * 32, lr_schedule="v3", warmup_steps=5,
         beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.3, clip=0.1, gamma=0.01, balance_alpha=0.01,
     )  # fmt: skip
     recorder = Recorder()
     assert train.run(config, callbacks=[recorder]) == 0
     assert len({(r.lr, r.mtp_weight, r.gamma) for r in recorder.steps}) > 6
 
-    monkeypatch.setattr(bench_model, "RECIPE", config)
-    monkeypatch.setattr(bench_model, "BETAS", (config.beta1, config.beta2))
     shape = dataclasses.replace(Config.preset("tiny"), **config.model)
-    training = bench_model.Training(shape, torch.device("cpu"), torch.float32)
+    training = bench_model.Training(shape, CPU, torch.float32, recipe=config)
     dataset = TokenDataset(tokens, config.seq_len, seed=config.seed, fim_rate=config.fim_rate)
     losses = [float(training.step(dataset.batch(8 * step, 8))) for step in range(12)]
     assert losses == [r.ce for r in recorder.steps]
@@ -63,3 +68,71 @@ def test_runs_that_part_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed.time_us > 0
     monkeypatch.setattr(bench_model, "LOSS_TOLERANCE", -1.0)
     assert case.measure(torch.device("cpu"), True).errors == ["losses differ by 0.00% from those of the references"]
+
+
+# ---- FP8 beside bf16 ----
+def test_micro_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    room = 2
+
+    def measured(setup: bench_model.Setup, micro: int, device: torch.device, quick: bool) -> Timing:
+        tried.append(micro)
+        if micro > room:
+            raise torch.OutOfMemoryError("no memory for it")
+        return Timing(float(micro), {})
+
+    monkeypatch.setattr(bench_model, "_fp8_beside_bf16", measured)
+    setup = bench_model.Setup("2b", 8, 4096, 3)
+    assert bench_model.measure_fp8(setup, CPU, False).time_us == 2.0
+    assert tried == [8, 4, 2]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_model.measure_fp8(setup, CPU, False)
+    assert tried == [8, 4, 2, 8, 4, 2, 1]
+
+
+def test_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is gone before the next is made, and both take the same steps."""
+
+    def models() -> int:
+        return sum(type(thing) is DeepSeekV3 for thing in gc.get_objects())
+
+    gc.collect()
+    before, alive, real = models(), [], bench_model.step_us
+
+    def step_us(*args: object) -> float:
+        alive.append(models() - before)
+        return real(*args)
+
+    monkeypatch.setattr(bench_model, "step_us", step_us)
+    timed = bench_model.measure_fp8(bench_model.Setup("tiny", 4, 32, 3), CPU, True)
+    assert alive == [1, 1]
+    assert timed.facts["micro_batch"] == 4
+    assert timed.facts["tokens_per_s_fp8"] == pytest.approx(4 * 32 / timed.time_us * 1e6, rel=1e-2)
+    assert timed.facts["tokens_per_s_bf16"] == pytest.approx(4 * 32 / timed.baselines["dsv3 bf16"] * 1e6, rel=1e-2)
+
+
+# ---- an expert layer ----
+def test_the_expert_layer_does_all_of_its_work() -> None:
+    """Both outputs, three gradients of inputs, four of weights; 6 operations a weight and row."""
+    case = expert_layer.expert_layer(tiny=True)
+    results = case.run(*case.inputs(CPU))
+    assert len(results) == 9
+    assert all(result.any() for result in results)
+    full = expert_layer.expert_layer(tiny=False)
+    assert full.flops == 6 * (32768 + 4096) * 3 * 7168 * 2048
+    assert full.published == pytest.approx(
+        {"published products x 112/132": 9548.4, "published products and casts x 112/132": 13112.1}, abs=0.1
+    )
+
+
+def test_what_is_published_stands_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the row, but never as the best peer."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(timing, "graph_us", lambda *args, **options: 50.0)
+    published = {"published elsewhere": 10.0}
+    case = Case(op="x", case={}, flops=1, bytes=1, inputs=lambda device: (torch.ones(3),), published=published)
+    timed = timing.measure_case(case, timing.Ceilings(1.0, 1.0, 1.0, 1.0), timing.QUICK)
+    assert timed.baselines == published
+    assert table.best_baseline({"baselines": timed.baselines}) is None
+    assert table.best_baseline({"baselines": {**timed.baselines, "torch": 60.0}}) == ("torch", 60.0)

@@ -49,6 +49,8 @@ class Case:
     flops, bytes: the work, and the fewest bytes that any implementation moves through device memory.
     inputs: draws one input set (a tuple, lists of tensors allowed) on a device.
     run: the op on an input set; returns every tensor to compare, mutated inputs among them.
+    published: microseconds that others have published, under names that begin with "published": they stand among the
+        baselines, but nobody measured them here.
     restore: positions of inputs that a call spoils for the next one; they are refilled before every replay.
     fp8: the flops are those of FP8 products, whose rate sets the floor; otherwise that of bf16 products does.
     measure: for what no CUDA graph can hold: measure(device, quick) times op and baselines itself.
@@ -61,6 +63,7 @@ class Case:
     inputs: Callable[[torch.device], tuple[Any, ...]] = lambda device: ()
     run: Callable[..., Any] = lambda: ()
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
     restore: tuple[int, ...] = ()
     fp8: bool = False
     measure: Callable[[torch.device, bool], Timing] | None = None

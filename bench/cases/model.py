@@ -1,5 +1,5 @@
-"""Whole training steps of the `mini` model: bf16 with fp32 master weights, beside transformers and our own references; and
-with FP8 linear layers, beside bf16."""
+"""Whole training steps: `mini` in bf16 with fp32 master weights, beside transformers and our own references; `mini` and `2b`
+with FP8 linear layers, beside bf16; and the linear work of one expert layer of V3."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Timing
+from bench.expert_layer import expert_layer
+from bench.timing import release
 from dsv3.config import Config
 from dsv3.model import Batch, DeepSeekV3
 from dsv3.testing import reference_ops
@@ -27,14 +29,15 @@ from dsv3.train.optimizer import AdamW
 
 # The published recipe, from its first step: the defaults of `dsv3 train`, in the published run.
 RECIPE = TrainConfig(max_tokens=14_800_000_000_000)
-BETAS = (RECIPE.beta1, RECIPE.beta2)
+SPAN = 5  # steps, the most that are timed at a time
 LOSS_TOLERANCE = 5e-3  # of every step's loss
 WINDOW = 20  # steps: the means over so many show whether runs part or single steps scatter
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model and a batch of `rows` sequences of `length` tokens; `steps` of the run that compares losses."""
+    """A model, a batch of `rows` sequences of `length` tokens, and the number of batches, of which a timed span takes at most
+    SPAN and a run that compares losses all."""
 
     preset: str
     rows: int
@@ -50,31 +53,49 @@ class Setup:
 
 
 class Training:
-    """Our training step, as dsv3.train.Trainer takes it: losses, backward, clip, update, expert biases; no host sync.
+    """Our training step, as dsv3.train.Trainer takes it: losses and backward of the recipe's micro-batches, clip, update,
+    expert biases; no host sync. Settings and schedules are those of `recipe` from its first step."""
 
-    Settings and schedules (the learning rate's warm-up over 2000 steps among them) are those of RECIPE from its first step.
-    """
-
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, *, precision: str = "bf16") -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        precision: str = "bf16",
+        recipe: TrainConfig = RECIPE,
+    ) -> None:
+        self.recipe = recipe
         self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=0)
-        recipe = {"eps": RECIPE.eps, "weight_decay": RECIPE.weight_decay, "clip": RECIPE.clip}
-        self.optimizer = AdamW(ParamBuffers(self.model), betas=BETAS, **recipe)
+        self.buffers = ParamBuffers(self.model)
+        settings = {"eps": recipe.eps, "weight_decay": recipe.weight_decay, "clip": recipe.clip}
+        self.optimizer = AdamW(self.buffers, betas=(recipe.beta1, recipe.beta2), **settings)
         self.bias = ExpertBias(self.model)
         self.steps = self.tokens = 0
 
     def step(self, tokens: Tensor) -> Tensor:
-        """One step on int64 [rows, length + 1]; returns the cross-entropy, nats a token."""
-        progress = RECIPE.progress(step=self.steps, tokens=self.tokens, seconds=0.0)
-        lr = RECIPE.learning_rate.at(progress=progress, step=self.steps, tokens=self.tokens)
-        weights = {"mtp_weight": RECIPE.mtp_schedule.at(progress), "balance_alpha": RECIPE.balance_alpha}
-        loss = self.model.loss(Batch(tokens), **weights)
-        loss.total.backward()
-        result = self.optimizer.step(lr, loss.total.detach())
+        """One step on int64 [rows, length + 1]; returns the cross-entropy, nats a token, fp64 []."""
+        recipe = self.recipe
+        progress = recipe.progress(step=self.steps, tokens=self.tokens, seconds=0.0)
+        lr = recipe.learning_rate.at(progress=progress, step=self.steps, tokens=self.tokens)
+        losses, load = self._accumulate_gradients(tokens, recipe.mtp_schedule.at(progress))
+        result = self.optimizer.step(lr, losses[0])
         self.model.refresh_fp8()
-        self.bias.update(loss.expert_load, RECIPE.gamma_schedule.at(progress), result.skip)
+        self.bias.update(load, recipe.gamma_schedule.at(progress), result.skip)
         self.steps += 1
         self.tokens += tokens.numel() - len(tokens)
-        return loss.ce
+        return losses[1]
+
+    def _accumulate_gradients(self, tokens: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor]:
+        """Adds the mean gradient to main_grad; returns the means of (total, ce), fp64 [2], and the expert load."""
+        losses, loads = [], []
+        for micro in tokens.split(self.recipe.micro_batch):
+            share = len(micro) / len(tokens)
+            loss = self.model.loss(Batch(micro), mtp_weight=mtp_weight, balance_alpha=self.recipe.balance_alpha)
+            (loss.total * share).backward()
+            losses.append(torch.stack([loss.total.detach(), loss.ce]).double() * share)
+            loads.append(loss.expert_load)
+        return torch.stack(losses).sum(0), torch.stack(loads).sum(0)
 
 
 def transformers_step(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -84,7 +105,9 @@ def transformers_step(config: Config, device: torch.device, dtype: torch.dtype) 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(DeepseekV3Config(**config.to_dict()), dtype=dtype)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), RECIPE.lr, BETAS, weight_decay=RECIPE.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), RECIPE.lr, (RECIPE.beta1, RECIPE.beta2), weight_decay=RECIPE.weight_decay, fused=True
+    )
 
     def step(tokens: Tensor) -> Tensor:
         inputs = tokens[:, :-1].contiguous()
@@ -115,9 +138,9 @@ def step_us(step: Callable[[Tensor], Tensor], batches: list[Tensor], device: tor
     return statistics.median(spans[1:])
 
 
-def random_batches(setup: Setup, config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """Uniformly random tokens: work does not depend on what they say."""
-    shape = (setup.rows, setup.length + 1)
+def random_batches(setup: Setup, config: Config, quick: bool, device: torch.device) -> list[Tensor]:
+    """A span of uniformly random tokens: work does not depend on what they say."""
+    shape, count = (setup.rows, setup.length + 1), 1 if quick else min(setup.steps, SPAN)
     return [torch.randint(config.vocab_size, shape, device=device) for _ in range(count)]
 
 
@@ -136,22 +159,37 @@ def text_batches(setup: Setup, device: torch.device) -> list[Tensor]:
 def measure_step(setup: Setup, mtp: bool, device: torch.device, quick: bool) -> Timing:
     """Our step with or without MTP, beside transformers' (which has no MTP in training)."""
     config, dtype = setup.config(mtp), setup.dtype(device)
-    batches = random_batches(setup, config, 1 if quick else 5, device)
+    batches = random_batches(setup, config, quick, device)
     ours = step_us(Training(config, device, dtype).step, batches, device)
     theirs = step_us(transformers_step(config, device, dtype), batches, device)
     return Timing(ours, {"transformers": theirs})
 
 
 def measure_fp8(setup: Setup, device: torch.device, quick: bool) -> Timing:
-    """Our step without MTP in FP8, beside bf16; and, on a GPU, the most memory that each has held, in GB."""
-    config, dtype = setup.config(False), setup.dtype(device)
-    batches = random_batches(setup, config, 1 if quick else 5, device)
-    times, facts = {}, {}
+    """Our step without MTP in FP8, beside bf16, both in the same micro-batches, the largest that both have memory for.
+
+    Facts: `micro_batch`, sequences; tokens a second; and, on a GPU, the most memory that each has held, GB.
+    """
+    micro = setup.rows
+    while micro > 1:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return _fp8_beside_bf16(setup, micro, device, quick)
+        micro //= 2
+    return _fp8_beside_bf16(setup, micro, device, quick)
+
+
+def _fp8_beside_bf16(setup: Setup, micro: int, device: torch.device, quick: bool) -> Timing:
+    config, recipe = setup.config(False), dataclasses.replace(RECIPE, batch=setup.rows, micro_batch=micro)
+    batches = random_batches(setup, config, quick, device)
+    times, facts = {}, {"micro_batch": micro}
     for precision in ("bf16", "fp8"):
+        release()  # the model before this one
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        times[precision] = step_us(Training(config, device, dtype, precision=precision).step, batches, device)
+        training = Training(config, device, setup.dtype(device), precision=precision, recipe=recipe)
+        times[precision] = step_us(training.step, batches, device)
+        del training
+        facts[f"tokens_per_s_{precision}"] = round(setup.rows * setup.length / times[precision] * 1e6)
         if device.type == "cuda":
             facts[f"peak_gb_{precision}"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     return Timing(times["fp8"], {"dsv3 bf16": times["bf16"]}, facts)
@@ -211,10 +249,13 @@ def step_bytes(config: Config) -> float:
 
 
 def cases(tiny: bool) -> list[Case]:
-    """The mini preset, 8 x 2048 tokens; losses over 200 steps."""
-    setup = Setup("tiny", 2, 32, 3) if tiny else Setup("mini", 8, 2048, 200)
+    """`mini` at 8 x 2048 tokens a step, its losses over 200 steps; `2b` at 8 x 4096; an expert layer of V3."""
+    mini = Setup("tiny", 2, 32, 3) if tiny else Setup("mini", 8, 2048, 200)
+    large = Setup("tiny", 4, 32, 3) if tiny else Setup("2b", 8, 4096, 3)
 
-    def case(op: str, measure: Callable[..., Timing], mtp: bool, *, fp8: bool = False, **more: Any) -> Case:
+    def case(
+        op: str, measure: Callable[..., Timing], setup: Setup, mtp: bool, *, fp8: bool = False, **more: Any
+    ) -> Case:
         config = setup.config(mtp)
         return Case(
             op=op,
@@ -225,8 +266,12 @@ def cases(tiny: bool) -> list[Case]:
             measure=functools.partial(measure, setup),
         )
 
-    steps = [
-        case("train_step", lambda setup, *rest, mtp=mtp: measure_step(setup, mtp, *rest), mtp) for mtp in (False, True)
+    def step(setup: Setup, *rest: Any, mtp: bool) -> Timing:
+        return measure_step(setup, mtp, *rest)
+
+    return [
+        *(case("train_step", functools.partial(step, mtp=mtp), mini, mtp) for mtp in (False, True)),
+        *(case("train_step", measure_fp8, setup, False, fp8=True, precision="fp8") for setup in (mini, large)),
+        case("train_losses", measure_agreement, mini, False, steps=mini.steps, warmup_steps=RECIPE.warmup_steps),
+        expert_layer(tiny),
     ]
-    steps.append(case("train_step", measure_fp8, False, fp8=True, precision="fp8"))
-    return [*steps, case("train_losses", measure_agreement, False, steps=setup.steps, warmup_steps=RECIPE.warmup_steps)]

@@ -1,0 +1,281 @@
+"""`python -m bench.parity [RUN...] [join]`: does a model learn in FP8 what it learns in bf16? Three runs on the same data in
+the same order: bf16, fp8, and as the control bf16 once more, from weights that differ by a millionth. See README.md.
+
+A run leaves its losses in a file, so that the three can be made by one process after the other or on three GPUs at once; `join`
+compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench import __main__ as bench
+from bench.cases import Case, Timing
+from bench.cases.model import RECIPE, Setup, Training, step_bytes, step_flops
+from bench.check import require_native
+from bench.plot import plot_parity
+from bench.results import RESULTS, ROOT, Environment, csrc_sha, gpu_folder, make_row, write_apart
+from bench.table import print_table
+from bench.timing import FULL, Ceilings, measure_ceilings, release
+from dsv3.terminal import clock
+from dsv3.train.config import TrainConfig
+from dsv3.train.corpus import open_corpus
+
+RUNS = {"bf16": ("bf16", 0.0), "fp8": ("fp8", 0.0), "control": ("bf16", 1e-6)}  # precision, perturbation of the weights
+TOLERANCE, CONTROL_FACTOR = 0.0025, 1.5  # the bound is the larger of one, and the other times the control's difference
+REPORT_EVERY = 200  # steps
+FP8_OPS = ("fp8_gemm", "fp8_gemm_out", "grouped_fp8_gemm", "grouped_fp8_wgrad")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the runs share: a model, `steps` batches, the steps of the learning rate's warm-up and those of a mean."""
+
+    setup: Setup
+    warmup_steps: int
+    window: int
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """The published recipe, its schedules over this run: 2.2e-4 constant for two thirds, then down to 7.3e-6."""
+        size = {"batch": self.setup.rows, "micro_batch": self.setup.rows}
+        return dataclasses.replace(
+            RECIPE, max_tokens=0, max_steps=self.setup.steps, warmup_steps=self.warmup_steps, **size
+        )
+
+
+PLAN = Plan(Setup("mini", 4, 2048, 2000), warmup_steps=200, window=100)
+TINY = Plan(Setup("tiny", 2, 32, 12), warmup_steps=4, window=2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves behind."""
+
+    name: str
+    plan: Plan
+    data: str  # sha256 of the sequences in their order
+    sha: str  # csrc_sha
+    env: Environment
+    ceilings: Ceilings
+    step_us: float
+    losses: list[float]  # nats a token, every step
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(json.dumps(asdict(self)) + "\n")
+
+    @staticmethod
+    def load(folder: Path, name: str) -> Run:
+        """ValueError where there is none."""
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            raise ValueError(f"no {path}: run {name} first")
+        values = json.loads(path.read_text())
+        plan = values["plan"]
+        values["plan"] = Plan(**{**plan, "setup": Setup(**plan["setup"])})
+        return Run(**{**values, "env": Environment(**values["env"]), "ceilings": Ceilings(**values["ceilings"])})
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same in all three."""
+        return {"plan": self.plan, "data": self.data, "csrc_sha": self.sha, **asdict(self.env), "date": None}
+
+
+# ---- a run ----
+@functools.cache
+def sequences(setup: Setup) -> Tensor:
+    """uint8 [steps * rows, length + 1]: the text that the demo trains on, one byte a token, cut up and shuffled; again in
+    another order where it is used up."""
+    text = bytearray().join(document.text.encode() for document in open_corpus().documents("train"))
+    width, needed = setup.length + 1, setup.steps * setup.rows
+    cut = torch.frombuffer(text, dtype=torch.uint8)[: len(text) // width * width].view(-1, width)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(cut), generator=generator) for _ in range(-(-needed // len(cut)))]
+    return cut[torch.cat(orders)[:needed]]
+
+
+@torch.no_grad()
+def perturb(training: Training, size: float) -> None:
+    """Every weight times 1 + size * normal noise, in fp32: bf16 has no room for a millionth, the master weights do."""
+    groups = training.buffers.groups
+    generator = torch.Generator(groups[0].master.device).manual_seed(1)
+    for group in groups:
+        noise = torch.empty_like(group.master).normal_(generator=generator)
+        group.master *= noise.mul_(size).add_(1)
+    training.buffers.sync_weights()
+
+
+def train(name: str, plan: Plan, device: torch.device, say: Callable[[str], None]) -> tuple[Tensor, float]:
+    """The loss of every step, fp64 [steps] on the CPU, and microseconds a step after the first.
+
+    Losses stay on the device: it is waited for only where progress is reported.
+    """
+    setup, (precision, perturbation) = plan.setup, RUNS[name]
+    data, losses = sequences(setup).to(device), torch.zeros(setup.steps, dtype=torch.float64, device=device)
+    training = Training(setup.config(False), device, setup.dtype(device), precision=precision, recipe=plan.recipe)
+    if perturbation:
+        perturb(training, perturbation)
+    losses[0] = training.step(data[: setup.rows].long())
+    losses[0].item()  # the first step is the slow one
+    start = time.perf_counter()
+    for step in range(1, setup.steps):
+        losses[step] = training.step(data[step * setup.rows : (step + 1) * setup.rows].long())
+        done = step + 1
+        if done % REPORT_EVERY == 0 or done == setup.steps:
+            loss = float(losses[max(done - plan.window, 0) : done].mean())
+            left = (time.perf_counter() - start) / step * (setup.steps - done)
+            say(f"{name}: step {done} of {setup.steps}, loss {loss:.4f}, {clock(left)} left")
+    return losses.cpu(), (time.perf_counter() - start) / (setup.steps - 1) * 1e6
+
+
+def measure(name: str, plan: Plan, env: Environment, say: Callable[[str], None]) -> Run:
+    """A run on this GPU; RuntimeError if an FP8 product ran on its reference."""
+    sha = csrc_sha("model", copied=env.copied)
+    release()  # the run before
+    ceilings, _ = measure_ceilings(FULL)
+    losses, step_us = train(name, plan, torch.device("cuda", torch.cuda.current_device()), say)
+    for op in FP8_OPS:
+        require_native(op)
+    data = hashlib.sha256(sequences(plan.setup).numpy().tobytes()).hexdigest()
+    return Run(name, plan, data, sha, env, ceilings, step_us, losses.tolist())
+
+
+# ---- the three together ----
+def window_means(losses: Tensor, window: int) -> Tensor:
+    """Means over each `window` steps; what is left over at the end is left out."""
+    return losses[: len(losses) // window * window].view(-1, window).mean(1)
+
+
+def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
+    """How far the means are from those of bf16 after the warm-up, relative; the bound, and whether FP8 keeps it.
+
+    The means of signed differences say whether a run is on one side of bf16 throughout.
+    """
+    means = {name: window_means(loss, plan.window) for name, loss in losses.items()}
+    first = -(-plan.warmup_steps // plan.window)
+    apart = {name: (means[name] / means["bf16"] - 1)[first:] for name in ("fp8", "control")}
+    worst = {name: float(difference.abs().max()) for name, difference in apart.items()}
+    bound = max(TOLERANCE, CONTROL_FACTOR * worst["control"])
+    found = {
+        "max_difference": worst["fp8"],
+        "control_difference": worst["control"],
+        "bound": bound,
+        "mean_difference": float(apart["fp8"].mean()),
+        "control_mean_difference": float(apart["control"].mean()),
+    }
+    rounded = {name: round(value, 6) for name, value in found.items()}
+    return {**rounded, "last_loss": round(float(means["fp8"][-1]), 4), "held": worst["fp8"] <= bound}
+
+
+def join(folder: Path, out: Path | None, console: Console) -> bool:
+    """Compares the three runs of a folder and writes the row, the means and the picture; whether FP8 keeps the bound.
+
+    Raises ValueError where a run is missing or was made under other conditions than the others.
+    """
+    runs = {name: Run.load(folder, name) for name in RUNS}
+    fp8 = runs["fp8"]
+    for name, run in runs.items():
+        differing = [key for key, value in run.conditions.items() if value != fp8.conditions[key]]
+        if differing:
+            raise ValueError(f"{folder}: runs fp8 and {name} differ in {', '.join(differing)}")
+    losses = {name: torch.tensor(run.losses, dtype=torch.float64) for name, run in runs.items()}
+    facts = compare(losses, fp8.plan)
+    row = parity_row(fp8, facts)
+    print_table(console, "train_parity", [row])
+    out = out or RESULTS / gpu_folder(fp8.env.gpu)
+    write_apart(out / "model.jsonl", row)
+    console.print(str(write_means(out / "train_parity.json", losses, row)), soft_wrap=True)
+    return bool(facts["held"])
+
+
+def parity_row(run: Run, facts: dict[str, float]) -> dict[str, Any]:
+    """The row: times are those of the FP8 run; the runs may have had a GPU each, so bf16's are no baselines."""
+    setup, config = run.plan.setup, run.plan.setup.config(False)
+    case = Case(
+        op="train_parity",
+        case={
+            "model": setup.preset, "rows": setup.rows, "length": setup.length, "mtp": False, "precision": "fp8",
+            "steps": setup.steps, "warmup_steps": run.plan.warmup_steps, "window": run.plan.window,
+        },
+        flops=step_flops(setup, config),
+        bytes=step_bytes(config),
+        fp8=True,
+    )  # fmt: skip
+    return make_row(case, Timing(run.step_us, {}, facts), ceilings=run.ceilings, env=run.env, sha=run.sha)
+
+
+def write_means(path: Path, losses: dict[str, Tensor], row: dict[str, Any]) -> Path:
+    """What the picture is drawn from, and the picture."""
+    case = row["case"]
+    means = {name: [round(x, 5) for x in window_means(loss, case["window"]).tolist()] for name, loss in losses.items()}
+    title = f"{case['model']}, {case['rows']} x {case['length']} tokens a step"
+    record = {"title": title, **{key: case[key] for key in ("window", "warmup_steps", "bound")}}
+    record |= {key: row[key] for key in ("gpu", "commit", "csrc_sha", "date")}
+    path.write_text(json.dumps({**record, "means": means}) + "\n")
+    return plot_parity(path)
+
+
+# ---- the command line ----
+def dry_run(console: Console) -> None:
+    """All three runs at a tiny size, where this runs; writes nothing."""
+    device = torch.device("cuda" if bench.has_hopper() else "cpu")
+    losses = {name: train(name, TINY, device, console.print)[0] for name in RUNS}
+    console.print(f"on {device.type}: {compare(losses, TINY)}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; no words mean all of them."""
+    words = [*RUNS, "join"]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.parity", description="Trains in FP8 and in bf16, and compares."
+    )
+    parser.add_argument("what", nargs="*", help=f"{', '.join(words)}; default: all of them, one after the other")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "parity", help="folder of the runs' losses")
+    parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<gpu>")
+    parser.add_argument("--commit", help="commit to record where the tree is no git checkout")
+    parser.add_argument("--dry-run", action="store_true", help="any device: tiny runs, writes nothing")
+    args = parser.parse_args(argv)
+    unknown = [word for word in args.what if word not in words]
+    if unknown:
+        parser.error(f"expected {', '.join(words)}, got {', '.join(unknown)}")
+    args.what = [word for word in words if word in args.what or not args.what]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 1 if FP8 does not keep the bound, 2 without a Hopper GPU or with runs that do not go together."""
+    args = parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if args.dry_run:
+        dry_run(console)
+        return 0
+    try:
+        env = bench.measuring(args.commit) if args.what != ["join"] else None
+        for name in (name for name in args.what if name in RUNS):
+            measure(name, PLAN, env, functools.partial(console.print, soft_wrap=True)).save(args.runs)
+        held = "join" not in args.what or join(args.runs, args.out, console)
+    except ValueError as error:
+        print(f"bench.parity: {error}", file=sys.stderr)
+        return 2
+    if not held:
+        console.print("FAILED train_parity: FP8 is further from bf16 than the bound", style="red")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
