@@ -95,6 +95,9 @@ PYBIND11_MODULE(_C, m) {
   define(m, "masked_grouped_fp8_gemm", dsv3::masked_grouped_fp8_gemm);
   define(m, "grouped_fp8_wgrad", dsv3::grouped_fp8_wgrad);
   define(m, "rope_", dsv3::rope_);
+  define(m, "mla_append_kv", dsv3::mla_append_kv);
+  define(m, "mla_schedule", dsv3::mla_schedule);
+  define(m, "mla_decode", dsv3::mla_decode);
   define(m, "moe_gate", dsv3::moe_gate);
   define(m, "moe_gate_backward", dsv3::moe_gate_backward);
   define(m, "moe_permutation", dsv3::moe_permutation);

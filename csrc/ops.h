@@ -66,6 +66,23 @@ void grouped_fp8_wgrad(Tensor out, Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b
 // int32 or int64 [T]. inverse rotates back (the gradient).
 void rope_(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t head_dim, bool inverse, cudaStream_t stream);
 
+// attention/mla_append_kv.cu. kv_a bfloat16 [T, 576], rows a multiple of 8 elements apart; norm_weight float [512]; cos,
+// sin fp32 [max_positions, 32]; positions, slot_mapping int64 [T]; cache bfloat16 [pages, page, 1, 576], or uint8
+// [pages, page, 1, 656]: 512 e4m3, 4 fp32 scales, 64 bfloat16.
+void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions,
+                   Tensor slot_mapping, double eps, cudaStream_t stream);
+
+// attention/mla_schedule.cu. seq_lens int32 [B] -> schedule int32 (its parts: attention/schedule.cuh), for mla_decode of
+// `steps` tokens a sequence and so many heads.
+void mla_schedule(Tensor schedule, Tensor seq_lens, int64_t steps, int64_t heads, bool batch_invariant,
+                  cudaStream_t stream);
+// attention/mla_decode.cu. q bfloat16 [B, S, Hq, 576], cache bfloat16 [pages, page, 1, 576], block_table int32 [B, W],
+// seq_lens int32 [B]; out bfloat16 [B, S, Hq, 512], lse fp32 [B, Hq, S]; partial fp32 [P, R, 512] and partial_lse
+// [P, R] are workspace: R = 64 rows, 128 where S Hq > 64; P = 2 * multiprocessors * 64 / R, where the schedule is
+// batch-invariant a number for every 1024 keys that fit the table.
+void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
+                Tensor seq_lens, Tensor schedule, double softmax_scale, bool causal, cudaStream_t stream);
+
 // moe/swiglu.cu. gate_up, dgate_up float [T, 2I]; out, dout float [T, I]; weights, dweights fp32 [T].
 void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream);
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,

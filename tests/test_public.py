@@ -26,6 +26,7 @@ NATIVE = {
     "rmsnorm", "rmsnorm_backward", "rope_", "swiglu", "swiglu_backward", "per_token_cast", "per_block_cast",
     "cast_transpose", "cross_entropy_", "adamw", "fp8_gemm", "grouped_fp8_gemm", "masked_grouped_fp8_gemm",
     "grouped_fp8_wgrad", "rmsnorm_cast", "swiglu_cast", "swiglu_cast_backward", "per_token_cast_and_transpose",
+    "mla_append_kv", "mla_schedule", "mla_decode",
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_every_native_op_is_checked_and_measured() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "moe", "loss", "optim"])
+@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "loss", "optim"])
 def test_nothing_falls_back_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A test that compares an op with its reference says nothing where the op quietly runs on it."""
     monkeypatch.setattr(registry, "FALLBACKS", {})
@@ -195,9 +196,18 @@ def test_the_benchmark_has_the_sizes_of_the_issue() -> None:
     for family in ("norm", "quant", "moe", "loss", "optim"):
         assert load(family, tiny=False)
         assert all("torch.compile" in case.baselines for case in load(family, tiny=False)), family
-    steps = {c.case["mtp"]: c.case for c in rows("model", "train_step")}
-    assert steps.keys() == {False, True}
-    assert steps[False].items() >= {"model": "mini", "rows": 8, "length": 2048}.items()
+    decode = [c.case for c in rows("attention", "mla_decode") if not c.case.get("varlen")]
+    assert len([case for case in decode if case["kv"] == "bf16"]) == 13
+    assert {case["heads"] for case in decode} == {16, 64, 128}
+    assert {c.case["tokens"] for c in rows("attention", "mla_append_kv")} == {128, 4096}
+    steps = [
+        tuple(c.case.get(key) for key in ("model", "rows", "length", "mtp", "precision"))
+        for c in rows("model", "train_step")
+    ]
+    mini = [("mini", 8, 2048, False, None), ("mini", 8, 2048, True, None), ("mini", 8, 2048, False, "fp8")]
+    assert steps == [*mini, ("2b", 8, 4096, False, "fp8")]
+    (layer,) = rows("model", "expert_layer")
+    assert layer.case == {"tokens": 4096, "hidden": 7168, "inner": 2048, "groups": 4, "rows": 8192}
     assert [c.case["steps"] for c in rows("model", "train_losses")] == [200]
 
 

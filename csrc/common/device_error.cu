@@ -43,6 +43,14 @@ void raise_device_error() {
              "] = " + first + " before " + second;
     } else if (code == DeviceErrorCode::kSlots) {
       text = "offsets must stay within the " + limit + " slots, got groups that need " + first;
+    } else if (code == DeviceErrorCode::kPages) {
+      text = "block_table must name one of the " + limit + " pages for every key of a sequence, got block_table[" +
+             group + ", " + second + "] = " + first;
+    } else if (code == DeviceErrorCode::kCacheSlots) {
+      text = "slot_mapping must be -1 or one of the " + limit + " rows of the cache, got slot_mapping[" + group +
+             "] = " + first;
+    } else if (code == DeviceErrorCode::kPositions) {
+      text = "positions must lie within the " + limit + " rows of cos and sin, got positions[" + group + "] = " + first;
     } else {
       text = "counts must lie between 0 and the " + limit + " rows of a group, got counts[" + group + "] = " + first;
     }

@@ -7,11 +7,12 @@
 
 namespace dsv3 {
 
-enum class DeviceErrorCode : uint32_t { kNone, kOffsets, kSlots, kCounts };
+enum class DeviceErrorCode : uint32_t { kNone, kOffsets, kSlots, kCounts, kPages, kCacheSlots, kPositions };
 
 struct DeviceError {
   uint32_t code;
-  int32_t group, first, second, limit;
+  int32_t group;
+  int64_t first, second, limit;
 };
 
 // The current device's word, mapped into its address space. Made at the first call, also while a stream is captured.

@@ -2,7 +2,7 @@
 // offsets and counts are read on the device.
 #pragma once
 
-#include "../common/device_error.h"
+#include "../common/device_error.cuh"
 #include "../common/tensor.h"
 #include "../common/vector.cuh"
 
@@ -53,17 +53,6 @@ struct RowScales {
     return data + static_cast<int64_t>(block) * stride + (first & ~kEarly);
   }
 };
-
-__device__ __forceinline__ void report(DeviceError* error, DeviceErrorCode code, int group, int first, int second,
-                                       int limit) {
-  volatile DeviceError* const word = error;
-  word->group = group;
-  word->first = first;
-  word->second = second;
-  word->limit = limit;
-  __threadfence_system();
-  word->code = static_cast<uint32_t>(code);
-}
 
 // Whether the offsets (or counts) make sense; if not, the reporting warp says which does not. By a whole warp.
 template <Layout kLayout>

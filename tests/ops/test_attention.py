@@ -148,7 +148,7 @@ def test_mla_append_kv(slots, dtype, device):
 def test_registration_and_compile(device):
     q, cache, table, seq_lens, _ = decode_case(device, [3, 9], 1)
     cache = cache.nan_to_num()
-    check_registration("mla_decode", q, cache, table, seq_lens, SCALE, RANK, True)
+    check_registration("mla_decode", q, cache, table, seq_lens, None, SCALE, RANK, True, False)
     kv_a, weight = torch.randn(2, RANK + ROPE, device=device), torch.ones(RANK, device=device)
     tables = torch.rand(2, 16, ROPE // 2, device=device)
     positions, slots = torch.tensor([2, 8], device=device), torch.tensor([4, -1], device=device)
@@ -165,7 +165,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"mla_attention: .* got \(\(2, 1, 8\), \(2, 1, 8\), \(2, 4\), \(2, 1, 8\)\)"):
         ops.mla_attention(x, x, x[:, 0, :4], x, cu, cu, 2, 2, softmax_scale=1.0)
     cache, table, one = torch.zeros(2, 4, 1, 9), torch.zeros(1, 2), torch.ones(1)
-    with pytest.raises(ValueError, match=r"mla_decode: .* got \(1, 1, 1, 8\), \(2, 4, 1, 9\) and \(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"mla_decode: .* got \(1, 1, 1, 8\), torch.float32 \(2, 4, 1, 9\) and \(1, 2\)"
+    ):
         ops.mla_decode(x[:1, None], cache, table, one, softmax_scale=1.0, kv_lora_rank=4)
     with pytest.raises(ValueError, match=r"mla_append_kv: .* got \(2, 9\), \(2, 4, 1, 9\) and \(3,\)"):
         ops.mla_append_kv(torch.zeros(2, 9), one, one, one, torch.zeros(2), torch.zeros(3), cache)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsv3 import ops
 from dsv3.inference.cache import PAGE, allocate_cache
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
 from dsv3.inference.speculative import accept_greedy, accept_sampled
@@ -182,11 +183,13 @@ class Decoder:
         """
         positions = first[:, None] + torch.arange(steps, device=self.device)
         batch = first.shape[0]
+        seq_lens = (first + steps).int()
         return AttentionContext(
             positions.clamp(0, self._last_position).flatten(),
             block_table=self.block_table[:batch, :width],
-            seq_lens=(first + steps).int(),
+            seq_lens=seq_lens,
             slot_mapping=self._slots(self._rows[:batch, None], positions).flatten(),
+            schedule=ops.mla_schedule(seq_lens, steps, self.model.config.num_attention_heads),
         )
 
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:

@@ -38,6 +38,9 @@ class AttentionContext:
     block_table: Tensor | None = None  # int32 [B, W]
     seq_lens: Tensor | None = None  # int32 [B], with the new tokens
     slot_mapping: Tensor | None = None  # int64 [T], -1: not stored
+    schedule: Tensor | None = (
+        None  # of ops.mla_schedule, for all layers of a decode step; None: each layer makes its own
+    )
 
     @staticmethod
     def batch(batch: int, seq_len: int, device: torch.device | str = "cpu") -> AttentionContext:
@@ -169,7 +172,7 @@ class MLA(nn.Module):
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         batch = ctx.seq_lens.shape[0]
         query = torch.cat([q_latent, q_rope], -1).view(batch, -1, self.num_heads, c.latent_dim)
-        settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
+        settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank, "schedule": ctx.schedule}
         latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, **settings)
         latent = latent.view(-1, self.num_heads, c.kv_lora_rank).transpose(0, 1)
         return torch.bmm(latent, w_uv.transpose(1, 2)).transpose(0, 1)

@@ -1,6 +1,6 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
-from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode
+from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode, mla_schedule
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
@@ -45,6 +45,7 @@ __all__ = [
     "mla_append_kv",
     "mla_attention",
     "mla_decode",
+    "mla_schedule",
     "moe_gate",
     "moe_permute",
     "moe_unpermute",

@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from dsv3.reference.quant import TILE, per_token_cast
+
+# A row of an FP8 cache in bytes: the latent in e4m3, a scale (fp32) for every 128 of it, 64 rotated values in bf16.
+FP8_LATENT, FP8_ROPE_AT, FP8_ROW = 512, 528, 656
+
 # cuDNN first: with keys of 192 and values of 128 it is 4 (forward) to 8 times (backward) as fast as the next on an H100.
 CUDA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -63,33 +68,92 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     return scaled_dot_product_attention(q, k, v, **options)[..., :value_dim]
 
 
+def unpack_fp8_cache(cache: Tensor) -> Tensor:
+    """bf16 [..., 576] of FP8 rows uint8 [..., 656]: exact, since e4m3 times a power of two is a bf16 value."""
+    latent = cache[..., :FP8_LATENT].view(torch.float8_e4m3fn).float().unflatten(-1, (-1, TILE))
+    sf = cache[..., FP8_LATENT:FP8_ROPE_AT].view(torch.float32)
+    rope = cache[..., FP8_ROPE_AT:].view(torch.bfloat16)
+    return torch.cat([(latent * sf[..., None]).flatten(-2).bfloat16(), rope], -1)
+
+
+def pack_fp8_cache(rows: Tensor) -> Tensor:
+    """uint8 [T, 656] of bf16 rows [T, 576]: 512 e4m3, the scales of their 4 tiles (fp32, powers of two), 64 bf16."""
+    data, sf = per_token_cast(rows[:, :FP8_LATENT], pow2_scale=True, amax_floor=1e-4)
+    parts = data, sf.clone(memory_format=torch.contiguous_format), rows[:, FP8_LATENT:].contiguous()
+    return torch.cat([part.view(torch.uint8) for part in parts], -1)
+
+
 def mla_decode(
     q: Tensor,
     cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    schedule: Tensor | None,
     softmax_scale: float,
     kv_lora_rank: int,
     causal: bool,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention: out [B, S, Hq, Dc] and natural-log lse fp32 [B, Hq, S] for q [B, S, Hq, Dc+Dr] over a paged cache.
 
     Keys are the whole cached rows, values their first Dc columns. seq_lens counts the S new tokens, which are stored already.
-    Rows of the cache past a sequence's length are not looked at, whatever they hold; length 0 gives out 0 and lse -inf.
+    Rows of the cache and entries of the table past a sequence's length are not looked at, whatever they hold; length 0 gives
+    out 0 and lse -inf. An entry within a length that is no page: RuntimeError on a CPU, elsewhere that sequence gives NaN.
+    `schedule` does not change the result.
     """
     batch, steps = q.shape[:2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    kv = cache[block_table.clamp(min=0).long()].view(batch, -1, cache.shape[-1]).to(wide)
+    table, bad = _used_pages(block_table, seq_lens, *cache.shape[:2])
+    pages = cache[table]
+    if cache.dtype == torch.uint8:
+        pages = unpack_fp8_cache(pages)
+    kv = pages.view(batch, table.shape[1] * cache.shape[1], q.shape[3]).to(wide)
     column = torch.arange(kv.shape[1], device=q.device)
     kv = torch.where((column < seq_lens[:, None])[:, :, None], kv, 0.0)
-    newest = seq_lens[:, None] - (torch.arange(steps, 0, -1, device=q.device) if causal else 1)
-    seen = column <= newest.expand(batch, steps)[:, :, None]
-    scores = torch.einsum("bshd,bkd->bhsk", q.to(wide), kv) * softmax_scale
+    count = seq_lens[:, None] - (torch.arange(steps - 1, -1, -1, device=q.device) if causal else 0)
+    if batch_invariant:
+        out, lse = _absorbed_alone(q.to(wide), kv, count.expand(batch, steps).tolist(), softmax_scale, kv_lora_rank)
+    else:
+        seen = column < count.expand(batch, steps)[..., None]
+        out, lse = _absorbed(q.to(wide), kv, seen, softmax_scale, kv_lora_rank)
+    bad = bad[:, None, None]
+    return out.to(q.dtype).masked_fill_(bad[..., None], torch.nan), lse.masked_fill_(bad, torch.nan)
+
+
+def _absorbed(q: Tensor, kv: Tensor, seen: Tensor, scale: float, rank: int) -> tuple[Tensor, Tensor]:
+    """out [B, S, Hq, rank], lse [B, Hq, S] of q [B, S, Hq, D] and the rows kv [B, L, D], of which seen [B, S, L] count."""
+    scores = torch.einsum("bshd,bkd->bhsk", q, kv) * scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    out = torch.einsum("bhsk,bkd->bshd", weights, kv[..., :kv_lora_rank])
-    return out.to(q.dtype), lse
+    return torch.einsum("bhsk,bkd->bshd", weights, kv[..., :rank]), lse
+
+
+def _absorbed_alone(q: Tensor, kv: Tensor, counts: list[list[int]], scale: float, rank: int) -> tuple[Tensor, Tensor]:
+    """The same where token s of sequence b sees the first counts[b][s] rows: each by itself, with these rows and no others,
+    so that its sums have the same order whatever is beside it."""
+    out, lse = q.new_empty(*q.shape[:3], rank), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    for b, row in enumerate(counts):
+        for s, n in enumerate(max(n, 0) for n in row):
+            one = slice(b, b + 1), slice(s, s + 1)
+            out[one], part = _absorbed(q[one], kv[one[0], :n], q.new_ones(1, 1, n).bool(), scale, rank)
+            lse[one[0], :, one[1]] = part
+    return out, lse
+
+
+def _used_pages(block_table: Tensor, seq_lens: Tensor, pages: int, page: int) -> tuple[Tensor, Tensor]:
+    """int64 [B, W+1]: the pages of every sequence, 0 for what it does not use; and which sequences name no page there. The
+    last column stands for whatever the table has no entry for."""
+    table = pad(block_table.long(), (0, 1), value=-1)
+    begin = torch.arange(table.shape[1], device=table.device) * page
+    wrong = (begin < seq_lens[:, None]) & ((table < 0) | (table >= pages))
+    if wrong.is_cpu and wrong.any():
+        row, entry = wrong.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"block_table must name one of the {pages} pages for every key of a sequence, "
+            f"got block_table[{row}, {entry}] = {int(table[row, entry])}"
+        )
+    return torch.where((begin < seq_lens[:, None]) & ~wrong, table, 0), wrong.any(-1)
 
 
 def mla_append_kv(
@@ -105,21 +169,40 @@ def mla_append_kv(
     """Stores token t's latent at row slot_mapping[t] of the cache [pages, page, 1, Dc+Dr]; a slot of -1 stores nothing.
 
     kv_a [T, Dc+Dr]: the first Dc values are normalised (RMSNorm with norm_weight [Dc]), the last Dr rotated in interleaved
-    pairs by cos and sin [max_positions, Dr/2] at positions [T].
+    pairs by cos and sin [max_positions, Dr/2] at positions [T]. A cache of uint8 holds what pack_fp8_cache makes of the row.
+    A slot or a position that there is not: RuntimeError on a CPU, elsewhere nothing is stored for the token.
     """
     rank = norm_weight.shape[0]
     if kv_a.shape[0] == 0:
         return
+    flat = cache.view(-1, cache.shape[-1])
+    keep = _storable(positions, slot_mapping, cos.shape[0], flat.shape[0])
     wide = kv_a.to(torch.promote_types(kv_a.dtype, torch.float32))
     latent, rope = wide[:, :rank], wide[:, rank:]
     latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps) * norm_weight
-    c, s = cos[positions], sin[positions]
+    known = torch.where(keep, positions, 0)
+    c, s = cos[known], sin[known]
     even, odd = rope[:, 0::2], rope[:, 1::2]
     rotated = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(1)
-    row = torch.cat([latent, rotated], -1).to(cache.dtype)
+    row = torch.cat([latent, rotated], -1)
+    row = pack_fp8_cache(row.bfloat16()) if cache.dtype == torch.uint8 else row.to(cache.dtype)
     # A skipped token repeats the first kept one (or, without any, leaves row 0 as it is): shapes do not depend on the data.
-    flat = cache.view(-1, cache.shape[-1])
-    keep = slot_mapping >= 0
     source = torch.where(keep, torch.arange(keep.shape[0], device=keep.device), keep.int().argmax())
-    slots = slot_mapping[source].clamp(min=0)
+    slots = torch.where(keep, slot_mapping, 0)[source]
     flat[slots] = torch.where(keep.any(), row[source], flat[slots])
+
+
+def _storable(positions: Tensor, slot_mapping: Tensor, max_positions: int, rows: int) -> Tensor:
+    """bool [T]: which tokens have a slot and a position among those that there are."""
+    used = slot_mapping != -1
+    bad_slot, bad_position = (
+        used & ((index < 0) | (index >= end)) for index, end in ((slot_mapping, rows), (positions, max_positions))
+    )
+    for bad, index, text in (
+        (bad_slot, slot_mapping, f"slot_mapping must be -1 or one of the {rows} rows of the cache, got slot_mapping"),
+        (bad_position, positions, f"positions must lie within the {max_positions} rows of cos and sin, got positions"),
+    ):
+        if bad.is_cpu and bad.any():
+            token = int(bad.nonzero()[0])
+            raise RuntimeError(f"{text}[{token}] = {int(index[token])}")
+    return used & ~bad_slot & ~bad_position

@@ -1,0 +1,128 @@
+// The warps of mla_decode_kernel that load: two the keys, a half of a tile each, and one the queries. They walk over the
+// same pieces as the warpgroups that multiply and wait for nothing but room.
+#pragma once
+
+#include "decode.cuh"
+
+namespace dsv3 {
+
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Where the keys of a piece lie: lane i looks up part i of a tile (a page, or a tile of a larger page).
+struct TileRows {
+  const DecodeParams& p;
+  const int* table;
+  int length, end, part_rows, parts, key;  // key: the lane's first, within a tile; beyond it for lanes without a part
+
+  __device__ __forceinline__ TileRows(const DecodeParams& params, const Piece& piece)
+      : p(params), table(params.block_table + piece.sequence / params.groups * params.table_stride) {
+    length = piece.length;
+    end = piece.end;
+    part_rows = min(p.page, kTileKeys);
+    parts = kTileKeys / part_rows;
+    const int lane = threadIdx.x % kWarpSize;
+    key = lane < parts ? lane * part_rows : kTileKeys;
+  }
+  __device__ __forceinline__ bool used(int tile) const {
+    return key < kTileKeys && tile < end && tile * kTileKeys + key < length;
+  }
+  // The table's entry, asked for a tile ahead of its use, where a key of the part is attended to.
+  __device__ __forceinline__ int entry(int tile) const {
+    if (!used(tile)) return 0;
+    const int index = (tile * kTileKeys + key) / p.page;
+    return index < p.table_width ? table[index] : -1;
+  }
+  // The row of the cache; rows past its end read as zeros. `bad`: the entry is no page of the pool.
+  __device__ __forceinline__ int row(int tile, int entry, bool& bad) const {
+    bad = used(tile) && (entry < 0 || entry >= p.pages);
+    if (bad || !used(tile)) return p.pages * p.page;
+    return entry * p.page + (tile * kTileKeys + key) % p.page;
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void produce_queries(const DecodeParams& p, DecodeShared& s, uint32_t rank) {
+  Pieces pieces(p.schedule, p.seq_lens, p.groups, blockIdx.x / C::kCluster);
+  Piece piece;
+  uint32_t phase = 0;
+  while (pieces.next(piece)) {
+    if (piece.begin >= piece.end) continue;
+    const int row = piece.sequence / p.groups * p.rows +
+                    (piece.sequence % p.groups * C::kCluster + static_cast<int>(rank)) * kBlockRows;
+    wait_barrier(shared_address(&s.queries_empty), phase ^ 1);
+    phase ^= 1;
+    if (threadIdx.x % kWarpSize == 0) {
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.queries_full, sizeof(s.queries));
+#pragma unroll
+      for (int i = 0; i < kSubs; ++i) tma_load(s.queries[i], p.queries, s.queries_full, i * kSubColumns, row);
+    }
+    __syncwarp();
+  }
+}
+
+// One thread: a half of a tile as soon as its place is free; where a cluster shares it, every second sub-block, for both.
+template <class C>
+__device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s, int buffer, int half, uint32_t phase,
+                                          const int (&rows)[4], int parts, uint32_t rank) {
+  constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
+  const int slot = buffer * 2 + half;
+  uint64_t& full = s.full[slot];
+  wait_barrier(static_cast<uint32_t>(__cvta_generic_to_shared(&s.empty[slot])), phase ^ 1);
+  expect_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(&full)), half_subs(buffer, half) * kSubBytes);
+#pragma unroll
+  for (int i = 4; i >= 0; --i) {
+    const int sub = i == 4 ? kSubs - 1 : half * 4 + i;
+    if (i == 4 && buffer == half) continue;
+    if (C::kCluster == 2 && sub % 2 != static_cast<int>(rank)) continue;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      if (part > 0 && part >= parts) break;
+      uint8_t* const target = s.keys[buffer][sub] + part * (kSubBytes / parts);
+      if constexpr (C::kCluster == 1) {
+        tma_load(target, p.keys, full, sub * kSubColumns, rows[part], kOnce);
+      } else {
+        tma_load_multicast(target, p.keys, full, sub * kSubColumns, rows[part], 3, kOnce);
+      }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared& s, uint32_t rank, int half) {
+  const int lane = threadIdx.x % kWarpSize;
+  Pieces pieces(p.schedule, p.seq_lens, p.groups, blockIdx.x / C::kCluster);
+  Piece piece;
+  uint32_t phases = 0;  // bit b: of buffer b
+  int parity = 1;       // of the pieces that have keys
+  while (pieces.next(piece)) {
+    if (piece.begin >= piece.end) continue;
+    parity ^= 1;
+    const TileRows lookup(p, piece);
+    int entry = lookup.entry(piece.begin);
+    for (int tile = piece.begin; tile < piece.end; ++tile) {
+      const int buffer = (tile - piece.begin) & 1, next = lookup.entry(tile + 1);
+      bool bad;
+      const int row = lookup.row(tile, entry, bad);
+      if (bad && half == 0) {
+        report(p.error, DeviceErrorCode::kPages, piece.sequence / p.groups, entry,
+               (tile * kTileKeys + lookup.key) / p.page, p.pages);
+      }
+      if (half == 0) {
+        wait_barrier(shared_address(&s.empty[buffer * 2]), (phases >> buffer & 1) ^ 1);
+        const bool any = __any_sync(0xffffffffu, bad);
+        if (lane == 0 && (any || tile == piece.begin)) s.bad[parity] = any;
+      }
+      int rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows[i] = __shfl_sync(0xffffffffu, row, i);
+      if (lane == 0) load_half<C>(p, s, buffer, half, phases >> buffer & 1, rows, lookup.parts, rank);
+      __syncwarp();
+      phases ^= 1u << buffer;
+      entry = next;
+    }
+  }
+}
+
+}  // namespace dsv3

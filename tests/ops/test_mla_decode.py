@@ -1,0 +1,457 @@
+"""Absorbed attention over the paged latent cache at the sizes of the model: FlashMLA's matrix and limits, the FP8 cache,
+what must not matter (pages of others, tails, schedules), captured graphs, invariance, bad input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3 import ops
+from dsv3.testing import check_compile, check_registration
+
+BF16 = torch.bfloat16
+LATENT, WIDTH, FP8_WIDTH = 512, 576, 656
+SCALE = 192**-0.5
+NAN, INF = float("nan"), float("inf")
+GARBAGE = (-1, -(2**31), 2**31 - 1)  # what unused entries of the block table may be
+
+
+# ---- inputs ----
+@dataclass(frozen=True)
+class Case:
+    """Arguments of mla_decode, and the keys fp32 [B, L, 576] that they stand for (zeros past a length)."""
+
+    q: Tensor
+    cache: Tensor
+    table: Tensor
+    seq_lens: Tensor
+    keys: Tensor
+
+    def __call__(self, **settings):
+        return ops.mla_decode(self.q, self.cache, self.table, self.seq_lens, softmax_scale=SCALE, **settings)
+
+    def schedule(self, **settings):
+        return ops.mla_schedule(self.seq_lens, self.q.shape[1], self.q.shape[2], **settings)
+
+    def take(self, sequences, steps=slice(None)):
+        """Some of its sequences (and steps of all of them)."""
+        rest = (t[sequences] for t in (self.table, self.seq_lens, self.keys))
+        return Case(self.q[sequences][:, steps].contiguous(), self.cache, *(t.contiguous() for t in rest))
+
+
+def small(*shape, device):
+    """FlashMLA's inputs."""
+    return (torch.randn(shape, device=device) / 10).clamp(-1, 1).to(BF16)
+
+
+def fp8_rows(rows):
+    """uint8 [N, 656] by the description of the layout, and the values fp32 that they stand for."""
+    codes, sf = ops.per_token_cast(rows[:, :LATENT], pow2_scale=True)
+    parts = codes, sf.clone(memory_format=torch.contiguous_format), rows[:, LATENT:].contiguous()
+    values = codes.float() * sf.repeat_interleave(128, -1)
+    assert torch.equal(values, values.to(BF16).float())
+    return torch.cat([part.view(torch.uint8) for part in parts], -1), torch.cat([values, rows[:, LATENT:].float()], -1)
+
+
+def make(lengths, s_q, heads, device, *, page=64, kv="bf16", spare=3, extra_columns=2):
+    """Pages in random order in a pool with `spare` others. Whatever no one may look at holds NaN (in FP8 all ones, which is
+    NaN in codes, scales and bf16), unused entries of the table garbage."""
+    batch, longest = len(lengths), max(lengths, default=0)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    used = (seq_lens.long() + page - 1) // page
+    width = -(-longest // page) + extra_columns
+    pool = sum(-(-n // page) for n in lengths) + spare
+    column = torch.arange(width, device=device)
+    is_used = column < used[:, None]
+    table = torch.tensor(GARBAGE, device=device)[torch.randint(3, (batch, width), device=device)]
+    table[is_used] = torch.randperm(pool, device=device)[: pool - spare]
+    slot = (table.clamp(0, pool - 1)[:, :, None] * page + torch.arange(page, device=device)).flatten(1)[:, :longest]
+    live = torch.arange(longest, device=device) < seq_lens[:, None]
+
+    rows = small(int(live.sum()), WIDTH, device=device)
+    keys = torch.zeros(batch, longest, WIDTH, device=device)
+    if kv == "fp8":
+        cache = torch.full((pool, page, 1, FP8_WIDTH), 0xFF, dtype=torch.uint8, device=device)
+        cache.view(-1, FP8_WIDTH)[slot[live]], keys[live] = fp8_rows(rows)
+    else:
+        cache = torch.full((pool, page, 1, WIDTH), NAN, dtype=BF16, device=device)
+        cache.view(-1, WIDTH)[slot[live]], keys[live] = rows, rows.float()
+    return Case(small(batch, s_q, heads, WIDTH, device=device), cache, table.int(), seq_lens, keys)
+
+
+def varied(batch, s_k, s_q):
+    """Lengths N(s_k, s_k / 2), at least the new tokens and at most 2 s_k; where there are several, one is 0."""
+    generator = torch.Generator().manual_seed(batch * s_k + s_q)
+    lengths = torch.normal(float(s_k), s_k / 2, (batch,), generator=generator).int().clamp(s_q, 2 * s_k).tolist()
+    if batch > 1:
+        lengths[batch // 2] = 0
+    return lengths
+
+
+# ---- the formula, and the limits ----
+def plain(case, causal=True):
+    """out fp32 [B, S, H, 512] and lse [B, H, S]."""
+    steps, keys = case.q.shape[1], case.keys
+    scores = torch.einsum("bshd,bkd->bhsk", case.q.float(), keys) * SCALE
+    count = case.seq_lens[:, None] - (torch.arange(steps - 1, -1, -1, device=keys.device) if causal else 0)
+    hidden = torch.arange(keys.shape[1], device=keys.device) >= count.expand(-1, steps)[:, :, None]
+    scores.masked_fill_(hidden[:, None], -INF)
+    lse = torch.logsumexp(scores, -1)
+    weights = scores.sub_(lse[..., None]).exp_().nan_to_num_(0.0)  # NaN: -inf - -inf, where no key is seen
+    return torch.einsum("bhsk,bkd->bshd", weights, keys[..., :LATENT]), lse
+
+
+def check(found, exact, factor=1):
+    """FlashMLA's limits, times a factor."""
+    (out, lse), (exact_out, exact_lse) = found, exact
+    assert (out.dtype, out.shape) == (BF16, exact_out.shape)
+    assert (lse.dtype, lse.shape) == (torch.float32, exact_lse.shape)
+    error = (out.float() - exact_out).abs()
+    near = (error <= factor * 8e-4) | (error <= factor * 2.01 / 128 * exact_out.abs())
+    assert near.all(), (
+        f"out: {int((~near).sum())} of {near.numel()} differ, by up to {float(error.nan_to_num(INF).max())}"
+    )
+    x, y = out.double(), exact_out.double()
+    square = float((x * x + y * y).sum())
+    if square > 0:
+        assert 1 - 2 * float((x * y).sum()) / square <= factor * 5e-6
+    empty = exact_lse == -INF
+    assert torch.equal(lse == -INF, empty)
+    off = (lse - exact_lse).abs()[~empty]
+    assert (off <= factor * (8.01 / 65536 * exact_lse[~empty].abs()).clamp(min=1e-6)).all(), f"lse: {float(off.max())}"
+
+
+def same(a, b):
+    """Bit for bit."""
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+# ---- values ----
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("lengths", "s_q", "heads", "page"),
+    [
+        ([20, 0, 1, 47], 1, 3, 16),
+        ([17, 2, 0], 2, 9, 32),
+        ([4, 64, 65], 4, 2, 64),
+        ([140], 8, 1, 128),
+        ([0, 0], 1, 16, 64),
+        ([129], 1, 65, 64),
+    ],
+)
+def test_small(lengths, s_q, heads, page, kv, causal, device):
+    case = make(lengths, s_q, heads, device, page=page, kv=kv)
+    exact = plain(case, causal)
+    check(case(causal=causal), exact, 2 if kv == "fp8" else 1)
+    check(case(causal=causal, batch_invariant=True), exact, 2 if kv == "fp8" else 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("s_q", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 3, 9, 63, 64, 126, 128])
+def test_matrix(heads, s_q, causal):
+    for i, batch in enumerate((1, 2, 6, 64)):
+        for j, s_k in enumerate((20, 140, 4096)):
+            page = (16, 32, 64, 128)[(i + j + heads) % 4]
+            for lengths in ([s_k] * batch, varied(batch, s_k, s_q)):
+                case = make(lengths, s_q, heads, "cuda", page=page)
+                check(case(causal=causal), plain(case, causal))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("heads", [1, 16, 63, 64, 128])
+def test_fp8_matrix(heads, s_q):
+    for i, batch in enumerate((1, 6, 64)):
+        for j, s_k in enumerate((20, 140, 4096)):
+            page = (16, 32, 64, 128)[(i + j + heads) % 4]
+            for lengths in ([s_k] * batch, varied(batch, s_k, s_q)):
+                case = make(lengths, s_q, heads, "cuda", page=page, kv="fp8")
+                check(case(), plain(case), 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize(("s_q", "heads"), [(1, 16), (3, 128), (8, 8), (8, 128)])
+def test_pages_and_ends(s_q, heads, page, kv):
+    """Lengths around the ends of tiles, pages and the pieces of a batch-invariant order; one far longer than the others."""
+    ends = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 1023, 1024, 1025, 2048, 2049, 20000]
+    case = make([0 if n == 0 else max(n, s_q) for n in ends], s_q, heads, "cuda", page=page, kv=kv)
+    for causal in (True, False):
+        exact = plain(case, causal)
+        check(case(causal=causal), exact, 2 if kv == "fp8" else 1)
+        check(case(causal=causal, batch_invariant=True), exact, 2 if kv == "fp8" else 1)
+
+
+def test_large_scores(device):
+    """Attention that all but one key a head and token lose; scores of several hundreds do not overflow."""
+    case = make([130, 70], 2, 4, device)
+    wanted = torch.randint(60, (2, 2, 4), device=device)
+    q = 800 * torch.stack([case.keys[b][wanted[b]] for b in range(2)])
+    case = Case(q.to(BF16), *(getattr(case, name) for name in ("cache", "table", "seq_lens", "keys")))
+    out, lse = case()
+    exact_out, exact_lse = plain(case)
+    torch.testing.assert_close(out.float(), exact_out, rtol=2.0**-7, atol=8e-4)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
+
+
+# ---- what must not matter ----
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_what_is_not_used_does_not_matter(page, kv, device):
+    """Bit for bit the same with other garbage: the tails of pages, other pages, unused entries of the table."""
+    heads = 128 if device.type == "cuda" else 3
+    case = make([70, 0, 5, 333], 2, heads, device, page=page, kv=kv)
+    found = case()
+    pages = torch.arange(case.table.shape[1], device=device)
+    unused = pages >= ((case.seq_lens + page - 1) // page)[:, None]
+    flat = case.cache.view(-1, case.cache.shape[-1])
+    poison = (flat == 0xFF).all(-1) if kv == "fp8" else flat.isnan().any(-1)
+    assert int((~poison).sum()) == int(case.seq_lens.sum())
+    flat[poison] = 0x7F if kv == "fp8" else -INF
+    for entry in (0, 1, case.cache.shape[0], -7, 2**31 - 1):
+        case.table[unused] = entry
+        assert same(case(), found)
+
+
+def test_repetition_and_schedules(device):
+    """The same bits again; with a schedule made before or not; the schedule's shape is known without the lengths."""
+    heads, lengths = (128, [5000, 3, 0, 700, 64, 4096]) if device.type == "cuda" else (3, [90, 3, 0])
+    for s_q, h in ((1, heads), (2, heads), (1, max(heads // 8, 1))):
+        case = make(lengths, s_q, h, device)
+        for settings in ({}, {"batch_invariant": True}):
+            found, schedule = case(**settings), case.schedule(**settings)
+            assert schedule.dtype == torch.int32
+            assert schedule.shape == ops.mla_schedule(torch.zeros_like(case.seq_lens), s_q, h, **settings).shape
+            before = schedule.clone()
+            for _ in range(3):
+                assert same(case(**settings), found)
+                assert same(case(schedule=schedule, **settings), found)
+            assert torch.equal(schedule, before)
+
+
+def test_views(device):
+    """Columns of a wider block table, a slice of queries of more heads."""
+    case = make([33, 80], 2, 6, device)
+    found = case()
+    wide = torch.full((2, 20), -5, dtype=torch.int32, device=device)
+    wide[:, 7 : 7 + case.table.shape[1]] = case.table
+    more = torch.full((2, 2, 9, WIDTH), NAN, dtype=BF16, device=device)
+    more[:, :, 2:8] = case.q
+    view = Case(more[:, :, 2:8], case.cache, wide[:, 7 : 7 + case.table.shape[1]], case.seq_lens, case.keys)
+    assert same(view(), found)
+
+
+def test_no_sequences(device):
+    case = make([], 2, 4, device)
+    out, lse = case(schedule=case.schedule())
+    assert (out.shape, lse.shape) == ((0, 2, 4, LATENT), (0, 4, 2))
+
+
+# ---- the order of sums ----
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("heads", [3, 64, 128])
+def test_batch_invariant(heads, kv, device):
+    """A token's bits depend neither on the other sequences nor on whether it is decoded alone or as one of several."""
+    if device.type == "cuda":
+        lengths, s_q = [3000, 17, 0, 1024, 9000, 1, 64, 1025, *([2000] * 60)], 4
+    else:
+        lengths, s_q = [41, 4, 0], 4
+    lengths = [n if n == 0 else max(n, s_q) for n in lengths]
+    case = make(lengths, s_q, heads, device, kv=kv)
+    settings = {"batch_invariant": True}
+    out, lse = case(schedule=case.schedule(**settings), **settings)
+    for few in ([0], [2, 1], list(range(min(len(lengths), 9)))):
+        part = case.take(few)
+        assert same(part(**settings), (out[few], lse[few]))
+    for step in range(s_q):
+        one = case.take(slice(None), slice(step, step + 1))
+        back = torch.where(case.seq_lens > 0, case.seq_lens - (s_q - 1 - step), 0).int()
+        one = Case(one.q, one.cache, one.table, back, one.keys)
+        assert same(one(**settings), (out[:, step : step + 1], lse[:, :, step : step + 1].contiguous()))
+
+
+# ---- graphs, registration, compilation ----
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("s_q", "heads"), [(1, 16), (2, 128)])
+def test_graph(s_q, heads, batch_invariant):
+    """The schedule and two layers in a graph, replayed with other lengths, tables, queries and caches."""
+    drawn = ([4000, 7, 0, 300], [0, 0, 0, 0], [5, 6000, 2, 65], [70, 70, 70, 70], [6000, 6000, 6000, 6000])
+    cases = [make(lengths, s_q, heads, "cuda") for lengths in drawn]
+    pages, width = (max(sizes) for sizes in zip(*((len(c.cache), c.table.shape[1]) for c in cases), strict=True))
+
+    def padded(case):
+        """In the shapes of the largest."""
+        cache = case.cache.new_full((pages, *case.cache.shape[1:]), NAN)
+        table = case.table.new_full((4, width), -3)
+        cache[: len(case.cache)], table[:, : case.table.shape[1]] = case.cache, case.table
+        return Case(case.q, cache, table, case.seq_lens, case.keys)
+
+    cases = [padded(case) for case in cases]
+    static = Case(*(t.clone() for t in (cases[0].q, cases[0].cache, cases[0].table, cases[0].seq_lens)), cases[0].keys)
+    second = static.q.flip(-1).contiguous()
+
+    def layers():
+        settings = {"schedule": static.schedule(batch_invariant=batch_invariant), "batch_invariant": batch_invariant}
+        other = Case(second, static.cache, static.table, static.seq_lens, static.keys)
+        return *static(**settings), *other(**settings)
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for case in (*cases, cases[0]):
+        for target, source in zip(
+            (static.q, static.cache, static.table, static.seq_lens, second),
+            (case.q, case.cache, case.table, case.seq_lens, case.q.flip(-1)),
+            strict=True,
+        ):
+            target.copy_(source)
+        for t in captured:
+            t.fill_(7.0)
+        graph.replay()
+        check(captured[:2], plain(case), 1)
+        assert same(captured, layers())
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_registration_and_compile(kv, device):
+    case = make([3, 0, 20], 2, 4, device, kv=kv)
+    if kv == "bf16":
+        case.cache.nan_to_num_()  # the check compares inputs before and after, and NaN differs from itself
+    arguments = case.q, case.cache, case.table, case.seq_lens
+    check_registration("mla_schedule", case.seq_lens, 2, 4, False)
+    for batch_invariant in (False, True):
+        schedule = case.schedule(batch_invariant=batch_invariant)
+        check_registration("mla_decode", *arguments, schedule, SCALE, LATENT, True, batch_invariant)
+    check_registration("mla_decode", *arguments, None, SCALE, LATENT, False, False)
+
+    def decode(q, cache, table, seq_lens):
+        schedule = ops.mla_schedule(seq_lens, q.shape[1], q.shape[2])
+        return ops.mla_decode(q, cache, table, seq_lens, softmax_scale=SCALE, schedule=schedule)
+
+    check_compile(decode, *arguments)
+
+
+# ---- sizes ----
+@pytest.mark.cuda
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize(("heads", "s_q"), [(16, 1), (128, 2)])
+def test_a_million_tokens_in_a_pool_of_more_than_2_to_31_elements(heads, s_q, kv):
+    """The table repeats pages from both ends of the pool, the only ones that hold anything."""
+    width = FP8_WIDTH if kv == "fp8" else WIDTH
+    pages, length = 2**31 // (64 * width) + 200, 2**20 - 5
+    cache = torch.empty(pages, 64, 1, width, dtype=torch.uint8 if kv == "fp8" else BF16, device="cuda")
+    assert cache.numel() > 2**31
+    ends = torch.cat([torch.arange(130), torch.arange(pages - 130, pages)]).cuda()
+    rows = small(len(ends) * 64, WIDTH, device="cuda")
+    packed, values = fp8_rows(rows) if kv == "fp8" else (rows, rows.float())
+    cache[ends] = packed.view(len(ends), 64, 1, width)
+    chosen = torch.randint(len(ends), (2**20 // 64,), device="cuda")
+    keys = values.view(len(ends), 64, WIDTH)[chosen].view(1, -1, WIDTH)[:, :length]
+    seq_lens = torch.tensor([length], dtype=torch.int32, device="cuda")
+    q = small(1, s_q, heads, WIDTH, device="cuda")
+    case = Case(q, cache, ends[chosen][None].int(), seq_lens, keys)
+    exact = plain(case)
+    for settings in ({}, {"batch_invariant": True}):
+        check(case(**settings), exact, 2 if kv == "fp8" else 1)
+
+
+# ---- bad input ----
+def check_device_error(case, match, device):
+    """On a GPU the next call raises what the kernel found, and the one after that works; the reference raises at once."""
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match=match):
+            case()
+        return
+    case()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=match):
+        ops.per_token_cast(torch.ones(1, 128, device=device))
+    good = make([20, 90], 1, 4, device)
+    check(good(), plain(good))
+    torch.cuda.synchronize()
+    ops.per_token_cast(torch.ones(1, 128, device=device))  # and nothing more is reported
+
+
+@pytest.mark.parametrize("entry", [-1, 2**31 - 1, -(2**31), "pages"])
+def test_a_page_beyond_the_pool(entry, device):
+    """The last page of a sequence, of which one key counts."""
+    case = make([30, 65, 0], 1, 4, device)
+    pages = case.cache.shape[0]
+    case.table[1, 1] = pages if entry == "pages" else entry
+    text = rf"block_table must name one of the {pages} pages .* got block_table\[1, 1\] = {int(case.table[1, 1])}"
+    check_device_error(case, text, device)
+
+
+@pytest.mark.parametrize("heads", [4, 128])
+@pytest.mark.parametrize("length", [129, 100_000, 2**31 - 1])
+def test_a_length_beyond_the_table(length, heads, device):
+    """A table of two pages. The number of keys decides how long a kernel runs, so not even 2^31 may hang it."""
+    case = make([30, 128], 1, heads if device.type == "cuda" else 2, device, extra_columns=0)
+    assert case.table.shape == (2, 2)
+    case.seq_lens[1] = length
+    check_device_error(case, r"block_table\[1, \d+\]|seq_lens", device)
+
+
+def test_a_negative_length_is_an_empty_sequence(device):
+    case = make([30, 0], 1, 4, device)
+    case.seq_lens[1] = -3
+    out, lse = case()
+    assert not out[1].any()
+    assert (lse[1] == -INF).all()
+    check((out[:1], lse[:1]), plain(case.take([0])))
+
+
+def arguments_of(device):
+    case = make([20, 3], 2, 4, device)
+    return {"q": case.q, "cache": case.cache.nan_to_num(), "block_table": case.table, "seq_lens": case.seq_lens}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda a: a | {"q": a["q"][0]}, r"\(2, 4, 576\).*\(5, 64, 1, 576\)"),
+        (lambda a: a | {"q": a["q"][..., :512]}, r"\(2, 2, 4, 512\).*\(5, 64, 1, 576\)"),
+        (lambda a: a | {"cache": a["cache"][..., :570].contiguous()}, r"\(2, 2, 4, 576\).*\(5, 64, 1, 570\)"),
+        (lambda a: a | {"cache": a["cache"].view(5, 32, 2, 576)}, r"\(2, 2, 4, 576\).*\(5, 32, 2, 576\)"),
+        (lambda a: a | {"cache": a["cache"].view(5, 64, 576)}, r"\(2, 2, 4, 576\).*\(5, 64, 576\)"),
+        (lambda a: a | {"cache": a["cache"].view(-1)[: 6 * 48 * 576].view(6, 48, 1, 576)}, r"\(6, 48, 1, 576\)"),
+        (lambda a: a | {"cache": a["cache"].view(torch.uint8)}, r"\(2, 2, 4, 576\).*\(5, 64, 1, 1152\)"),
+        (lambda a: a | {"cache": a["cache"].half()}, r"float16.*\(5, 64, 1, 576\)|\(5, 64, 1, 576\).*float16"),
+        (lambda a: a | {"cache": a["cache"].int()}, r"int32.*\(5, 64, 1, 576\)|\(5, 64, 1, 576\).*int32"),
+        (lambda a: a | {"cache": a["cache"].transpose(0, 1).contiguous().transpose(0, 1)}, r"\(5, 64, 1, 576\)"),
+        (lambda a: a | {"block_table": a["block_table"][0]}, r"\(3,\)"),
+        (lambda a: a | {"block_table": a["block_table"][:1]}, r"\(2, 2, 4, 576\).*\(1, 3\)"),
+        (lambda a: a | {"block_table": a["block_table"].long()}, "int64"),
+        (lambda a: a | {"seq_lens": a["seq_lens"][:1]}, r"\(2, 2, 4, 576\).*\(1,\)"),
+        (lambda a: a | {"seq_lens": a["seq_lens"].long()}, "int64"),
+        (lambda a: a | {"q": a["q"][:, :0]}, r"\(2, 0, 4, 576\)"),
+    ],
+)
+def test_bad_arguments(change, match, device):
+    arguments = change(arguments_of(device))
+    with pytest.raises(ValueError, match=rf"mla_decode: expected .*({match})"):
+        ops.mla_decode(*arguments.values(), softmax_scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("seq_lens", "s_q", "heads", "match"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int32), 1, 4, r"int32 \(2, 2\)"),
+        (torch.zeros(2, dtype=torch.int64), 1, 4, r"int64 \(2,\)"),
+        (torch.zeros(2, dtype=torch.int32), 0, 4, "got 0 and 4"),
+        (torch.zeros(2, dtype=torch.int32), 1, -1, "got 1 and -1"),
+    ],
+)
+def test_bad_arguments_of_a_schedule(seq_lens, s_q, heads, match, device):
+    with pytest.raises(ValueError, match=rf"mla_schedule: expected .*{match}"):
+        ops.mla_schedule(seq_lens.to(device), s_q, heads)
