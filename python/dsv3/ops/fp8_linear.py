@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
+from dsv3.ops.grad import apply
 from dsv3.ops.linear import Quantized, WgradQueue, now_or_later
 from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
@@ -144,7 +145,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
     if x.dim() != 2 or len(n_k) != 2 or n_k[1] != x.shape[1]:
         raise ValueError(f"fp8_linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(n_k)}")
     cast = _cast_of(x, pow2_scale=shared_input)
-    return _Fp8Linear.apply(x, weight.param, weight, cast, wgrad, shared_input)
+    return apply(_Fp8Linear, x, weight.param, weight, cast, wgrad, shared_input)
 
 
 def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
@@ -229,7 +230,7 @@ def fp8_mlp(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, *, wgrad: WgradQueue
     """
     _check_mlp("fp8_mlp", x, gate_up, down, ())
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=False)
-    return _Fp8MLP.apply(x, None, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=False), None)
+    return apply(_Fp8MLP, x, None, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=False), None)
 
 
 def fp8_experts(
@@ -264,7 +265,7 @@ def fp8_experts(
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=True)
-    return _Fp8MLP.apply(x, weights, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=True), offsets)
+    return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=True), offsets)
 
 
 def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:

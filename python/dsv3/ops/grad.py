@@ -1,8 +1,30 @@
-"""Where the gradient of a weight goes."""
+"""What the differentiable ops share: whether there is anything to differentiate, and where the gradient of a weight goes."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+
+class _Forgetful:
+    """Stands for the context of a forward that nothing will follow."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args); without autograd's part, which takes longer than many a kernel, where no argument needs a
+    gradient."""
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return function.apply(*args)
+    return function.forward(_Forgetful(), *args)
 
 
 def accumulate(weight: Tensor, grad: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.grad import apply
 from dsv3.ops.registry import define
 from dsv3.reference import linear as reference
 from dsv3.reference.quant import dequantize
@@ -132,7 +133,7 @@ def linear(
         raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if isinstance(weight, Quantized):
         return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
-    return _Linear.apply(x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
+    return apply(_Linear, x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
 
 
 define(
@@ -205,7 +206,7 @@ def grouped_linear(
     ):
         found = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(offsets.shape)}"
         raise ValueError(f"grouped_linear: x must be (R, K), weight (G, N, K) and offsets (G+1,), got {found}")
-    return _GroupedLinear.apply(x, dense(weight, x.dtype), offsets, wgrad)
+    return apply(_GroupedLinear, x, dense(weight, x.dtype), offsets, wgrad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -263,4 +264,4 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: i
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
         found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
-    return _LinearCrossEntropy.apply(h, weight, targets, chunk)
+    return apply(_LinearCrossEntropy, h, weight, targets, chunk)

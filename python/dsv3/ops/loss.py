@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.grad import apply
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import loss as reference
 
@@ -71,4 +72,4 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
         found = f"{tuple(logits.shape)} and {tuple(targets.shape)} {targets.dtype}"
         raise ValueError(f"cross_entropy: logits must be (T, V) and targets (T,) int64, got {found}")
-    return _CrossEntropy.apply(logits.contiguous(), targets.contiguous())
+    return apply(_CrossEntropy, logits.contiguous(), targets.contiguous())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3.ops.grad import apply
 from dsv3.ops.quant import check_floats, check_floor, check_offsets, empty_per_token
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import moe as reference
@@ -132,7 +133,7 @@ def moe_gate(
         raise ValueError(
             f"moe_gate: score must be sigmoid or softmax, group_score top2_sum or max, got {score}, {group_score}"
         )
-    return _Gate.apply(logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
+    return apply(_Gate, logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
 
 
 class Permutation(NamedTuple):
@@ -234,7 +235,7 @@ def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, 
             f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(x.shape)} and {tuple(topk_idx.shape)}"
         )
     handle = Permutation(*torch.ops.dsv3.moe_permutation(topk_idx, num_experts))
-    return _Permute.apply(x, handle.source, handle.position), handle
+    return apply(_Permute, x, handle.source, handle.position), handle
 
 
 def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None) -> Tensor:
@@ -250,7 +251,7 @@ def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None)
     """
     if y.dim() != 2 or y.shape[0] != handle.position.numel():
         raise ValueError(f"moe_unpermute: y must be (T*k, H) with {handle.position.numel()} rows, got {tuple(y.shape)}")
-    return _Unpermute.apply(y, handle.source, handle.position, weights)
+    return apply(_Unpermute, y, handle.source, handle.position, weights)
 
 
 def _supports_swiglu(gate_up: Tensor) -> str | None:
@@ -372,7 +373,7 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
         ValueError: shapes that do not fit.
     """
     _check_swiglu("swiglu", gate_up, weights)
-    return _Swiglu.apply(gate_up.contiguous(), weights)
+    return apply(_Swiglu, gate_up.contiguous(), weights)
 
 
 def _check_swiglu(name: str, gate_up: Tensor, weights: Tensor | None) -> None:

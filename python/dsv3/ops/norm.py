@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import accumulate
+from dsv3.ops.grad import accumulate, apply
 from dsv3.ops.quant import check_floats, check_floor, empty_per_token
 from dsv3.ops.registry import check_dtype, define, native, sm_count
 from dsv3.reference import norm as reference
@@ -161,9 +161,9 @@ def rmsnorm(
     _check_shapes("rmsnorm", x, weight, residual)
     args = x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps
     if not cast:
-        return _RMSNorm.apply(*args)
+        return apply(_RMSNorm, *args)
     _check_cast("rmsnorm", x, _AMAX_FLOOR)
-    y, summed, y_fp8, y_sf = _RMSNormCast.apply(*args)
+    y, summed, y_fp8, y_sf = apply(_RMSNormCast, *args)
     y.cast = y_fp8, y_sf
     return y if residual is None else (y, summed)
 
@@ -292,4 +292,4 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, head_dim: i
         )
     if positions.shape != x.shape[:1]:
         raise ValueError(f"rope_: positions must be ({x.shape[0]},), got {tuple(positions.shape)}")
-    return _Rope.apply(x, cos, sin, positions, head_dim)
+    return apply(_Rope, x, cos, sin, positions, head_dim)
