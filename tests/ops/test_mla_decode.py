@@ -443,6 +443,13 @@ def test_bad_arguments(change, match, device):
         ops.mla_decode(*arguments.values(), softmax_scale=SCALE)
 
 
+def test_a_schedule_of_the_other_kind(device):
+    case = make([20, 3], 2, 4, device)
+    for batch_invariant in (False, True):
+        with pytest.raises(ValueError, match="mla_decode: expected batch_invariant as of the schedule, got"):
+            case(schedule=case.schedule(batch_invariant=batch_invariant), batch_invariant=not batch_invariant)
+
+
 @pytest.mark.parametrize(
     ("seq_lens", "s_q", "heads", "match"),
     [

@@ -210,7 +210,9 @@ def mla_schedule(seq_lens: Tensor, s_q: int, heads: int, *, batch_invariant: boo
         raise ValueError(f"mla_schedule: expected seq_lens int32 (B,), got {seq_lens.dtype} {tuple(seq_lens.shape)}")
     if s_q < 1 or heads < 1:
         raise ValueError(f"mla_schedule: expected s_q and heads of at least 1, got {s_q} and {heads}")
-    return torch.ops.dsv3.mla_schedule(seq_lens.contiguous(), s_q, heads, batch_invariant)
+    schedule = torch.ops.dsv3.mla_schedule(seq_lens.contiguous(), s_q, heads, batch_invariant)
+    schedule.batch_invariant = batch_invariant  # both kinds have one size: mla_decode takes no other than it was told
+    return schedule
 
 
 def mla_decode(
@@ -273,17 +275,13 @@ def mla_decode(
         raise ValueError(f"mla_decode: expected block_table and seq_lens of int32, got {found}")
     if q.shape[1] < 1 or q.shape[2] < 1:
         raise ValueError(f"mla_decode: expected q (B,S,H,D) of at least a token and a head, got {tuple(q.shape)}")
-    return torch.ops.dsv3.mla_decode(
-        q.contiguous(),
-        cache,
-        block_table,
-        seq_lens,
-        schedule,
-        softmax_scale,
-        kv_lora_rank,
-        causal,
-        batch_invariant,
-    )
+    if schedule is not None and getattr(schedule, "batch_invariant", batch_invariant) != batch_invariant:
+        found = f"{not batch_invariant} and {batch_invariant}"
+        raise ValueError(f"mla_decode: expected batch_invariant as of the schedule, got {found}")
+    if block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
+    settings = softmax_scale, kv_lora_rank, causal, batch_invariant
+    return torch.ops.dsv3.mla_decode(q.contiguous(), cache, block_table, seq_lens.contiguous(), schedule, *settings)
 
 
 def mla_append_kv(
