@@ -286,3 +286,18 @@ def test_the_memory_is_said(caplog: pytest.LogCaptureFixture) -> None:
         "dispatch takes 1.28e-07 GB for 4 rows of 8 float32. Never too small: 2 rows = 1 ranks x 2 tokens x 1 experts, "
         "6.4e-08 GB"
     )
+
+
+@pytest.mark.parametrize("wire", [None, torch.float32, FP8])
+def test_static_mode_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch, wire: torch.dtype | None) -> None:
+    """The whole way, forward and backward, with tensors that have no values; all shapes are known without."""
+    monkeypatch.setattr(Room, "note", lambda room, needed: needed > room.max_recv)  # its copy to the host wants values
+    x = torch.empty(6, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weights = torch.empty(6, 2, device="meta", requires_grad=True)
+    buffer = ExpertBuffer(num_experts=4, max_recv=9, max_tokens=8, wire_dtype=wire)
+    handle = buffer.dispatch(x, torch.empty(6, 2, dtype=torch.int64, device="meta"), weights)
+    assert (handle.num_recv, handle.x.shape, handle.offsets.shape) == (9, (9, 32), (5,))
+    assert wire != FP8 or handle.x_sf.stride() == (1, 12)
+    out = buffer.combine(handle.rows * handle.topk_weights[:, None].bfloat16(), handle)
+    out.sum().backward()
+    assert (out.shape, x.grad.shape, weights.grad.shape) == (x.shape, x.shape, weights.shape)
