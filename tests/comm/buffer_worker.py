@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import Dispatched, ExpertBuffer
-from tests.comm.cases import CASES, Case, experts, inputs
+from tests.comm.cases import CASES, FP8, Case, arrived, experts, inputs
 
 
 def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
@@ -20,16 +21,24 @@ def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
     x.requires_grad_()
     weights.requires_grad_()
     handle = buffer.dispatch(x, idx, weights)
-    first = buffer.layout.num_local_experts * buffer.layout.rank
-    expert = torch.arange(first, first + handle.offsets.numel() - 1).repeat_interleave(handle.offsets.diff())
-    out = buffer.combine(experts(handle.x, handle.topk_weights, expert), handle)
+    first, end = buffer.layout.num_local_experts * buffer.layout.rank, int(handle.offsets[-1])
+    expert = torch.zeros(handle.num_recv, dtype=torch.int64)
+    expert[:end] = torch.arange(first, first + handle.offsets.numel() - 1).repeat_interleave(handle.offsets.diff())
+    y = experts(arrived(handle), handle.topk_weights, expert)
+    y.register_hook(lambda dy: seen.append(dy[end:]))
+    seen = [arrived(handle)[end:], handle.topk_weights[end:], y[end:]]
+    out = buffer.combine(y, handle)
     out.backward(dout)
+    assert all(rows.isnan().all() for rows in seen), "new memory is NaN here, and what is nobody's is not touched"
+    assert len(handle.x) == (case.settings["max_recv"] if case.static else end)
     apart = Dispatched(*(t.detach() for t in handle))
-    again = buffer.combine(experts(apart.x, apart.topk_weights, expert), apart)
+    again = buffer.combine(experts(arrived(apart), apart.topk_weights, expert), apart)
     assert torch.equal(again, out), "a handle is its tensors"
+    cast = {} if handle.x_sf is None else {"x_sf": handle.x_sf[:end], "strides": torch.tensor(handle.x_sf.stride())}
     return {
-        "x": handle.x.detach(),
-        "weights": handle.topk_weights.detach(),
+        **cast,
+        "x": handle.x.detach()[:end],
+        "weights": handle.topk_weights.detach()[:end],
         "offsets": handle.offsets,
         "out": out.detach(),
         "dx": x.grad,
@@ -38,20 +47,19 @@ def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def buffer_for(group: dist.ProcessGroup, case: Case) -> ExpertBuffer:
-    return ExpertBuffer(group, num_experts=case.num_experts, ranks_per_node=case.per_node, wire_dtype=case.wire)
+    return ExpertBuffer(group, **case.settings)
 
 
 def one_rank_alone(group: dist.ProcessGroup) -> None:
     """The transports agree bit for bit, forward and backward."""
-    for case in (Case(1, 1), Case(1, 1, dtype=torch.bfloat16), Case(1, 1, dtype=torch.bfloat16, wire=torch.float32)):
-        made = [
-            ExpertBuffer(group, num_experts=16, transport=transport, wire_dtype=case.wire)
-            for transport in ("local", "collective")
-        ]
+    bf16 = {"dtype": torch.bfloat16}
+    plain = [Case(1, 1), Case(1, 1, **bf16), Case(1, 1, wire=torch.float32, **bf16), Case(1, 1, wire=FP8, **bf16)]
+    for case in (*plain, *(dataclasses.replace(case, static=True) for case in plain)):
+        made = [ExpertBuffer(group, transport=transport, **case.settings) for transport in ("local", "collective")]
         local, collective = (run(buffer, case, 0) for buffer in made)
         assert same(local, collective)
     assert ExpertBuffer(group, num_experts=16).transport == "local"
@@ -105,11 +113,20 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
             ExpertBuffer(group, **setting)
         except ValueError as error:
             said[name] = str(error)
+    small = ExpertBuffer(group, num_experts=8, max_recv=4, max_tokens=3)
+    for name, arguments in {"full": (x, idx, weights), "long": (x[[0] * 4], idx[[0] * 4], weights[[0] * 4])}.items():
+        try:
+            small.dispatch(*arguments)
+        except (RuntimeError, ValueError) as error:
+            said[name] = str(error)
+    handle = small.dispatch(x[:1], idx[:1], weights[:1])
+    torch.testing.assert_close(small.combine(handle.rows, handle), 2 * x[:1])
     return said
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     dist.init_process_group("gloo")
     rank, out = dist.get_rank(), Path(sys.argv[1])
     groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}

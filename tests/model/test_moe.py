@@ -16,7 +16,7 @@ def run(block, u):
     """The MoE part of a block on u [T, H]."""
     topk_idx, topk_weights, counts, _ = block.moe.gate(u)
     handle = block.dispatch_stage(u, topk_idx, topk_weights)
-    y = block.experts_stage(u, handle.x, handle.topk_weights, handle.offsets)
+    y = block.experts_stage(u, handle.rows, handle.topk_weights, handle.offsets)
     return block.combine_stage(torch.zeros_like(u), handle, *y), topk_idx, topk_weights, counts
 
 

@@ -70,7 +70,7 @@ def fp8_mlp(x, gate_up, down, *, wgrad=None):
     return _MLP.apply(x, None, gate_up.param, down.param, False)
 
 
-def fp8_experts(x, weights, offsets, gate_up, down, *, wgrad=None):
+def fp8_experts(x, weights, offsets, gate_up, down, *, cast=None, wgrad=None):
     bounds = offsets.tolist()
     parts = zip(bounds[:-1], bounds[1:], gate_up.param, down.param, strict=True)
     return torch.cat([_MLP.apply(x[a:b], weights[a:b], first, second, True) for a, b, first, second in parts])

@@ -50,6 +50,10 @@ def resumed_config(tokens: Path, out: Path) -> TrainConfig:
     return micro(tokens, out, ep=2, micro_batch=2, max_steps=6, save_every=3, ema_decay=0.9, fim_rate=0.5, gamma=0.01)
 
 
+def fp8_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
+    return same_losses(tokens, out, ep=ep, batch=4, micro_batch=1, max_steps=3, precision="fp8")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -60,6 +64,10 @@ def main() -> None:
         assert_whole_models_are_cut(trainer)
         torch.save(first_step(trainer), out / f"first-{ep}-{parallel.rank}.pt")
         assert train.run(config) == 0
+
+    fp8 = fp8_config(tokens, out / "fp8", 4)
+    assert trainer_of(fp8, parallel).parallel.buffer.wire_dtype == torch.float8_e4m3fn
+    assert train.run(fp8) == 0
 
     whole, parts = (resumed_config(tokens, out / name) for name in ("whole", "parts"))
     assert train.run(whole) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import is_expert_param
 from dsv3.parallel.data import DataParallel
+from dsv3.parallel.expert import ranks_per_node
 from dsv3.train import checkpoint, launch
-from tests.parallel.expert_worker import first_step, resumed_config, run_config, trainer_of
+from tests.parallel.expert_worker import first_step, fp8_config, resumed_config, run_config, trainer_of
 from tests.train.common import MODEL, Recorder, make_tokens, micro
 from tests.train.test_resume import tensors
 
@@ -32,7 +34,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four processes leave: runs ep2, ep4, whole and parts, and first-<ep>-<rank>.pt."""
+    """What four processes leave: runs ep2, ep4, fp8, whole and parts, and first-<ep>-<rank>.pt."""
     out = tmp_path_factory.mktemp("runs")
     worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(out)]
     done = subprocess.run([*TORCHRUN, "4", *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -83,6 +85,16 @@ def test_losses_are_those_of_one_process(runs: Path, single: tuple[dict[str, Any
     evals = [row["validation"]["bits_per_byte"] for row in rows(runs / f"ep{ep}") if "validation" in row]
     assert evals == pytest.approx([report.bits_per_byte for report in recorder.evals], rel=1e-5)
     assert len(evals) == 2, "in the first, one of the four ranks had nothing to score"
+
+
+def test_fp8_training_with_an_fp8_wire(runs: Path, tokens: Path, tmp_path: Path) -> None:
+    """The first loss is that of one process; later ones differ, since there a gradient is not FP8 before it is transposed."""
+    recorder = Recorder()
+    assert train.run(fp8_config(tokens, tmp_path / "run", 1), callbacks=[recorder]) == 0
+    losses = [row["loss"] for row in rows(runs / "fp8") if "loss" in row]
+    assert losses[0] == pytest.approx(recorder.losses[0], rel=1e-5)
+    assert losses == pytest.approx(recorder.losses, rel=1e-3)
+    assert losses[-1] < losses[0]
 
 
 def test_resume_is_bit_identical(runs: Path) -> None:
@@ -166,6 +178,32 @@ def test_ranks_that_do_not_divide(
     assert _run(["train", str(tmp_path / "run.json"), *arguments]) == 2
     assert capsys.readouterr().err == f"dsv3: {said}\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_nodes_are_those_of_torchrun(tmp_path: Path) -> None:
+    """Two torchruns of two processes each, as on two machines: a group of 4 is 2 x 2, groups of 2 stay in their node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    worker = ["-m", "tests.parallel.nodes_worker", str(tmp_path)]
+    nodes = [subprocess.Popen([*torchrun, "--node-rank", str(node), *at, *worker], cwd=ROOT) for node in (0, 1)]
+    try:
+        assert [node.wait(timeout=100) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    for rank in range(4):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[2, 2, 1], [4, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ep", "expected"),
+    [([8], 8, 8), ([8], 4, 4), ([8, 8], 4, 4), ([8, 8], 16, 8), ([6, 6], 4, 2), ([2, 4], 6, 2), ([1, 1, 1], 3, 1)],
+)
+def test_ranks_per_node(nodes: list[int], ep: int, expected: int) -> None:
+    assert ranks_per_node([local for size in nodes for local in range(size)], ep) == expected
 
 
 def test_experts_that_do_not_divide() -> None:

@@ -3,10 +3,14 @@
 A dispatch is a chain of steps: exchanges between ranks, across nodes and within one, then the copies into expert order
 within the rank. Combine, and the backward of dispatch, walk the chain from its end and add up what a token got at every
 step. So the tree of sums is fixed: experts within a rank, ranks within a node, nodes.
+
+In exact mode the host reads how many rows come, and tensors have their number. In static mode (`max_recv`) shapes are fixed
+and the host reads nothing; rows that are nobody's are neither read nor written.
 """
 
 from __future__ import annotations
 
+import logging
 from operator import itemgetter
 
 import torch
@@ -14,37 +18,73 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import counts
-from dsv3.comm.steps import Copies, Exchange, Step, add_up, copies_to, distinct, spread
+from dsv3.comm.fp8 import add_up_cast, spread_cast
+from dsv3.comm.room import Room
+from dsv3.comm.steps import (
+    Copies,
+    Exchange,
+    FixedCopies,
+    Step,
+    add_up,
+    blocks_to,
+    copies_to,
+    distinct,
+    fixed_copies_to,
+    spread,
+)
 
 TRANSPORTS = ("auto", "local", "collective")
+WIRES = (None, torch.float32, torch.float8_e4m3fn)
+FP8 = torch.float8_e4m3fn
+
+log = logging.getLogger("dsv3")
 
 
 class Dispatched(tuple[Tensor, ...]):
     """What a dispatch gives the G local experts: a flat tuple of tensors, R rows sorted by local expert.
 
-    Behind the first five, every exchange between ranks leaves its source, position and splits (see comm/steps.py). T is
-    the number of tokens that reached this rank.
+    Behind the first five come the two of `cast`, where the wire is FP8, and from every exchange between ranks its source,
+    position and splits (see comm/steps.py). T is the number of tokens that reached this rank. In static mode R is max_recv,
+    T counts tokens that could have come, and rows from offsets[G] on hold anything.
     """
 
     def __new__(cls, *tensors: Tensor) -> Dispatched:
         return super().__new__(cls, tensors)
 
-    x = property(itemgetter(0), doc="[R, H]")
+    rows = property(
+        itemgetter(0), doc="[R, H] of the dispatched dtype, for autograd; over FP8 NaN that takes no memory"
+    )
     topk_weights = property(itemgetter(1), doc="fp32 [R]: the routing weight of each row, applied by the expert")
     offsets = property(itemgetter(2), doc="int32 [G+1]: where each local expert's rows begin")
-    source = property(itemgetter(3), doc="int64 [R]: the (token, slot) pair of a row")
+    source = property(itemgetter(3), doc="int64 [R]: the (token, slot) pair of a row; in static mode T*k for none")
     position = property(itemgetter(4), doc="int64 [T, k]: the rows of a token, ascending; R where a slot has none here")
+
+    @property
+    def cast(self) -> tuple[Tensor, ...]:
+        """Over FP8 what arrived, e4m3 [R, H] and fp32 [R, ceil(H/128)], as per_token_cast lays it out; otherwise empty."""
+        return self[5 : 5 + (len(self) - 5) % 3]
+
+    @property
+    def x(self) -> Tensor:
+        """[R, H]: what arrived, e4m3 or rows."""
+        return self.cast[0] if self.cast else self.rows
+
+    @property
+    def x_sf(self) -> Tensor | None:
+        """fp32 [R, ceil(H/128)]: the scales of x, where it is FP8."""
+        return self.cast[1] if self.cast else None
 
     @property
     def num_recv(self) -> int:
         """R, known without asking the device."""
-        return self.x.shape[0]
+        return self.rows.shape[0]
 
-    def steps(self, group: dist.ProcessGroup | None) -> list[Step]:
-        """The way that the rows came."""
-        exchanges = [self[start : start + 3] for start in range(5, len(self), 3)]
-        ways: list[Step] = [Exchange(group, Copies(*copies), splits) for *copies, splits in exchanges]
-        return [*ways, Copies(self.source, self.position)]
+    def steps(self, group: dist.ProcessGroup | None, *, fixed: bool = False) -> list[Step]:
+        """The way that the rows came; fixed: in static mode."""
+        kind, first = FixedCopies if fixed else Copies, 5 + len(self.cast)
+        exchanges = [self[start : start + 3] for start in range(first, len(self), 3)]
+        ways: list[Step] = [Exchange(group, kind(*copies), splits) for *copies, splits in exchanges]
+        return [*ways, kind(self.source, self.position)]
 
 
 class ExpertBuffer:
@@ -63,7 +103,16 @@ class ExpertBuffer:
         transport: "local", one rank that holds all experts, no communication; "collective", torch.distributed's
             all_to_all_single (gloo or NCCL); "auto", local for one rank and collective for more.
         ranks_per_node: consecutive ranks that are a node; None: all of them.
-        wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's, or torch.float32.
+        wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's; torch.float32; or
+            torch.float8_e4m3fn on the way there (dispatch, and combine's backward), cast once by the sender in tiles of
+            1x128 with power-of-two scales, and x's dtype on the way back.
+        max_recv: None for exact mode; or the rows that a rank's experts get at most, for static mode: R is max_recv, no
+            count is read on the host. Where more come, a CPU raises on all ranks at once; a GPU fills what it gives with NaN,
+            and every later call raises.
+        max_tokens: of a rank in one dispatch; wanted in static mode alone.
+
+    In static mode the first dispatch logs, as "dsv3", what memory it takes (see Room.line). Its exchanges have room for
+    ranks x max_tokens tokens and move all of it, and what must be the same on all ranks is not compared.
 
     Raises:
         ValueError: a transport that is unknown or does not fit the group, a group without this process, numbers that are
@@ -78,14 +127,19 @@ class ExpertBuffer:
         transport: str = "auto",
         ranks_per_node: int | None = None,
         wire_dtype: torch.dtype | None = None,
+        max_recv: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-        for name, number in (("num_experts", num_experts), ("ranks_per_node", ranks_per_node)):
+        sizes = {"ranks_per_node": ranks_per_node, "max_recv": max_recv, "max_tokens": max_tokens}
+        for name, number in {"num_experts": num_experts, **sizes}.items():
             if type(number) is not int and (number is not None or name == "num_experts"):
                 raise ValueError(f"{name} must be an int, got {number!r}")
-        if wire_dtype not in (None, torch.float32):
-            raise ValueError(f"wire_dtype must be None or torch.float32, got {wire_dtype}")
+        if (max_recv is None) != (max_tokens is None) or min(max_recv or 1, max_tokens or 1) < 0:
+            raise ValueError(f"max_recv and max_tokens go together and are at least 0, got {max_recv} and {max_tokens}")
+        if wire_dtype not in WIRES:
+            raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRES))}, got {wire_dtype}")
         if transport == "collective" and not dist.is_initialized():
             raise ValueError(
                 "transport collective needs a process group: torch.distributed.init_process_group comes first"
@@ -100,7 +154,7 @@ class ExpertBuffer:
         self.group, self.num_experts, self.wire_dtype = group, num_experts, wire_dtype
         self.transport = transport if transport != "auto" else "local" if ranks == 1 else "collective"
         if self.transport == "collective":
-            self._agree((num_experts, ranks_per_node, wire_dtype))
+            self._agree({"num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
         if num_experts < 1 or num_experts % ranks:
             raise ValueError(
                 f"num_experts must be a multiple of the ranks, got {num_experts} experts for {ranks} ranks"
@@ -108,66 +162,111 @@ class ExpertBuffer:
         if width < 1 or ranks % width:
             raise ValueError(f"ranks_per_node must divide the ranks, got {ranks_per_node} for {ranks} ranks")
         self.layout = counts.Layout(num_experts, ranks, width, rank)
+        self.room = None if max_recv is None else Room(self.layout, max_tokens, max_recv)
+        self._told = False  # whether the memory has been logged
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
-        """Sends every token to its experts; differentiable in x and topk_weights.
+        """Sends every token to its experts; differentiable in x (through the handle's `rows`) and topk_weights.
 
-        "collective" reads all ranks' counts once on the host. "local" never waits for the device, so it does not look at
-        the expert ids.
+        In exact mode "collective" reads all ranks' counts once on the host. "local", and static mode on a GPU, never wait for
+        the device, so they do not look at the expert ids.
 
         Args:
-            x: [T, H], bf16, fp16, fp32 or fp64; ranks may differ in T, and have T = 0.
+            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16. Ranks may differ in T, and have
+                T = 0.
             topk_idx: int64 [T, k], experts in 0..E-1.
             topk_weights: fp32 [T, k]; of another float dtype, so are the handle's.
 
         Raises:
-            ValueError: shapes, dtypes or ("collective" only) expert ids that do not fit; raised on every rank if they do
-                not on one, or if H, k or a dtype differ.
+            ValueError: shapes, dtypes or (exact "collective" only) expert ids that do not fit; exact "collective" raises on
+                every rank if they do not on one, or if H, k or a dtype differ. In static mode also T > max_tokens.
+            RuntimeError: static mode, more rows than max_recv.
         """
-        slots, weights, rows = topk_idx, topk_weights, x.to(self.wire_dtype or x.dtype)
-        ways: list[Tensor] = []
-        if self.transport == "local":
-            trouble = counts.problem(x, topk_idx, topk_weights)
-            if trouble is not None:
-                raise ValueError(f"dispatch: {trouble}")
-            num_rows = topk_idx.numel()
+        cast = self.wire_dtype == FP8
+        found = counts.problem(x, topk_idx, topk_weights, cast)
+        traffic = None
+        if self.room is not None:
+            self.room.raise_noted()
+            if found is None and x.shape[0] > self.room.max_tokens:
+                found = f"{x.shape[0]} tokens are more than max_tokens {self.room.max_tokens}"
+        elif self.transport == "collective":
+            traffic = counts.exchange(self.layout, self.group, x, topk_idx, topk_weights, found)
+        if found is not None:
+            raise ValueError(f"dispatch: {found}")
+        if self.room is not None and not self._told:
+            self._told = True
+            log.info("%s", self.room.line(x.shape[1], topk_idx.shape[1], self.wire_dtype or x.dtype))
+        exchanges, copies, offsets = self._route(topk_idx, traffic)
+        spoiled = None
+        if self.room is not None:
+            offsets, spoiled = self._fit(offsets)
+        steps = [*exchanges, copies]
+        arrived: tuple[Tensor, ...] = ()
+        if cast:
+            rows, *arrived = spread_cast(x, steps)
         else:
-            traffic = counts.exchange(self.layout, self.group, x, topk_idx, topk_weights)
-            num_rows = traffic.num_rows
-            for level in self.layout.levels:
-                sent, received = traffic.splits(level)
-                peers = len(level.peers)
-                copies, _ = copies_to(distinct(slots // level.span, peers), peers, sum(sent))
-                way = Exchange(self.group, copies, torch.tensor([sent, received]))
-                rows, weights, slots = spread(rows, way), spread(weights, way), way.spread(slots)
-                slots = slots - level.index * level.span
-                slots = slots.where((slots >= 0) & (slots < level.span), level.span)  # that is no expert of ours
-                ways += [*copies, way.splits]
-        copies, offsets = copies_to(slots, self.layout.num_local_experts, num_rows)
-        weights = weights.reshape(-1).index_select(0, copies.source)
-        return Dispatched(spread(rows, copies).to(x.dtype), weights, offsets, *copies, *ways)
+            rows = spread(x.to(self.wire_dtype or x.dtype), steps).to(x.dtype)
+        if spoiled is not None:
+            (arrived[1] if cast else rows.detach()).masked_fill_(spoiled, float("nan"))
+        weights = copies.of_pairs(spread(topk_weights, exchanges))
+        ways = [tensor for way in exchanges for tensor in (*way.copies, way.splits)]
+        return Dispatched(rows, weights, offsets, *copies, *arrived, *ways)
 
     def combine(self, y: Tensor, handle: Dispatched) -> Tensor:
         """Brings the rows y [R, H] home and sums each token's, unweighted -> [T, H]; differentiable in y.
 
         In fp32: experts ascending within a rank, then ranks ascending within a node, then nodes ascending, with one
-        rounding after each. Raises ValueError, on this rank alone, where y has not the shape and dtype of the rows that were
-        dispatched.
+        rounding after each. Raises ValueError, on this rank alone, where y has not the shape and dtype of the handle's rows.
         """
-        if (y.shape, y.dtype) != (handle.x.shape, handle.x.dtype):
-            expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (handle.x, y))
-            raise ValueError(f"combine: y must be {expected} like handle.x, got {got}")
-        out = y.to(self.wire_dtype or y.dtype)
-        for step in reversed(handle.steps(self.group)):
-            out = add_up(out, step)
-        return out.to(y.dtype)
+        if (y.shape, y.dtype) != (handle.rows.shape, handle.rows.dtype):
+            expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (handle.rows, y))
+            raise ValueError(f"combine: y must be {expected} like handle.rows, got {got}")
+        if self.room is not None:
+            self.room.raise_noted()
+        steps = handle.steps(self.group, fixed=self.room is not None)
+        if self.wire_dtype == FP8:
+            return add_up_cast(y, steps)
+        return add_up(y.to(self.wire_dtype or y.dtype), steps).to(y.dtype)
 
-    def _agree(self, settings: tuple[object, ...]) -> None:
-        everyone: list[object] = [None] * dist.get_world_size(self.group)
+    def _route(
+        self, slots: Tensor, traffic: counts.Counts | None
+    ) -> tuple[list[Exchange], Copies | FixedCopies, Tensor]:
+        """The exchanges on the way of tokens with the experts slots [T, k], the copies at its end, and their offsets."""
+        exchanges = []
+        num_rows = slots.numel() if traffic is None else traffic.num_rows
+        for level in self.layout.levels if self.transport == "collective" else ():
+            peers = len(level.peers)
+            destination = distinct(slots // level.span, peers)
+            if traffic is None:
+                block = self.room.max_tokens * (1 if level.across else self.layout.nodes)
+                sent = received = [block if rank in level.peers else 0 for rank in range(self.layout.ranks)]
+                copies = blocks_to(destination, peers, block)
+            else:
+                sent, received = traffic.splits(level)
+                copies, _ = copies_to(destination, peers, sum(sent))
+            way = Exchange(self.group, copies, torch.tensor([sent, received]))
+            slots = way.spread(slots, blank=-1) - level.index * level.span
+            slots = slots.where((slots >= 0) & (slots < level.span), level.span)  # that is no expert of ours
+            exchanges.append(way)
+        if self.room is not None:
+            return exchanges, *fixed_copies_to(slots, self.layout.num_local_experts, self.room.max_recv)
+        return exchanges, *copies_to(slots, self.layout.num_local_experts, num_rows)
+
+    def _fit(self, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Offsets within max_recv and, on a GPU, whether they were not; on a CPU that raises."""
+        spoiled = None
+        if offsets.device.type == "cpu":
+            self.room.raise_on_every_rank(offsets[-1], self.group)
+        else:
+            spoiled = self.room.note(offsets[-1])
+        return offsets.clamp(max=self.room.max_recv), spoiled
+
+    def _agree(self, settings: dict[str, object]) -> None:
+        everyone: list[dict[str, object]] = [{}] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, settings, group=self.group)
         for rank, other in enumerate(everyone):
-            if other != everyone[0]:
-                raise ValueError(
-                    "num_experts, ranks_per_node and wire_dtype must be the same on all ranks, got "
-                    f"{everyone[0]} on rank 0 and {other} on rank {rank}"
-                )
+            for name, value in other.items():
+                if value != everyone[0][name]:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks, got {everyone[0][name]} on rank 0 and {value} on rank {rank}"
+                    )

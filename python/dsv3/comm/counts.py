@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.comm import fp8
 from dsv3.comm.steps import distinct
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -80,8 +81,8 @@ class Counts(NamedTuple):
         return sum(self.to_rank[origin][receiver] for origin in range(sender % width, self.layout.ranks, width))
 
 
-def problem(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> str | None:
-    """What is wrong with the arguments of a dispatch, the values of the expert ids aside."""
+def problem(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, cast: bool) -> str | None:
+    """What is wrong with the arguments of a dispatch, the values of the expert ids aside; cast: x is to travel as FP8."""
     shapes = [tuple(t.shape) for t in (x, topk_idx, topk_weights)]
     if (
         x.dim() != 2
@@ -94,17 +95,24 @@ def problem(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> str | None:
     if topk_idx.dtype != torch.int64 or not {x.dtype, topk_weights.dtype} <= set(DTYPES):
         dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (x, topk_idx, topk_weights))
         return f"x and topk_weights must be floats and topk_idx int64, got {dtypes}"
+    if cast and (x.shape[1] % 16 or x.dtype not in fp8.DTYPES):
+        found = f"{x.shape[1]} {x.dtype}".replace("torch.", "")
+        return f"over FP8 x must be bfloat16 or float32, H a multiple of 16, got {found}"
     return None
 
 
 def exchange(
-    layout: Layout, group: dist.ProcessGroup | None, x: Tensor, topk_idx: Tensor, topk_weights: Tensor
+    layout: Layout,
+    group: dist.ProcessGroup | None,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    found: str | None,
 ) -> Counts:
-    """Counts this rank's tokens and learns the others' counts; the host waits for the device here.
+    """Counts this rank's tokens and learns the others' counts; the host waits for the device here. found: the `problem` here.
 
     Raises ValueError, on all ranks, where the arguments of any do not fit, or differ in what must be the same.
     """
-    found = problem(x, topk_idx, topk_weights)
     head, counts = torch.zeros(5, dtype=torch.int64), torch.zeros(2 * layout.ranks + layout.nodes, dtype=torch.int64)
     head[0] = found is not None
     if found is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import dsv3.ops.moe  # noqa: F401, registers torch.ops.dsv3.moe_*
@@ -14,8 +16,9 @@ import dsv3.ops.moe  # noqa: F401, registers torch.ops.dsv3.moe_*
 class Step(Protocol):
     """A stretch of the way from tokens to rows."""
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Tokens [T, H] -> a row for each of their copies [R, H]."""
+    def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
+        """Tokens [T, H] -> a row for each of their copies [R, H]; rows that are nobody's copy get `blank`, or are left as
+        they come."""
 
     def sum(self, y: Tensor) -> Tensor:
         """Rows [R, H] -> [T, H]: each token's rows summed by ascending destination, in fp32, rounded once."""
@@ -27,13 +30,42 @@ class Copies(NamedTuple):
     source: Tensor  # int64 [R]: the pair of a row
     position: Tensor  # int64 [T, S]: the rows of a token, ascending; R stands for a slot without a destination
 
-    def spread(self, x: Tensor) -> Tensor:
+    def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
         return torch.ops.dsv3.moe_permute(x, self.source, self.position)
 
     def sum(self, y: Tensor) -> Tensor:
-        if y.shape[0] < self.position.numel():  # row R, for the slots without one: x + -0.0 is x
-            y = torch.cat([y, y.new_full((1, y.shape[1]), -0.0)])
-        return torch.ops.dsv3.moe_unpermute(y, self.position, None)
+        return _sum_rows(y, self.position, partial=y.shape[0] < self.position.numel())
+
+    def of_pairs(self, weights: Tensor) -> Tensor:
+        """What each row's pair has in weights [T, S] -> [R]; differentiable."""
+        return weights.reshape(-1).index_select(0, self.source)
+
+
+class FixedCopies(NamedTuple):
+    """Copies in R rows whatever their number, which the host does not know: rows that are nobody's are not touched."""
+
+    source: Tensor  # int64 [R]: the pair of a row; T * S stands for none
+    position: Tensor  # as in Copies
+
+    def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
+        rows, shape = self.source.shape[0], (self.source.shape[0] + 1, *x.shape[1:])
+        out = x.new_empty(shape) if blank is None else x.new_full(shape, blank)
+        for slot in self.position.unbind(1):
+            out.index_copy_(0, slot, x)  # what has no destination meets in row R
+        return out.resize_(rows, *x.shape[1:])  # a slice would be a view, which autograd does not let be written
+
+    def sum(self, y: Tensor) -> Tensor:
+        return _sum_rows(y, self.position, partial=True)
+
+    def of_pairs(self, weights: Tensor) -> Tensor:
+        """As in Copies; NaN for rows that are nobody's, whose gradients are dropped."""
+        return F.pad(weights.reshape(-1), (0, 1), value=float("nan")).index_select(0, self.source)
+
+
+def _sum_rows(y: Tensor, position: Tensor, *, partial: bool) -> Tensor:
+    if partial:  # row R, for the slots without one: x + -0.0 is x
+        y = torch.cat([y, y.new_full((1, y.shape[1]), -0.0)])
+    return torch.ops.dsv3.moe_unpermute(y, position, None)
 
 
 def copies_to(destination: Tensor, num_destinations: int, num_rows: int) -> tuple[Copies, Tensor]:
@@ -49,6 +81,28 @@ def copies_to(destination: Tensor, num_destinations: int, num_rows: int) -> tupl
     return Copies(source, position), offsets[: num_destinations + 1]
 
 
+def fixed_copies_to(destination: Tensor, num_destinations: int, num_rows: int) -> tuple[FixedCopies, Tensor]:
+    """The same in `num_rows` rows, of which any number may be used; destinations beyond get none, and offsets say so."""
+    offsets, _, position = torch.ops.dsv3.moe_permutation(destination, num_destinations + 1)
+    offsets = offsets[: num_destinations + 1]
+    return _fixed(position.where(position < offsets[-1], num_rows), num_rows), offsets
+
+
+def blocks_to(destination: Tensor, num_destinations: int, block: int) -> FixedCopies:
+    """Copies where every destination has `block` rows of its own, enough for its tokens; destination as in copies_to."""
+    offsets, _, position = torch.ops.dsv3.moe_permutation(destination, num_destinations + 1)
+    within = position - offsets.index_select(0, destination.reshape(-1)).view_as(position)
+    return _fixed(destination * block + within, num_destinations * block)
+
+
+def _fixed(row_of_pair: Tensor, num_rows: int) -> FixedCopies:
+    """row_of_pair: int64 [T, S], num_rows or more for none."""
+    row_of_pair, pairs = row_of_pair.clamp(max=num_rows), row_of_pair.numel()
+    source = row_of_pair.new_full((num_rows + 1,), pairs)
+    source.index_copy_(0, row_of_pair.view(-1), torch.arange(pairs, device=source.device))
+    return FixedCopies(source[:num_rows], row_of_pair.sort(-1).values)
+
+
 def distinct(destination: Tensor, num_destinations: int) -> Tensor:
     """Each token's destinations once: int64 [T, k], num_destinations for none -> [T, min(k, num_destinations)]."""
     ordered = destination.sort(-1).values
@@ -61,12 +115,12 @@ class Exchange(NamedTuple):
     """Copies for other ranks of `group`, and their way there."""
 
     group: dist.ProcessGroup | None
-    copies: Copies
+    copies: Copies | FixedCopies
     splits: Tensor  # int64 [2, ranks] on the host: rows sent to every rank, and received from every rank
 
-    def spread(self, x: Tensor) -> Tensor:
+    def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
         sent, received = self.splits.tolist()
-        return self._swap(self.copies.spread(x), sent, received)
+        return self._swap(self.copies.spread(x, blank), sent, received)
 
     def sum(self, y: Tensor) -> Tensor:
         sent, received = self.splits.tolist()
@@ -78,33 +132,47 @@ class Exchange(NamedTuple):
         return out
 
 
+def there(x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """All the way: [T, H] -> [R, H]."""
+    for step in steps:
+        x = step.spread(x)
+    return x
+
+
+def back(y: Tensor, steps: Sequence[Step]) -> Tensor:
+    """And back: [R, H] -> [T, H]."""
+    for step in reversed(steps):
+        y = step.sum(y)
+    return y
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step) -> Tensor:
-        ctx.step = step
-        return step.spread(x.contiguous())
+    def forward(ctx: Any, x: Tensor, steps: Sequence[Step]) -> Tensor:
+        ctx.steps = steps
+        return there(x.contiguous(), steps)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None]:
-        return ctx.step.sum(drows.contiguous()), None
+        return back(drows.contiguous(), ctx.steps), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, step: Step) -> Tensor:
-        ctx.step = step
-        return step.sum(y.contiguous())
+    def forward(ctx: Any, y: Tensor, steps: Sequence[Step]) -> Tensor:
+        ctx.steps = steps
+        return back(y.contiguous(), steps)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return ctx.step.spread(dout.contiguous()), None
+        return there(dout.contiguous(), ctx.steps), None
 
 
-def spread(x: Tensor, step: Step) -> Tensor:
-    """step.spread, differentiable: its backward is step.sum."""
-    return _Spread.apply(x, step)
+def spread(x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """`there`, differentiable: its backward is `back`."""
+    return _Spread.apply(x, steps)
 
 
-def add_up(y: Tensor, step: Step) -> Tensor:
-    """step.sum, differentiable: its backward is step.spread."""
-    return _Sum.apply(y, step)
+def add_up(y: Tensor, steps: Sequence[Step]) -> Tensor:
+    """`back`, differentiable: its backward is `there`."""
+    return _Sum.apply(y, steps)

@@ -52,10 +52,17 @@ class Block(nn.Module):
         return self.moe.buffer.dispatch(u, topk_idx, topk_weights)
 
     def experts_stage(
-        self, u: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, wgrad: ops.WgradQueue | None = None
+        self,
+        u: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        offsets: Tensor,
+        *cast: Tensor,
+        wgrad: ops.WgradQueue | None = None,
     ) -> tuple[Tensor, ...]:
-        """(the received rows after their experts [R, H], the shared experts' output [T, H] where there are any)."""
-        y = self.moe.experts(rows, weights, offsets, wgrad)
+        """(the received rows after their experts [R, H], the shared experts' output [T, H] where there are any); `cast` is
+        the handle's."""
+        y = self.moe.experts(rows, weights, offsets, *cast, wgrad=wgrad)
         return (y,) if self.moe.shared is None else (y, self.moe.shared(u, wgrad))
 
     def combine_stage(self, residual: Tensor, handle: Dispatched, y: Tensor, shared: Tensor | None = None) -> Tensor:
@@ -72,5 +79,5 @@ class Block(nn.Module):
             return residual + self.mlp(u, wgrad), None
         topk_idx, topk_weights, counts, logits = routed
         handle = self.dispatch_stage(u, topk_idx, topk_weights)
-        y = self.experts_stage(u, handle.x, handle.topk_weights, handle.offsets, wgrad)
+        y = self.experts_stage(u, handle.rows, handle.topk_weights, handle.offsets, *handle.cast, wgrad=wgrad)
         return self.combine_stage(residual, handle, *y), BlockStats(counts, logits)

@@ -80,12 +80,19 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(local, hidden, inter, device=device, dtype=dtype))
         self.fp8: ops.Fp8Weights | None = None
 
-    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
-        """x [R, H] sorted by expert, routing weights fp32 [R], offsets int32 [G+1] -> [R, H], already weighted."""
+    def forward(
+        self, x: Tensor, weights: Tensor, offsets: Tensor, *cast: Tensor, wgrad: ops.WgradQueue | None = None
+    ) -> Tensor:
+        """x [R, H] sorted by expert, routing weights fp32 [R], offsets int32 [G+1] -> [R, H], already weighted.
+
+        cast: x as e4m3 [R, H] and its scales, where it came as FP8. Raises ValueError where the experts want it otherwise.
+        """
         if self.fp8 is not None:
             first, second = self.fp8.of(self.gate_up), self.fp8.of(self.down)
             if first is not None and second is not None:
-                return ops.fp8_experts(x, weights, offsets, first, second, wgrad=wgrad)
+                return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
+        if cast:
+            raise ValueError("rows came as FP8 to experts that do not compute in it: leave out the buffer's wire_dtype")
         gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)
         return ops.grouped_linear(ops.swiglu(gate_up, weights), self.down, offsets, wgrad=wgrad)
 

@@ -240,6 +240,7 @@ def fp8_experts(
     gate_up: Fp8Weight,
     down: Fp8Weight,
     *,
+    cast: Cast | None = None,
     wgrad: WgradQueue | None = None,
 ) -> Tensor:
     """The MLPs of G experts over rows sorted by expert, each row times its routing weight, in FP8 forward and backward;
@@ -255,6 +256,7 @@ def fp8_experts(
             gradients are not written.
         gate_up: of a parameter [G, 2I, H] of x's dtype, the gate half first.
         down: of a parameter [G, H, I].
+        cast: what per_token_cast(x, pow2_scale=True) returns, where x came as FP8; x's values are not read then.
         wgrad: as in `fp8_linear`.
 
     Returns:
@@ -265,7 +267,8 @@ def fp8_experts(
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=True)
-    return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=True), offsets)
+    cast = cast or _cast_of(x, pow2_scale=True)
+    return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
 
 
 def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,10 +36,13 @@ class ExpertParallel(DataParallel):
     buffer: ExpertBuffer = field(kw_only=True)
 
     @classmethod
-    def split(cls, parallel: DataParallel, ep: int, num_experts: int) -> ExpertParallel:
-        """Splits the experts of all ranks of `parallel`, which call this together.
+    def split(
+        cls, parallel: DataParallel, ep: int, num_experts: int, *, wire_dtype: torch.dtype | None = None
+    ) -> ExpertParallel:
+        """Splits the experts of all ranks of `parallel`, which call this together; wire_dtype is the buffer's.
 
-        Raises ValueError where `ep` divides the ranks or the experts not.
+        Nodes are those of torchrun; without it all ranks are one. Raises ValueError where `ep` does not divide the ranks or the
+        experts.
         """
         if parallel.world % ep:
             hint = f"start it with torchrun --nproc-per-node {ep}"
@@ -46,7 +51,13 @@ class ExpertParallel(DataParallel):
             raise ValueError(f"ep must divide the model's routed experts, got ep {ep} and {num_experts} experts")
         shape = (parallel.world // ep, ep)
         mesh = init_device_mesh(parallel.device.type, shape, mesh_dim_names=(_REPLICA, _EXPERT))
-        buffer = ExpertBuffer(mesh.get_group(_EXPERT), num_experts=num_experts)
+        local_ranks = parallel.gather(dist.get_node_local_rank(fallback_rank=parallel.rank))
+        buffer = ExpertBuffer(
+            mesh.get_group(_EXPERT),
+            num_experts=num_experts,
+            ranks_per_node=ranks_per_node(local_ranks, ep),
+            wire_dtype=wire_dtype,
+        )
         return cls(parallel.rank, parallel.world, parallel.device, parallel.joined, mesh=mesh, buffer=buffer)
 
     @property
@@ -87,3 +98,12 @@ class ExpertParallel(DataParallel):
         groups = [self.mesh.get_group(dim) for dim in (_REPLICA, _EXPERT)]
         mesh = DeviceMesh.from_group(groups, part.device.type, self.mesh.mesh, mesh_dim_names=(_REPLICA, _EXPERT))
         return DTensor.from_local(part, mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def ranks_per_node(local_ranks: Sequence[int], ep: int) -> int:
+    """The largest number of ranks such that runs of it divide `ep` and never cross a node.
+
+    local_ranks: every rank's place in its node, of consecutive ranks.
+    """
+    starts = [rank for rank, local in enumerate(local_ranks) if local == 0]
+    return math.gcd(ep, len(local_ranks), *starts)

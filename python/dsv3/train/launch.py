@@ -108,7 +108,8 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
         layers = model_config.num_hidden_layers + model_config.num_nextn_predict_layers
         if not any(map(model_config.is_moe, range(layers))):
             raise ValueError(f"ep {config.ep} splits routed experts, and no layer of this model has any")
-        parallel = ExpertParallel.split(parallel, config.ep, model_config.n_routed_experts)
+        wire = _wire_dtype(config, model_config)
+        parallel = ExpertParallel.split(parallel, config.ep, model_config.n_routed_experts, wire_dtype=wire)
     return Trainer(
         _model(model_config, config, parallel),
         config,
@@ -167,6 +168,12 @@ def _seed(config: TrainConfig, parallel: DataParallel) -> None:
         # torch refuses deterministic cuBLAS calls without this, and reads it when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _wire_dtype(config: TrainConfig, model_config: Config) -> torch.dtype | None:
+    """FP8 where the experts compute in it."""
+    fits = model_config.hidden_size % 16 == 0 and model_config.moe_intermediate_size % 16 == 0
+    return torch.float8_e4m3fn if config.precision == "fp8" and fits else None
 
 
 def _dtype(precision: str) -> torch.dtype:

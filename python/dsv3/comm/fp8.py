@@ -1,0 +1,68 @@
+"""The way there in FP8: rows are cast once, by their sender, and travel as codes and scales; the way back stays as it is.
+
+Scales are powers of two, so that a row can be cast again in other tiles (weight gradients) without another rounding of its
+mantissa. The cast of a row depends on nothing else: cast before it travels and cast on arrival are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.comm.steps import Step, back, there
+from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast
+from dsv3.ops.quant import per_token_cast
+from dsv3.reference.quant import dequantize, empty_row_scales
+
+DTYPES = (torch.bfloat16, torch.float32)  # of rows that can be cast
+
+
+def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
+    """x [T, H] in tiles of 1x128 -> e4m3 [R, H] and fp32 [R, ceil(H/128)], laid out as per_token_cast does."""
+    data, sf = per_token_cast(x, pow2_scale=True, **settings)
+    words = there(data.view(torch.float32), steps)  # four codes a word: bits are moved, no number is read
+    sf = there(sf.contiguous(), steps)
+    return words.view(torch.float8_e4m3fn), empty_row_scales(sf, *sf.shape).copy_(sf)
+
+
+class _SpreadCast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        data, sf = cast_there(x, steps)
+        ctx.mark_non_differentiable(data, sf)
+        return x.new_full((), float("nan")).expand(data.shape), data, sf
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor | None, *none: None) -> tuple[Tensor | None, None]:
+        return None if drows is None else back(drows.contiguous(), ctx.steps), None
+
+
+class _SumCast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, steps: Sequence[Step]) -> Tensor:
+        ctx.steps = steps
+        return back(y.contiguous(), steps)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        return dequantize(*cast_there(dout, ctx.steps, amax_floor=GRADIENT_FLOOR)).to(dout.dtype), None
+
+
+def spread_cast(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], bf16 or fp32, H a multiple of 16 -> (rows, data, sf); differentiable through rows.
+
+    rows [R, H] of x's dtype stands for the FP8 rows in autograd: its gradient is theirs, its values are NaN, it takes no
+    memory. data e4m3 [R, H] and sf fp32 [R, ceil(H/128)] are what arrived.
+    """
+    return _SpreadCast.apply(x, steps)
+
+
+def add_up_cast(y: Tensor, steps: Sequence[Step]) -> Tensor:
+    """steps.add_up whose backward casts the gradient, sends it as FP8 and gives y's in its own dtype, which holds every
+    product of a code and its scale exactly: who casts it again loses nothing."""
+    return _SumCast.apply(y, steps)
