@@ -15,7 +15,7 @@ from dsv3.comm.alive import Heartbeat
 if TYPE_CHECKING:
     from dsv3.train.buffers import ParamBuffers
 
-TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; groups of a mesh keep torch's default
 
 
 def find_device(name: str) -> torch.device:
