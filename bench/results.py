@@ -45,10 +45,15 @@ def _output(*command: str, cwd: Path = ROOT) -> str | None:
         return None
 
 
+def head_commit() -> str:
+    """The commit that is checked out; empty where the tree is no git checkout."""
+    return (_output("git", "rev-parse", "HEAD") or "").strip()
+
+
 def environment(commit: str | None = None) -> Environment:
     """Describes this machine and tree. `commit` names the tree where it is no git checkout; ValueError without either."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    named, commit = commit, commit or (_output("git", "rev-parse", "HEAD") or "").strip()
+    named, commit = commit, commit or head_commit()
     if not commit:
         raise ValueError(f"{ROOT} is no git checkout with a commit: name the sources with --commit")
     return Environment(

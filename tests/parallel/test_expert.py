@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,38 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
     )
     assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_dsv3_train_names_a_rank_that_dies(tokens: Path, tmp_path: Path) -> None:
+    """Killed in the middle of a run of three: one line says which, torchrun's exit code is 1, and the checkpoint stays."""
+    config = micro(tokens, tmp_path / "run", micro_batch=2, batch=6, max_steps=100000, save_every=5, keep=1000)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    command = [*TORCHRUN, "3", "-m", "dsv3", "train", str(tmp_path / "run.json")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 90
+        while not (tmp_path / "run" / "step-00000005").is_dir():
+            assert run.poll() is None, run.communicate()[1][-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        os.kill(worker_of(run.pid, 2), signal.SIGKILL)
+        died = time.monotonic()
+        _, err = run.communicate(timeout=60)
+        assert time.monotonic() - died < 25, "before torchrun kills what has not ended after 30 seconds"
+    finally:
+        run.kill()
+    assert run.returncode == 1
+    [said] = [line for line in err.splitlines() if line.startswith("dsv3: ")]
+    last = max((tmp_path / "run").glob("step-????????"))
+    assert said == f"dsv3: lost rank 2: no sign of life for 5 seconds; last checkpoint: {last}"
+
+
+def worker_of(launcher: int, rank: int) -> int:
+    """The process that a torchrun has started for a rank."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"no rank {rank} below process {launcher}")
 
 
 @pytest.mark.parametrize(

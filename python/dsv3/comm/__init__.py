@@ -1,5 +1,6 @@
 """Expert-parallel buffers: how tokens reach the ranks that hold their experts, and how the results come back."""
 
+from dsv3.comm.alive import RankLost
 from dsv3.comm.buffer import Dispatched, ExpertBuffer
 
-__all__ = ["Dispatched", "ExpertBuffer"]
+__all__ = ["Dispatched", "ExpertBuffer", "RankLost"]

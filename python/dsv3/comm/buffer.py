@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import counts
+from dsv3.comm.alive import Heartbeat
 from dsv3.comm.fp8 import add_up_cast, spread_cast
 from dsv3.comm.room import Room
 from dsv3.comm.steps import (
@@ -95,7 +96,8 @@ class ExpertBuffer:
     of ranks a node, results are the same bits run after run, whatever the transport.
 
     All ranks of the group make the buffer together, with the same transport, and use it equally often, forward and
-    backward; one that has no tokens dispatches none. Where a call fails on one rank alone, the others wait for it.
+    backward; one that has no tokens dispatches none. Where a call fails on one rank alone, the others wait for it, until that
+    rank's process ends or the group's time-out is over; then they raise RankLost, which names it (dsv3/comm/alive.py).
 
     Args:
         group: the ranks that share the experts; None: the default process group, or with "local" this rank on its own.
@@ -154,6 +156,7 @@ class ExpertBuffer:
         self.group, self.num_experts, self.wire_dtype = group, num_experts, wire_dtype
         self.transport = transport if transport != "auto" else "local" if ranks == 1 else "collective"
         if self.transport == "collective":
+            self._heartbeat = Heartbeat()
             self._agree({"num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
         if num_experts < 1 or num_experts % ranks:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dsv3.ops.moe  # noqa: F401, registers torch.ops.dsv3.moe_*
+from dsv3.comm.alive import naming_lost_ranks
 
 
 class Step(Protocol):
@@ -128,7 +129,8 @@ class Exchange(NamedTuple):
 
     def _swap(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         out = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(out, rows, received, sent, group=self.group)
+        with naming_lost_ranks(self.group):
+            dist.all_to_all_single(out, rows, received, sent, group=self.group)
         return out
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.comm.alive import Heartbeat
+
 if TYPE_CHECKING:
     from dsv3.train.buffers import ParamBuffers
+
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; groups of a mesh keep torch's default
 
 
 def find_device(name: str) -> torch.device:
@@ -40,6 +45,7 @@ class DataParallel:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     joined: bool = False  # whether `start` made the process group
+    heartbeat: Heartbeat | None = None  # None for a process on its own
 
     @classmethod
     def start(cls, device: str = "auto") -> DataParallel:
@@ -56,11 +62,13 @@ class DataParallel:
             torch.cuda.set_device(kind)
         joins = not dist.is_initialized()
         if joins:
-            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), kind, joins)
+            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return cls(dist.get_rank(), dist.get_world_size(), kind, joins, Heartbeat())
 
     def stop(self) -> None:
         """Leaves the process group, if `start` joined it."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
         if self.joined:
             dist.destroy_process_group()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dsv3.comm.alive import RankLost
 from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
@@ -26,7 +28,7 @@ CONFIG_FILE = "train_config.json"
 
 
 def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> int:
-    """Trains, and returns the exit code: 0 at the end, 1 if the run diverged, 130 if it was interrupted (and saved).
+    """Trains, and returns the exit code: 0 at the end, 1 if the run diverged or lost a rank, 130 if interrupted (and saved).
 
     Under torchrun it joins the process group (NCCL on GPUs, gloo on CPUs). Raises ValueError, before anything is
     written, for a config that does not fit the data or the machine, and for a folder that already holds checkpoints
@@ -54,6 +56,11 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
             trainer.train()
         except Diverged as error:
             trainer.say(str(error))
+            return 1
+        except RankLost as error:
+            left = (rank for rank in range(parallel.world) if rank not in error.ranks)
+            if parallel.rank == next(left):  # one line from all that are left
+                print(f"dsv3: {error}; last checkpoint: {trainer.last_checkpoint}", file=sys.stderr)
             return 1
         if trainer.interrupted:
             launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else command()

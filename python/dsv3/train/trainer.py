@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.comm.alive import naming_lost_ranks
 from dsv3.model import Batch, DeepSeekV3
 from dsv3.parallel.data import DataParallel
 from dsv3.train import checkpoint
@@ -81,10 +82,11 @@ class Trainer:
         """Runs to the end of the run and returns the last validation, if there is validation text.
 
         SIGINT or SIGTERM ends the run after the current step with a checkpoint and sets `interrupted`. Raises Diverged
-        after config.max_skips steps in a row that were not finite, CheckpointError if a checkpoint cannot be written.
+        after config.max_skips steps in a row that were not finite, RankLost where another rank's process is gone,
+        CheckpointError if a checkpoint cannot be written.
         """
         config, result = self.config, None
-        with _StopSignal(self.say) as stop:
+        with _StopSignal(self.say) as stop, naming_lost_ranks():  # torchrun sends SIGTERM meanwhile
             self._clock.start()
             self._call("on_start", self)
             try:
