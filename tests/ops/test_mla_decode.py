@@ -3,6 +3,7 @@ what must not matter (pages of others, tails, schedules), captured graphs, invar
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -441,6 +442,23 @@ def test_bad_arguments(change, match, device):
     arguments = change(arguments_of(device))
     with pytest.raises(ValueError, match=rf"mla_decode: expected .*({match})"):
         ops.mla_decode(*arguments.values(), softmax_scale=SCALE)
+
+
+def test_autocast_changes_nothing_and_nothing_is_differentiable(device):
+    case = make([20, 3], 2, 4, device)
+    plain_out, plain_lse = case()
+    with torch.autocast(torch.device(device).type, dtype=BF16):
+        out, lse = dataclasses.replace(case, q=case.q.clone().requires_grad_())()
+    assert same((out, lse), (plain_out, plain_lse))
+    assert lse.dtype == torch.float32
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("change", [lambda s: s[:-1], lambda s: s.long(), lambda s: s[None], lambda s: s.float()])
+def test_what_is_no_schedule(change, device):
+    case = make([20, 3], 2, 4, device)
+    with pytest.raises(ValueError, match="mla_decode: expected a schedule of these sequences, int32"):
+        case(schedule=change(case.schedule()))
 
 
 def test_a_schedule_of_the_other_kind(device):

@@ -22,9 +22,13 @@ def _workers(seq_lens: Tensor, steps: int, heads: int) -> tuple[int, int, int]:
     return cluster, multiprocessors // cluster, seq_lens.shape[0] * -(-steps * heads // (BLOCK_ROWS * cluster))
 
 
-def _allocate_schedule(seq_lens: Tensor, steps: int, heads: int, batch_invariant: bool) -> Tensor:
+def _schedule_size(seq_lens: Tensor, steps: int, heads: int) -> int:
     _, workers, sequences = _workers(seq_lens, steps, heads)
-    return seq_lens.new_empty(4 + 3 * (workers + 1) + 2 * sequences + 1, dtype=torch.int32)
+    return 4 + 3 * (workers + 1) + 2 * sequences + 1
+
+
+def _allocate_schedule(seq_lens: Tensor, steps: int, heads: int, batch_invariant: bool) -> Tensor:
+    return seq_lens.new_empty(_schedule_size(seq_lens, steps, heads), dtype=torch.int32)
 
 
 def _allocate_decode(
@@ -230,12 +234,13 @@ def mla_decode(
     """Absorbed attention over the paged latent cache; not differentiable.
 
     Args:
-        q: [B, S, Hq, Dc+Dr]: q_nope times W_uk, then the rotated part.
+        q: [B, S, Hq, Dc+Dr]: q_nope times W_uk, then the part that rope_ has rotated in interleaved pairs.
         cache: [pages, page, 1, Dc+Dr] of q's dtype, or uint8 [pages, page, 1, 656] as mla_append_kv fills it (Dc 512,
             Dr 64): 512 e4m3, 4 fp32 power-of-two scales, 64 bf16. Rows of 576 or 656 come in pages of 16, 32, 64 or 128.
         block_table: int32 [B, W], the pages of each sequence; entries past its length are not used.
-        seq_lens: int32 [B], including the S new tokens, which are stored already. Length 0 gives out 0, lse -inf.
-        softmax_scale: factor on the scores.
+        seq_lens: int32 [B], including the S new tokens, which are stored already. Length 0 gives out 0, lse -inf; what is
+            negative counts as 0.
+        softmax_scale: factor on the scores, before lse.
         kv_lora_rank: Dc, the columns of a cached row that are values.
         causal: token s of S sees seq_lens - S + s + 1 keys; False: all.
         schedule: of mla_schedule(seq_lens, S, Hq, batch_invariant=...), which layers of a step can share; None: made here.
@@ -247,13 +252,20 @@ def mla_decode(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, integers that are not int32, a cache that is not contiguous.
-        RuntimeError, at a later call: a page within a length that the pool does not have, a length beyond the table.
+        RuntimeError: a page within a length that the pool does not have, a length beyond the table; on a CPU at once, on a
+            GPU at the next native call of any op, since no call waits for the device.
     """
     found = f"{tuple(q.shape)}, {cache.dtype} {tuple(cache.shape)} and {tuple(block_table.shape)}"
     fp8 = cache.dtype == torch.uint8
     width = reference.FP8_ROW if fp8 else q.shape[-1]
     if q.dim() != 4 or block_table.dim() != 2 or cache.dim() != 4 or tuple(cache.shape[2:]) != (1, width):
-        raise ValueError(f"mla_decode: expected q (B,S,H,D), cache (pages,page,1,D) and block_table (B,W), got {found}")
+        wanted = "q (B,S,H,D), cache (pages,page,1,D), or uint8 (pages,page,1,656), and block_table (B,W)"
+        raise ValueError(f"mla_decode: expected {wanted}, got {found}")
+    if not 1 <= kv_lora_rank <= q.shape[3]:
+        raise ValueError(f"mla_decode: expected kv_lora_rank from 1 to D, got {kv_lora_rank} and {found}")
+    if len({t.device for t in (q, cache, block_table, seq_lens)}) > 1:
+        where = ", ".join(str(t.device) for t in (q, cache, block_table, seq_lens))
+        raise ValueError(f"mla_decode: expected q, cache, block_table and seq_lens on one device, got {where}")
     if fp8 and (q.shape[3], kv_lora_rank) != (LATENT + ROPE, LATENT):
         raise ValueError(
             f"mla_decode: expected q of {LATENT + ROPE} columns, {LATENT} of them values, for an FP8 cache, got {found}"
@@ -275,13 +287,23 @@ def mla_decode(
         raise ValueError(f"mla_decode: expected block_table and seq_lens of int32, got {found}")
     if q.shape[1] < 1 or q.shape[2] < 1:
         raise ValueError(f"mla_decode: expected q (B,S,H,D) of at least a token and a head, got {tuple(q.shape)}")
-    if schedule is not None and getattr(schedule, "batch_invariant", batch_invariant) != batch_invariant:
-        found = f"{not batch_invariant} and {batch_invariant}"
-        raise ValueError(f"mla_decode: expected batch_invariant as of the schedule, got {found}")
+    if schedule is not None:
+        _check_schedule(schedule, seq_lens, q, batch_invariant)
     if block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     settings = softmax_scale, kv_lora_rank, causal, batch_invariant
-    return torch.ops.dsv3.mla_decode(q.contiguous(), cache, block_table, seq_lens.contiguous(), schedule, *settings)
+    lengths = seq_lens.contiguous()
+    return torch.ops.dsv3.mla_decode(q.detach().contiguous(), cache.detach(), block_table, lengths, schedule, *settings)
+
+
+def _check_schedule(schedule: Tensor, seq_lens: Tensor, q: Tensor, batch_invariant: bool) -> None:
+    size = _schedule_size(seq_lens, *q.shape[1:3])
+    if schedule.dtype != torch.int32 or tuple(schedule.shape) != (size,) or schedule.device != seq_lens.device:
+        found = f"{schedule.dtype} {tuple(schedule.shape)} on {schedule.device} beside q {tuple(q.shape)} on {q.device}"
+        raise ValueError(f"mla_decode: expected a schedule of these sequences, int32 ({size},), got {found}")
+    if getattr(schedule, "batch_invariant", batch_invariant) != batch_invariant:
+        found = f"{not batch_invariant} and {batch_invariant}"
+        raise ValueError(f"mla_decode: expected batch_invariant as of the schedule, got {found}")
 
 
 def mla_append_kv(
@@ -296,6 +318,8 @@ def mla_append_kv(
     eps: float = 1e-6,
 ) -> None:
     """Normalises, rotates and stores one latent row a token in the paged cache, in place; not differentiable.
+
+    Rotation is in interleaved pairs, as in rope_.
 
     The row is [rmsnorm(latent) | rotated part], in the cache's dtype. An FP8 cache holds, in bytes, 512 e4m3, the fp32 scales
     of their 4 tiles of 128 (powers of two; what per_token_cast makes of the bf16 row with pow2_scale) and 64 bf16.
@@ -340,4 +364,6 @@ def mla_append_kv(
         found = f"strides {cache.stride()} of {tuple(cache.shape)} beside {tuple(kv_a.shape)}"
         raise ValueError(f"mla_append_kv: expected a contiguous cache, got {found}")
     integers = positions.contiguous(), slot_mapping.contiguous()
-    torch.ops.dsv3.mla_append_kv(kv_a, norm_weight, cos.contiguous(), sin.contiguous(), *integers, cache, eps)
+    torch.ops.dsv3.mla_append_kv(
+        kv_a.detach(), norm_weight.detach(), cos.contiguous(), sin.contiguous(), *integers, cache, eps
+    )

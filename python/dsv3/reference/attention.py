@@ -103,6 +103,8 @@ def mla_decode(
     """
     batch, steps = q.shape[:2]
     wide = torch.promote_types(q.dtype, torch.float32)
+    if seq_lens.is_cpu and batch:  # as wide as the longest sequence needs: time and memory follow the table
+        block_table = block_table[:, : -(-max(int(seq_lens.max()), 0) // cache.shape[1])]
     table, bad = _used_pages(block_table, seq_lens, *cache.shape[:2])
     pages = cache[table]
     if cache.dtype == torch.uint8:
