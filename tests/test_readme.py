@@ -22,8 +22,13 @@ def test_length_and_what_it_points_to():
         assert (ROOT / path).exists(), path
 
 
+def example_with(word):
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if word in block)
+    return example
+
+
 def test_two_ops_under_torch_compile():
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "torch.compile" in block)
+    example = example_with("torch.compile")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     assert "fullgraph=True" in example
     names: dict = {}
@@ -31,6 +36,15 @@ def test_two_ops_under_torch_compile():
     assert names["y"].isfinite().all()
     assert names["norm_weight"].grad.abs().sum() > 0
     assert names["x_fp8"].dtype.itemsize == 1
+
+
+def test_a_decoding_step():
+    names: dict = {}
+    for word in ("torch.compile", "mla_decode"):  # the second goes on from the first
+        exec(compile(example_with(word), "README.md", "exec"), names)
+    assert names["out"].shape == (2, 1, 16, 512)
+    assert names["lse"].isfinite().all()
+    assert names["cache"].view(-1, 576).any(-1).nonzero().flatten().tolist() == [69, 132]
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", TEXT, re.M))
