@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.parity import CONTROL_FACTOR, TOLERANCE, window_means
+from bench.cases.model import window_means
+from bench.parity import CONTROL_FACTOR, TOLERANCE
 from bench.results import RESULTS, ROOT, csrc_sha, head_commit
 from dsv3.parallel.data import DataParallel
 from dsv3.train import launch

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench import __main__ as bench
 from bench.cases import Case, Timing
-from bench.cases.model import RECIPE, Setup, Training, step_bytes, step_flops
+from bench.cases.model import RECIPE, Setup, Training, step_bytes, step_flops, window_means
 from bench.check import require_native
 from bench.plot import plot_parity
 from bench.results import RESULTS, ROOT, Environment, csrc_sha, gpu_folder, make_row, write_apart
@@ -156,11 +156,6 @@ def measure(name: str, plan: Plan, env: Environment, say: Callable[[str], None])
 
 
 # ---- the three together ----
-def window_means(losses: Tensor, window: int) -> Tensor:
-    """Means over each `window` steps; what is left over at the end is left out."""
-    return losses[: len(losses) // window * window].view(-1, window).mean(1)
-
-
 def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
     """How far the means are from those of bf16 after the warm-up, relative; the bound, and whether FP8 keeps it.
 

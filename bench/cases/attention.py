@@ -1,4 +1,4 @@
-"""csrc/attention: decoding over the paged latent cache in bf16 and FP8, its schedule, and what stores a token in the cache.
+"""csrc/attention: decoding over the paged latent cache, its schedule, and what stores a token in the cache, in bf16 and FP8.
 
 The shapes of decoding are those of FlashMLA's published figures and of tensor-parallel ranks. A schedule (FlashMLA: its
 metadata) is made once a step and shared by all layers, so it is prepared outside the timed part, and timed by itself.
@@ -35,7 +35,6 @@ SHAPES = [
     (64, 1, 16, 8192),
 ]  # batch, s_q, heads, s_k
 VARLEN = [(128, 1, 128, 4096), (128, 1, 16, 4096)]
-DECODED = ("bf16",)  # of an FP8 cache only the reference decodes yet, which is nothing to measure
 TORCH_TOKENS = 16 * 4096  # the reference makes fp32 copies of all keys: it takes part up to so many
 POSITIONS = 4096  # rows of cos and sin
 
@@ -57,22 +56,17 @@ def _small(*shape: int, device: torch.device) -> Tensor:
 
 
 # ---- decoding ----
-def _decode_inputs(lengths: list[int], s_q: int, heads: int, kv: str, device: torch.device) -> tuple[Tensor, ...]:
+def _decode_inputs(lengths: list[int], s_q: int, heads: int, device: torch.device) -> tuple[Tensor, ...]:
     """q, a cache whose pages lie in random order, block table, lengths, schedule."""
     counts = [-(-length // PAGE) for length in lengths]
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, pages in zip(table, torch.randperm(sum(counts)).split(counts), strict=True):
         row[: len(pages)] = pages
-    cache = torch.cat(
-        [
-            reference.pack_fp8_cache(rows) if kv == "fp8" else rows
-            for rows in (_small(count * PAGE, WIDTH, device=device) for count in counts)
-        ]
-    )
+    cache = torch.cat([_small(count * PAGE, WIDTH, device=device) for count in counts])
     q = _small(len(lengths), s_q, heads, WIDTH, device=device)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     schedule = ops.mla_schedule(seq_lens, s_q, heads)
-    return q, cache.view(-1, PAGE, 1, cache.shape[-1]), table.to(device), seq_lens, schedule
+    return q, cache.view(-1, PAGE, 1, WIDTH), table.to(device), seq_lens, schedule
 
 
 def _decode(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,34 +89,34 @@ def _flash_mla(
     return lambda: flash_mla_with_kvcache(q, cache, table, seq_lens, LATENT, metadata, splits, **settings)
 
 
-def _on_bf16(bind: Callable[..., Callable[[], tuple[Tensor, ...]]]) -> Callable[..., Callable[[], tuple[Tensor, ...]]]:
-    """A peer that has no FP8 cache, on a bf16 cache of the same values."""
-    return lambda q, cache, *others: bind(q, reference.unpack_fp8_cache(cache), *others)
-
-
-def _decode_peers(tokens: int, kv: str) -> dict[str, Baseline]:
+def _decode_peers(tokens: int) -> dict[str, Baseline]:
     found: dict[str, Baseline] = {}
     if tokens <= TORCH_TOKENS:
         found["torch"] = Baseline(lambda *inputs: reference.mla_decode(*inputs, SCALE, LATENT, True, False))
-    if kv == "fp8":
-        found["dsv3 bf16"] = Baseline(_on_bf16(lambda *inputs: lambda: _decode(*inputs)), binds=True)
     if _has_flash_mla():
-        name, bind = ("flash_mla bf16", _on_bf16(_flash_mla)) if kv == "fp8" else ("flash_mla", _flash_mla)
-        found[name] = Baseline(bind, binds=True)
+        found["flash_mla"] = Baseline(_flash_mla, binds=True)
     return found
 
 
-def _decode_case(batch: int, s_q: int, heads: int, s_k: int, kv: str, varlen: bool = False) -> Case:
+def _decode_case(batch: int, s_q: int, heads: int, s_k: int, varlen: bool = False) -> Case:
+    """Of a bf16 cache: FP8 ones only the reference decodes yet, which is nothing to measure."""
     lengths = draw_lengths(batch, s_k) if varlen else [s_k] * batch
     tokens, rows = sum(lengths), batch * s_q * heads
     return Case(
         op="mla_decode",
-        case={"batch": batch, "s_q": s_q, "heads": heads, "s_k": s_k, "kv": kv, **({"varlen": True} if varlen else {})},
+        case={
+            "batch": batch,
+            "s_q": s_q,
+            "heads": heads,
+            "s_k": s_k,
+            "kv": "bf16",
+            **({"varlen": True} if varlen else {}),
+        },
         flops=2 * tokens * s_q * heads * (WIDTH + LATENT),
-        bytes=tokens * ROW_BYTES[kv] + 2 * rows * (WIDTH + LATENT) + 4 * rows,
-        inputs=functools.partial(_decode_inputs, lengths, s_q, heads, kv),
+        bytes=tokens * ROW_BYTES["bf16"] + 2 * rows * (WIDTH + LATENT) + 4 * rows,
+        inputs=functools.partial(_decode_inputs, lengths, s_q, heads),
         run=_decode,
-        baselines=_decode_peers(tokens, kv),
+        baselines=_decode_peers(tokens),
     )
 
 
@@ -191,8 +185,8 @@ def cases(tiny: bool) -> list[Case]:
 
     tokens = (5, 40) if tiny else (128, 4096)
     return [
-        *(_decode_case(*size(*shape), kv) for kv in DECODED for shape in SHAPES),
-        *(_decode_case(*size(*shape), "bf16", varlen=True) for shape in VARLEN),
+        *(_decode_case(*size(*shape)) for shape in SHAPES),
+        *(_decode_case(*size(*shape), varlen=True) for shape in VARLEN),
         _schedule_case(*size(*VARLEN[0])),
         *(_append_case(count, kv) for kv in ("bf16", "fp8") for count in tokens),
     ]

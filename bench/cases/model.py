@@ -216,11 +216,15 @@ def measure_agreement(setup: Setup, device: torch.device, quick: bool) -> Timing
     return Timing(times[0], {"dsv3 references": times[1]}, facts, errors)
 
 
+def window_means(losses: Tensor, window: int) -> Tensor:
+    """Means over each `window` steps; what is left over at the end is left out."""
+    return losses[: len(losses) // window * window].view(-1, window).mean(1)
+
+
 def differences(native: Tensor, plain: Tensor) -> dict[str, float]:
     """How far two runs' losses [steps] are apart, relative to the second: step by step, and as means over WINDOW steps."""
     window = min(WINDOW, len(plain))
-    whole = len(plain) // window * window
-    means = [losses[:whole].view(-1, window).mean(1) for losses in (native, plain)]
+    means = [window_means(losses, window) for losses in (native, plain)]
     return {
         "last_loss": round(float(native[-1]), 4),
         "max_loss_difference": _largest(native, plain),

@@ -48,9 +48,8 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from_torch = type(error) is RuntimeError or isinstance(
-            error, dist.DistError
-        )  # not RankLost, nor a lack of memory
+        # Not RankLost, nor a lack of memory.
+        from_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if not (from_torch and dist.is_initialized()):
             raise
         try:

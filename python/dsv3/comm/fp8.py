@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.comm.steps import Step, back, there
+from dsv3.comm.steps import Step, Sum, back, there
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast
 from dsv3.ops.quant import per_token_cast
 from dsv3.reference.quant import dequantize, empty_row_scales
@@ -42,12 +42,7 @@ class _SpreadCast(torch.autograd.Function):
         return None if drows is None else back(drows.contiguous(), ctx.steps), None
 
 
-class _SumCast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, steps: Sequence[Step]) -> Tensor:
-        ctx.steps = steps
-        return back(y.contiguous(), steps)
-
+class _SumCast(Sum):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         return dequantize(*cast_there(dout, ctx.steps, amax_floor=GRADIENT_FLOOR)).to(dout.dtype), None

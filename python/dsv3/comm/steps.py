@@ -159,7 +159,9 @@ class _Spread(torch.autograd.Function):
         return back(drows.contiguous(), ctx.steps), None
 
 
-class _Sum(torch.autograd.Function):
+class Sum(torch.autograd.Function):
+    """`back`; its gradient goes `there`."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, steps: Sequence[Step]) -> Tensor:
         ctx.steps = steps
@@ -177,4 +179,4 @@ def spread(x: Tensor, steps: Sequence[Step]) -> Tensor:
 
 def add_up(y: Tensor, steps: Sequence[Step]) -> Tensor:
     """`back`, differentiable: its backward is `there`."""
-    return _Sum.apply(y, steps)
+    return Sum.apply(y, steps)
