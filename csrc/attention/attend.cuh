@@ -249,11 +249,10 @@ struct Consumer {
       if (lane % 4 == 0) s.row_sum[parity][kHalf][local_row(r)] = sum;
     }
     named_sync(kEnd, 2 * kWarpgroup);
-    const int group = piece.sequence % p.groups, batch = piece.sequence / p.groups;
     const int64_t cluster_row = static_cast<int64_t>(piece.partial) * (C::kCluster * kBlockRows) + rank * kBlockRows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int local = local_row(r), row = (group * C::kCluster + static_cast<int>(rank)) * kBlockRows + local;
+      const int local = local_row(r), row = (piece.group * C::kCluster + static_cast<int>(rank)) * kBlockRows + local;
       const float sum = s.row_sum[parity][0][local] + s.row_sum[parity][1][local];
       const float inverse = (sum == 0.f ? 0.f : 1.f / sum) * factor;
 #pragma unroll
@@ -261,18 +260,18 @@ struct Consumer {
         out[i] *= inverse;
         out[i + 1] *= inverse;
       }
-      const float lse = sum == 0.f ? -INFINITY : state.max[r] + log2f(sum);
+      const float lse = (sum == 0.f ? -INFINITY : state.max[r] + log2f(sum)) * factor;
       const bool writes = row < p.rows;
-      if (piece.partial >= p.partials) continue;  // keys behind the table, which has been reported
+      if (piece.partial >= p.partials) continue;  // keys behind the table: reported, and NaN in the end
       if (piece.partial >= 0) {
         if (writes && kHalf == 0 && lane % 4 == 0) p.partial_lse[cluster_row + local] = lse;
         write_partial(p.partial + (cluster_row + local) * kLatent + kHalf * kHalfColumns, out, r, writes);
       } else {
         if (writes && kHalf == 0 && lane % 4 == 0) {
           const int step = row / p.heads, head = row % p.heads;
-          p.lse[(static_cast<int64_t>(batch) * p.heads + head) * p.steps + step] = lse * kLn2;
+          p.lse[(static_cast<int64_t>(piece.batch) * p.heads + head) * p.steps + step] = lse * kLn2;
         }
-        write_out(p.out + (static_cast<int64_t>(batch) * p.rows + row) * kLatent + kHalf * kHalfColumns, out, r,
+        write_out(p.out + (static_cast<int64_t>(piece.batch) * p.rows + row) * kLatent + kHalf * kHalfColumns, out, r,
                   writes);
       }
     }
@@ -316,7 +315,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    Pieces pieces(p.schedule, p.seq_lens, p.groups, blockIdx.x / C::kCluster);
+    Pieces pieces(p.schedule, p.seq_lens, blockIdx.x / C::kCluster);
     Piece piece;
     int loaded = 1;  // parity of the pieces that have keys
     for (int parity = 0; pieces.next(piece); parity ^= 1) {
@@ -326,8 +325,7 @@ struct Consumer {
         int visible[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int row =
-              (piece.sequence % p.groups * C::kCluster + static_cast<int>(rank)) * kBlockRows + local_row(r);
+          const int row = (piece.group * C::kCluster + static_cast<int>(rank)) * kBlockRows + local_row(r);
           visible[r] = p.causal ? min(piece.length - p.steps + row / p.heads + 1, piece.length) : piece.length;
         }
         wait_barrier(shared_address(&s.queries_full), queries_phase);

@@ -31,12 +31,14 @@ template <int kRows, int kVectors>
 __device__ __forceinline__ void combine(const DecodeParams& p, const CombineItem& item) {
   constexpr int kPieces = 8 / kVectors;  // asked for at once
   const int lane = threadIdx.x % kWarpSize;
-  const int group_row = item.sequence % p.groups * kRows + item.row;
-  if (group_row >= p.rows || item.last > p.partials) return;
+  const int batch = item.sequence % p.schedule.batch, group = item.sequence / p.schedule.batch;
+  const int group_row = group * kRows + item.row;
+  if (group_row >= p.rows) return;
+  const bool lost = item.last > p.partials;  // what a sequence longer than its table left had no place
   const float* const from = p.partial + item.row * kLatent + item.column + lane * 4;
   float4 total[kVectors] = {};
   float highest = -INFINITY, sum = 0.f;
-  for (int base = item.first; base < item.last; base += kWarpSize) {
+  for (int base = item.first; base < item.last && !lost; base += kWarpSize) {
     // Values and lse are asked for together; what came before is rescaled, as between tiles.
     const int mine = base + lane, pieces = min(item.last - base, kWarpSize);
     float4 values[kPieces][kVectors];
@@ -74,8 +76,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p, const CombineItem
       }
     }
   }
-  const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-  const int batch = item.sequence / p.groups;
+  const float inverse = lost ? NAN : sum == 0.f ? 0.f : 1.f / sum;
   const int64_t to = (static_cast<int64_t>(batch) * p.rows + group_row) * kLatent + item.column + lane * 4;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -85,12 +86,15 @@ __device__ __forceinline__ void combine(const DecodeParams& p, const CombineItem
   }
   if (item.column == 0 && lane == 0) {
     const int step = group_row / p.heads, head = group_row % p.heads;
-    p.lse[(static_cast<int64_t>(batch) * p.heads + head) * p.steps + step] =
-        sum == 0.f ? -INFINITY : (highest + log2f(sum)) * kLn2;
+    p.lse[(static_cast<int64_t>(batch) * p.heads + head) * p.steps + step] = lost ? NAN
+                                                                             : sum == 0.f
+                                                                                 ? -INFINITY
+                                                                                 : (highest + log2f(sum)) * kLn2;
   }
 }
 
-// The schedule is older than the kernel ahead, which has waited for it, so it may be read before the wait.
+// NOTE: the schedule is read before the wait. It is older than the kernel ahead, which began after its own wait for it; a
+// schedule made by that kernel's successor could not be in this place.
 template <int kRows, int kVectors>
 __device__ __forceinline__ void combine_all(const DecodeParams& p) {
   const int items = p.schedule.splits() * kRows * (kLatent / (kVectors * kCombineColumns));

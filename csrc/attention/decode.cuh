@@ -44,7 +44,7 @@ struct DecodeParams {
   DeviceError* error;
   int64_t table_stride;
   int table_width, pages, page, partials;
-  int rows, heads, steps, groups;  // rows = steps * heads, of a sequence
+  int rows, heads, steps;  // rows = steps * heads, of a sequence
   float scale_log2;
   bool causal;
 };

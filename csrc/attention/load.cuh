@@ -17,7 +17,7 @@ struct TileRows {
   int length, end, part_rows, parts, key;  // key: the lane's first, within a tile; beyond it for lanes without a part
 
   __device__ __forceinline__ TileRows(const DecodeParams& params, const Piece& piece)
-      : p(params), table(params.block_table + piece.sequence / params.groups * params.table_stride) {
+      : p(params), table(params.block_table + piece.batch * params.table_stride) {
     length = piece.length;
     end = piece.end;
     part_rows = min(p.page, kTileKeys);
@@ -44,13 +44,12 @@ struct TileRows {
 
 template <class C>
 __device__ __forceinline__ void produce_queries(const DecodeParams& p, DecodeShared& s, uint32_t rank) {
-  Pieces pieces(p.schedule, p.seq_lens, p.groups, blockIdx.x / C::kCluster);
+  Pieces pieces(p.schedule, p.seq_lens, blockIdx.x / C::kCluster);
   Piece piece;
   uint32_t phase = 0;
   while (pieces.next(piece)) {
     if (piece.begin >= piece.end) continue;
-    const int row = piece.sequence / p.groups * p.rows +
-                    (piece.sequence % p.groups * C::kCluster + static_cast<int>(rank)) * kBlockRows;
+    const int row = piece.batch * p.rows + (piece.group * C::kCluster + static_cast<int>(rank)) * kBlockRows;
     wait_barrier(shared_address(&s.queries_empty), phase ^ 1);
     phase ^= 1;
     if (threadIdx.x % kWarpSize == 0) {
@@ -66,7 +65,9 @@ __device__ __forceinline__ void produce_queries(const DecodeParams& p, DecodeSha
 template <class C>
 __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s, int buffer, int half, uint32_t phase,
                                           const int (&rows)[4], int parts, uint32_t rank) {
-  constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
+  // Keys of one group of rows are read once; those of several are wanted again at about the same time.
+  const auto hint =
+      p.schedule.groups > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL : cute::TMA::CacheHintSm90::EVICT_FIRST;
   const int slot = buffer * 2 + half;
   uint64_t& full = s.full[slot];
   wait_barrier(static_cast<uint32_t>(__cvta_generic_to_shared(&s.empty[slot])), phase ^ 1);
@@ -81,9 +82,9 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
       if (part > 0 && part >= parts) break;
       uint8_t* const target = s.keys[buffer][sub] + part * (kSubBytes / parts);
       if constexpr (C::kCluster == 1) {
-        tma_load(target, p.keys, full, sub * kSubColumns, rows[part], kOnce);
+        tma_load(target, p.keys, full, sub * kSubColumns, rows[part], hint);
       } else {
-        tma_load_multicast(target, p.keys, full, sub * kSubColumns, rows[part], 3, kOnce);
+        tma_load_multicast(target, p.keys, full, sub * kSubColumns, rows[part], 3, hint);
       }
     }
   }
@@ -92,7 +93,7 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
 template <class C>
 __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared& s, uint32_t rank, int half) {
   const int lane = threadIdx.x % kWarpSize;
-  Pieces pieces(p.schedule, p.seq_lens, p.groups, blockIdx.x / C::kCluster);
+  Pieces pieces(p.schedule, p.seq_lens, blockIdx.x / C::kCluster);
   Piece piece;
   uint32_t phases = 0;  // bit b: of buffer b
   int parity = 1;       // of the pieces that have keys
@@ -106,8 +107,7 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
       bool bad;
       const int row = lookup.row(tile, entry, bad);
       if (bad && half == 0) {
-        report(p.error, DeviceErrorCode::kPages, piece.sequence / p.groups, entry,
-               (tile * kTileKeys + lookup.key) / p.page, p.pages);
+        report(p.error, DeviceErrorCode::kPages, piece.batch, entry, (tile * kTileKeys + lookup.key) / p.page, p.pages);
       }
       if (half == 0) {
         wait_barrier(shared_address(&s.empty[buffer * 2]), (phases >> buffer & 1) ^ 1);
@@ -122,6 +122,10 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
       phases ^= 1u << buffer;
       entry = next;
     }
+  }
+  // A block must not end while another can arrive at its barriers.
+  for (int buffer = 0; buffer < 2; ++buffer) {
+    wait_barrier(shared_address(&s.empty[buffer * 2 + half]), (phases >> buffer & 1) ^ 1);
   }
 }
 

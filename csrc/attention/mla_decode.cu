@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) mla_decode_kernel(const __grid
       Consumer<C, 1>(p, s, rank).run();
     }
   }
-  sync_cluster<C::kCluster>();  // a block stays until nobody can arrive at its barriers any more
 }
 
 namespace {
@@ -87,8 +86,8 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
 
   const int cluster = cluster_blocks(steps * heads);
   const int groups = static_cast<int>(ceil_div(steps * heads, kBlockRows * cluster)), workers = sm_count() / cluster;
-  const int64_t sequences = batch * groups, partials = partial_lse.size(0);
-  check_operand("schedule", schedule, Dtype::kInt32, DecodeSchedule::size(workers, sequences));
+  const int64_t partials = partial_lse.size(0);
+  check_operand("schedule", schedule, Dtype::kInt32, DecodeSchedule::size(workers, batch * groups));
   check_operand("partial", partial, Dtype::kFloat32, partials, cluster * kBlockRows, kLatent);
   check_operand("partial_lse", partial_lse, Dtype::kFloat32, partials, cluster * kBlockRows);
   DecodeParams p{};
@@ -97,7 +96,7 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
                       true);
   p.block_table = block_table.data<int>();
   p.seq_lens = seq_lens.data<int>();
-  p.schedule = {schedule.data<int>(), workers, static_cast<int>(sequences)};
+  p.schedule = {schedule.data<int>(), workers, static_cast<int>(batch), groups};
   p.out = out.data<__nv_bfloat16>();
   p.lse = lse.data<float>();
   p.partial = partial.data<float>();
@@ -111,7 +110,6 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
   p.rows = static_cast<int>(steps * heads);
   p.heads = static_cast<int>(heads);
   p.steps = static_cast<int>(steps);
-  p.groups = groups;
   p.scale_log2 = static_cast<float>(softmax_scale / M_LN2);
   p.causal = causal;
   if (cluster == 1) {

@@ -1,10 +1,11 @@
 // Divides the keys of a batch among the workers of mla_decode: seq_lens int32 [B] -> schedule (schedule.cuh).
 //
-// A piece costs its tiles and kPieceTiles more (queries in, results out). Every worker gets the same budget, the smallest
-// with which all keys find a place, and takes from where the one before stopped: whole sequences, if that takes no more
-// than kSplitTiles longer than cutting them, since what is cut leaves 64 x 512 fp32 a block for another kernel to combine.
-// One thread walks over the sequences, a few times with a growing budget: some microseconds a step of the model, whose
-// layers share the result.
+// A piece costs its tiles and kPieceTiles more (queries in, results out), and a sequence what its pieces cost. Sequences lie
+// one after the other on a line of costs, and worker w begins where w equal shares of it end: in the middle of a sequence
+// (at an even tile, since tiles go through in pairs), or, where the order of sums must not depend on the batch, at the next
+// piece of kInvariantTiles. So every thread can work out the workers that begin in its sequences by itself.
+// What is cut leaves 64 x 512 fp32 a block for another kernel to combine. Whole sequences are taken instead if the longest
+// share is then no more than kSplitTiles longer.
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
@@ -15,79 +16,171 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPieceTiles = 2, kFewestTiles = 2, kSplitTiles = 6;
-
-// How sequences become pieces: of at most piece_tiles tiles; `cuts`: smaller ones where a budget ends.
-struct Division {
-  int piece_tiles;
-  bool cuts;
-};
 constexpr int kWhole = 1 << 30;
+constexpr int kKept = 8192;  // lengths of a batch that are kept in shared memory, in tiles
 
-// Lays the pieces out with a budget a worker; false where keys are left over.
-__device__ bool divide(const DecodeSchedule& s, const int* seq_lens, int groups, const Division& division, int budget) {
-  int sequence = 0, tile = 0, piece = 0, partials = 0, splits = 0;
-  int tiles = s.sequences > 0 ? ceil_div(num_keys(seq_lens, 0), kTileKeys) : 0;
-  if (s.sequences > 0) s.first_partial()[0] = 0;
-  for (int worker = 0; worker < s.workers; ++worker) {
-    s.begin()[worker] = {sequence, tile, piece};
-    int left = budget;
-    while (sequence < s.sequences) {
-      int take = min(tiles - tile, division.piece_tiles);
-      if (take + kPieceTiles > left) {
-        take = division.cuts ? (left - kPieceTiles) / 2 * 2 : 0;  // tiles go through in pairs
-        if (take <= 0) break;
-      }
-      left -= take + kPieceTiles;
-      tile += take;
-      ++piece;
-      if (tile < tiles) continue;
-      if (piece > 1) {
-        s.split()[splits++] = sequence;
-        partials += piece;
-      }
-      ++sequence;
-      s.first_partial()[sequence] = partials;
-      tile = piece = 0;
-      if (sequence < s.sequences) tiles = ceil_div(num_keys(seq_lens, sequence / groups), kTileKeys);
+struct ScheduleShared {
+  int tiles[kKept];
+  int64_t sums[kThreads / kWarpSize];
+  int longest, budget;  // tiles of a sequence; of a worker that takes whole sequences, 0 for none
+};
+
+// The sum of x over the threads before this one, and over all.
+struct Scan {
+  int64_t before, total;
+  __device__ Scan(int64_t x, int64_t* scratch) : before(x), total(0) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int64_t lower = __shfl_up_sync(0xffffffffu, before, distance);
+      if (lane >= distance) before += lower;
+    }
+    __syncthreads();  // what was in scratch has been read
+    if (lane == kWarpSize - 1) scratch[warp] = before;
+    __syncthreads();
+    before -= x;
+    for (int i = 0; i < kThreads / kWarpSize; ++i) {
+      if (i < warp) before += scratch[i];
+      total += scratch[i];
     }
   }
-  s.begin()[s.workers] = {sequence, tile, piece};
-  s.splits() = splits;
-  s.piece_tiles() = division.piece_tiles;
-  return sequence == s.sequences;
+};
+
+// The line of costs as one thread sees it: sequences `first` to `last`, the first of which begins at `start`.
+struct Line {
+  const DecodeSchedule& s;
+  const int* seq_lens;
+  const int* kept;
+  bool invariant;
+  int first, last;
+  int64_t start = 0, share = 1;  // share: what lies on the line between the begins of two workers
+
+  __device__ __forceinline__ int tiles(int i) const {  // of sequence i of the batch
+    return i < kKept ? kept[i] : ceil_div(num_keys(seq_lens, i), kTileKeys);
+  }
+  __device__ __forceinline__ int fixed_pieces(int tiles) const {
+    return invariant ? max(1, ceil_div(tiles, kInvariantTiles)) : 1;
+  }
+  __device__ __forceinline__ int cost(int tiles) const { return tiles + kPieceTiles * fixed_pieces(tiles); }
+
+  // Calls begins(worker, begin) for every worker that begins in these sequences, and ends(sequence, pieces) for each.
+  template <class Begins, class Ends>
+  __device__ __forceinline__ void walk(Begins&& begins, Ends&& ends) const {
+    int64_t at = start;
+    int worker = static_cast<int>(min(ceil_div(at, share), static_cast<int64_t>(s.workers)));
+    for (int sequence = first; sequence < last; ++sequence) {
+      const int n = tiles(sequence % s.batch);
+      int pieces = fixed_pieces(n);
+      for (; worker < s.workers && worker * share < at + cost(n); ++worker) {
+        const auto offset = static_cast<int>(worker * share - at);
+        if (invariant) {
+          const int piece = ceil_div(offset, kInvariantTiles + kPieceTiles);
+          begins(worker, piece < pieces ? Begin{sequence, piece * kInvariantTiles, piece} : Begin{sequence + 1, 0, 0});
+        } else {
+          const int tile = (offset - kPieceTiles) / 2 * 2;
+          begins(worker, tile > 0 ? Begin{sequence, tile, pieces++} : Begin{sequence, 0, 0});
+        }
+      }
+      ends(sequence, pieces);
+      at += cost(n);
+    }
+  }
+};
+
+// By a warp: the smallest budget, one a lane from `from` on (what the longest costs or more), with which every worker can
+// take whole sequences; 0 if none.
+__device__ int whole_budget(const Line& line, int from) {
+  const int budget = from + static_cast<int>(threadIdx.x);
+  int left = budget, worker = 0;
+  for (int group = 0; group < line.s.groups; ++group) {
+    for (int i = 0; i < line.s.batch; ++i) {
+      const int cost = line.cost(line.tiles(i));
+      worker += cost > left;
+      left = (cost > left ? budget : left) - cost;
+    }
+  }
+  const unsigned fits = __ballot_sync(0xffffffffu, worker < line.s.workers);
+  return fits == 0 ? 0 : from + __ffs(static_cast<int>(fits)) - 1;
 }
 
-// The smallest budget from `from` to `to` with which it fits, or one above.
-__device__ int fit(const DecodeSchedule& s, const int* seq_lens, int groups, const Division& division, int from,
-                   int to) {
-  int budget = from;
-  while (budget <= to && !divide(s, seq_lens, groups, division, budget)) budget += max(1, budget / 64);
-  return budget;
+// By one thread: where workers with that budget begin.
+__device__ void write_whole(const Line& line, int budget) {
+  int left = budget, worker = 0;
+  for (int sequence = 0; sequence < line.s.sequences(); ++sequence) {
+    const int cost = line.cost(line.tiles(sequence % line.s.batch));
+    if (cost > left) {
+      line.s.begin()[++worker] = {sequence, 0, 0};
+      left = budget;
+    }
+    left -= cost;
+  }
+  while (++worker <= line.s.workers) line.s.begin()[worker] = {line.s.sequences(), 0, 0};
 }
 
-__global__ void __launch_bounds__(kThreads)
-    mla_schedule_kernel(DecodeSchedule s, const int* seq_lens, int groups, bool invariant) {
-  __shared__ float scratch[kThreads / kWarpSize];
+// By all threads: every worker's begin, and where each sequence's partial results lie.
+__device__ void write_cut(const Line& line, int64_t partials, int64_t splits) {
+  line.walk([&](int worker, Begin begin) { line.s.begin()[worker] = begin; },
+            [&](int sequence, int pieces) {
+              if (pieces > 1) {
+                line.s.split()[splits++] = sequence;
+                partials += pieces;
+              }
+              line.s.first_partial()[sequence + 1] = static_cast<int>(partials);
+            });
+}
+
+__global__ void __launch_bounds__(kThreads) mla_schedule_kernel(DecodeSchedule s, const int* seq_lens, bool invariant) {
+  __shared__ ScheduleShared shared;
   wait_for_inputs();
   release_dependents();
-  // NOTE: as a float, which is exact below 2^24 tiles; above, the budget starts a little off and grows by a step more.
-  for (int i = threadIdx.x; i < DecodeSchedule::size(s.workers, s.sequences); i += kThreads) s.data[i] = 0;
-  float cost = 0.f;
-  for (int i = threadIdx.x; i < s.sequences; i += kThreads) {
-    const int tiles = ceil_div(num_keys(seq_lens, i / groups), kTileKeys);
-    cost += static_cast<float>(tiles + kPieceTiles * (invariant ? max(1, ceil_div(tiles, kInvariantTiles)) : 1));
+  for (int i = threadIdx.x; i < DecodeSchedule::size(s.workers, s.sequences()); i += kThreads) s.data[i] = 0;
+  for (int i = threadIdx.x; i < min(s.batch, kKept); i += kThreads) {
+    shared.tiles[i] = ceil_div(num_keys(seq_lens, i), kTileKeys);
   }
-  cost = block_reduce<Sum, kThreads>(cost, scratch);
-  if (threadIdx.x != 0) return;
-  const int even = static_cast<int>(ceilf(cost / s.workers));
-  if (invariant) {
-    fit(s, seq_lens, groups, {kInvariantTiles, false}, max(even, kInvariantTiles + kPieceTiles), kWhole);
+  if (threadIdx.x == 0) shared.longest = shared.budget = 0;
+  __syncthreads();
+  const int each = ceil_div(s.sequences(), kThreads), thread = static_cast<int>(threadIdx.x);
+  Line line{
+      s, seq_lens, shared.tiles, invariant, min(thread * each, s.sequences()), min((thread + 1) * each, s.sequences())};
+  int64_t cost = 0;
+  int longest = 0;
+  for (int i = line.first; i < line.last; ++i) {
+    const int tiles = line.tiles(i % s.batch);
+    cost += line.cost(tiles);
+    longest = max(longest, tiles);
+  }
+  atomicMax(&shared.longest, longest);
+  const Scan costs(cost, shared.sums);
+  line.start = costs.before;
+  line.share = max(ceil_div(costs.total, static_cast<int64_t>(s.workers)),
+                   static_cast<int64_t>(invariant ? 1 : kFewestTiles + kPieceTiles));
+  int64_t partials = 0, splits = 0;
+  line.walk([](int, Begin) {},
+            [&](int, int pieces) {
+              partials += pieces > 1 ? pieces : 0;
+              splits += pieces > 1;
+            });
+  const Scan before(partials << 32 | splits, shared.sums);
+  const auto all_splits = static_cast<int>(before.total & 0xffffffff);
+  if (all_splits > 0 && !invariant && threadIdx.x < kWarpSize) {
+    const int64_t from = max(line.share, static_cast<int64_t>(shared.longest + kPieceTiles));
+    const int64_t most = line.share + kPieceTiles + kSplitTiles;
+    const int budget = from <= most ? whole_budget(line, static_cast<int>(from)) : 0;
+    if (threadIdx.x == 0 && budget <= most) shared.budget = budget;
+  }
+  __syncthreads();
+  if (shared.budget > 0) {
+    if (threadIdx.x > 0) return;
+    write_whole(line, shared.budget);
+    s.piece_tiles() = kWhole;
     return;
   }
-  const int cut = max(even + kPieceTiles, kFewestTiles + kPieceTiles);
-  const int budget = fit(s, seq_lens, groups, {kWhole, true}, cut, kWhole), longest = budget + kSplitTiles;
-  if (s.splits() == 0 || fit(s, seq_lens, groups, {kWhole, false}, even, longest) <= longest) return;
-  divide(s, seq_lens, groups, {kWhole, true}, budget);
+  write_cut(line, before.before >> 32, before.before & 0xffffffff);
+  const auto used = static_cast<int>(min(ceil_div(costs.total, line.share), static_cast<int64_t>(s.workers)));
+  for (int worker = used + thread; worker <= s.workers; worker += kThreads) s.begin()[worker] = {s.sequences(), 0, 0};
+  if (threadIdx.x == 0) {
+    s.splits() = all_splits;
+    s.piece_tiles() = invariant ? kInvariantTiles : kWhole;
+  }
 }
 
 }  // namespace
@@ -103,9 +196,9 @@ void mla_schedule(Tensor schedule, Tensor seq_lens, int64_t steps, int64_t heads
   const int workers = sm_count() / cluster;
   DSV3_CHECK(sequences < 1 << 30, "too many sequences: ", sequences);
   check_operand("schedule", schedule, Dtype::kInt32, DecodeSchedule::size(workers, sequences));
-  const DecodeSchedule s{schedule.data<int>(), workers, static_cast<int>(sequences)};
+  const DecodeSchedule s{schedule.data<int>(), workers, static_cast<int>(seq_lens.size(0)), static_cast<int>(groups)};
   launch("mla_schedule", mla_schedule_kernel, {dim3(1), dim3(kThreads)}, stream, s, seq_lens.data<int>(),
-         static_cast<int>(groups), batch_invariant);
+         batch_invariant);
 }
 
 }  // namespace dsv3

@@ -1,6 +1,7 @@
 // What mla_schedule writes and mla_decode reads: which worker (a cluster of blocks) attends to which tiles of which
 // sequences. A sequence here is one of the batch or, where its steps times heads exceed the rows of a cluster, one group
-// of its rows. A worker takes what lies between its begin and the next worker's; what it takes of a sequence is a piece,
+// of its rows; all first groups come before all second ones, so that workers which take the same keys do so at about the
+// same time and all but one find them in the L2 cache. A worker takes what lies between its begin and the next worker's; what it takes of a sequence is a piece,
 // and the pieces of a sequence that has several leave partial results, which are then combined in their order.
 #pragma once
 
@@ -25,23 +26,25 @@ struct Begin {
 struct DecodeSchedule {
   static constexpr int kHeader = 4;
   int* data;
-  int workers, sequences;
+  int workers, batch, groups;
 
   static constexpr int64_t size(int64_t workers, int64_t sequences) {
     return kHeader + 3 * (workers + 1) + 2 * sequences + 1;
   }
+  __host__ __device__ int sequences() const { return batch * groups; }
   __host__ __device__ int& splits() const { return data[0]; }       // sequences of several pieces
   __host__ __device__ int& piece_tiles() const { return data[1]; }  // the most in a piece
   __host__ __device__ Begin* begin() const { return reinterpret_cast<Begin*>(data + kHeader); }
-  // The first of a sequence's partial results, [sequences + 1]; and the numbers of the split sequences.
+  // The first of a sequence's partial results, [sequences() + 1]; and the numbers of the split sequences.
   __host__ __device__ int* first_partial() const { return data + kHeader + 3 * (workers + 1); }
-  __host__ __device__ int* split() const { return first_partial() + sequences + 1; }
+  __host__ __device__ int* split() const { return first_partial() + sequences() + 1; }
 };
 
 struct Piece {
-  int sequence, length;  // its number, its keys
-  int begin, end;        // tiles
-  int partial;           // where its result goes, or -1: it is the sequence's only piece
+  int batch, group;  // its sequence and the group of rows
+  int length;        // keys
+  int begin, end;    // tiles
+  int partial;       // where its result goes, or -1: it is the sequence's only piece
 };
 
 // Keys of a sequence: none of a negative number, and no more than can be counted in tiles.
@@ -50,17 +53,18 @@ __device__ __forceinline__ int num_keys(const int* seq_lens, int i) { return min
 // A worker's pieces, in order. Every thread that asks gets the same answers.
 class Pieces {
  public:
-  __device__ __forceinline__ Pieces(const DecodeSchedule& schedule, const int* seq_lens, int groups, int worker)
-      : schedule_(schedule), seq_lens_(seq_lens), groups_(groups) {
+  __device__ __forceinline__ Pieces(const DecodeSchedule& schedule, const int* seq_lens, int worker)
+      : schedule_(schedule), seq_lens_(seq_lens) {
     at_ = schedule.begin()[worker];
     end_ = schedule.begin()[worker + 1];
     piece_tiles_ = schedule.piece_tiles();
   }
   __device__ __forceinline__ bool next(Piece& piece) {
     if (at_.sequence > end_.sequence || (at_.sequence == end_.sequence && at_.tile >= end_.tile)) return false;
-    if (at_.sequence >= schedule_.sequences) return false;
-    piece.sequence = at_.sequence;
-    piece.length = num_keys(seq_lens_, at_.sequence / groups_);
+    if (at_.sequence >= schedule_.sequences()) return false;
+    piece.batch = at_.sequence % schedule_.batch;
+    piece.group = at_.sequence / schedule_.batch;
+    piece.length = num_keys(seq_lens_, piece.batch);
     const int tiles = ceil_div(piece.length, kTileKeys);
     piece.begin = at_.tile;
     const int last = at_.sequence == end_.sequence ? end_.tile : tiles;
@@ -79,7 +83,7 @@ class Pieces {
  private:
   DecodeSchedule schedule_;
   const int* seq_lens_;
-  int groups_, piece_tiles_;
+  int piece_tiles_;
   Begin at_, end_;
 };
 

@@ -367,14 +367,18 @@ def test_a_million_tokens_in_a_pool_of_more_than_2_to_31_elements(heads, s_q, kv
 
 
 # ---- bad input ----
-def check_device_error(case, match, device):
-    """On a GPU the next call raises what the kernel found, and the one after that works; the reference raises at once."""
+def check_device_error(case, match, device, **settings):
+    """Of sequence 1. On a GPU it alone gives NaN, the next call raises what the kernel found, and the one after that works;
+    the reference raises at once."""
     if device.type == "cpu":
         with pytest.raises(RuntimeError, match=match):
-            case()
+            case(**settings)
         return
-    case()
+    out, lse = case(**settings)
     torch.cuda.synchronize()
+    for result in (out, lse):
+        assert result.isnan().flatten(1).all(1).tolist() == [i == 1 for i in range(len(out))]
+        assert not result[0].isnan().any()
     with pytest.raises(RuntimeError, match=match):
         ops.per_token_cast(torch.ones(1, 128, device=device))
     good = make([20, 90], 1, 4, device)
@@ -393,14 +397,22 @@ def test_a_page_beyond_the_pool(entry, device):
     check_device_error(case, text, device)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("heads", [4, 128])
 @pytest.mark.parametrize("length", [129, 100_000, 2**31 - 1])
-def test_a_length_beyond_the_table(length, heads, device):
+def test_a_length_beyond_the_table(length, heads, batch_invariant, device):
     """A table of two pages. The number of keys decides how long a kernel runs, so not even 2^31 may hang it."""
     case = make([30, 128], 1, heads if device.type == "cuda" else 2, device, extra_columns=0)
     assert case.table.shape == (2, 2)
     case.seq_lens[1] = length
-    check_device_error(case, r"block_table\[1, \d+\]|seq_lens", device)
+    check_device_error(case, r"block_table\[1, \d+\]|seq_lens", device, batch_invariant=batch_invariant)
+
+
+def test_a_cache_without_pages(device):
+    case = make([0, 0], 1, 4, device)
+    out, lse = dataclasses.replace(case, cache=case.cache[:0])()
+    assert not out.any()
+    assert (lse == -INF).all()
 
 
 def test_a_negative_length_is_an_empty_sequence(device):
