@@ -115,6 +115,8 @@ __device__ __forceinline__ void produce(const NarrowParams& p, NarrowShared<C>& 
       }
     }
   }
+  // A block must not end while another can arrive at its barriers.
+  for (int i = 0; i < C::kStages; ++i, at.advance()) shared.ring.wait_empty(at);
 }
 
 // One tile of kHalves times kN tokens.
@@ -207,7 +209,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) narrow_kernel(const __grid_con
     cutlass::arch::warpgroup_reg_alloc<232>();
     consume<C>(p, shared);
   }
-  sync_cluster<C::kCluster>();  // a block stays until nobody can arrive at its barriers any more
 }
 
 }  // namespace dsv3

@@ -173,6 +173,8 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
       }
     }
   }
+  // A block must not end while another can arrive at its barriers.
+  for (int i = 0; i < C::kStages; ++i, at.advance()) shared.ring.wait_empty(at);
 }
 
 // The scales of a K block that a thread needs: of its two rows, and of its columns or of the blocks that they lie in.
@@ -396,7 +398,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const __grid_const
     cutlass::arch::warpgroup_reg_alloc<232>();
     consume<C>(p, shared);
   }
-  sync_cluster<C::kCluster>();  // a block stays until nobody can arrive at its barriers any more
 }
 
 }  // namespace dsv3

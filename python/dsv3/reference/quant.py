@@ -40,8 +40,9 @@ def row_scale_strides(rows: int) -> tuple[int, int]:
 
 
 def empty_row_scales(x: Tensor, rows: int, tiles: int) -> Tensor:
-    """fp32 [rows, tiles] with these strides."""
-    return x.new_empty_strided((rows, tiles), row_scale_strides(rows), dtype=torch.float32)
+    """fp32 [rows, tiles] with these strides. The last column too has memory for whole 16 bytes, by which it is read."""
+    strides = row_scale_strides(rows)
+    return x.new_empty_strided((strides[1], tiles), strides, dtype=torch.float32)[:rows]
 
 
 def per_token_cast(x: Tensor, pow2_scale: bool, amax_floor: float) -> tuple[Tensor, Tensor]:
