@@ -330,7 +330,8 @@ def mla_append_kv(
         cos, sin: fp32 [max_positions, Dr/2].
         positions: int64 [T].
         slot_mapping: int64 [T], row of the cache seen as [pages*page, Dc+Dr]; -1 stores nothing. No two tokens the same.
-        cache: [pages, page, 1, Dc+Dr], or uint8 [pages, page, 1, 656] with Dc 512 and Dr 64; modified.
+        cache: [pages, page, 1, Dc+Dr], or uint8 [pages, page, 1, 656] with Dc 512 and Dr 64; modified. Rows of 576 or 656 come
+            in pages of 16, 32, 64 or 128.
         eps: of the RMSNorm.
 
     Raises:
@@ -350,6 +351,9 @@ def mla_append_kv(
         found = f"{tuple(kv_a.shape)}, {tuple(cache.shape)} and {tuple(slot_mapping.shape)}"
         rows = f"uint8 (pages,page,1,{width}) for D = {LATENT + ROPE}" if fp8 else "(pages,page,1,D)"
         raise ValueError(f"mla_append_kv: expected kv_a (T,D), cache {rows} and slot_mapping (T,), got {found}")
+    if kv_a.shape[1] == LATENT + ROPE and cache.shape[1] not in PAGES:
+        found = f"{tuple(cache.shape)} beside {tuple(kv_a.shape)}"
+        raise ValueError(f"mla_append_kv: expected pages of {', '.join(map(str, PAGES))} rows, got {found}")
     if norm_weight.dim() != 1 or cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] != kv_a.shape[1] - rank:
         found = ", ".join(str(tuple(t.shape)) for t in (kv_a, norm_weight, cos, sin))
         raise ValueError(

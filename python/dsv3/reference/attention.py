@@ -106,7 +106,7 @@ def mla_decode(
     if seq_lens.is_cpu and batch:  # as wide as the longest sequence needs: time and memory follow the table
         block_table = block_table[:, : -(-max(int(seq_lens.max()), 0) // cache.shape[1])]
     table, bad = _used_pages(block_table, seq_lens, *cache.shape[:2])
-    pages = cache[table]
+    pages = cache[table] if len(cache) else cache.new_zeros(*table.shape, *cache.shape[1:])
     if cache.dtype == torch.uint8:
         pages = unpack_fp8_cache(pages)
     kv = pages.view(batch, table.shape[1] * cache.shape[1], q.shape[3]).to(wide)
