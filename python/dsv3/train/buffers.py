@@ -75,7 +75,9 @@ class BufferGroup:
         a tree of sums anyway, and rows of 64 take four times as long.
         """
         grad = self.main_grad
-        return torch.linalg.vector_norm(grad if grad.is_cuda else torch.linalg.vector_norm(grad.view(-1, _ALIGN), dim=-1))
+        return torch.linalg.vector_norm(
+            grad if grad.is_cuda else torch.linalg.vector_norm(grad.view(-1, _ALIGN), dim=-1)
+        )
 
     def _adopt(self, start: int, end: int, slots: list[Slot]) -> Segment:
         """Copies a run's parameters in and makes them views: of `weight`, or of `master` where they are fp32."""
