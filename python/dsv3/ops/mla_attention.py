@@ -161,7 +161,10 @@ def mla_attention(
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in offsets)
         raise ValueError(f"mla_attention: expected cu_seqlens_q and cu_seqlens_k of int32 (n+1,), got {found}")
     settings = *offsets, max_seqlen_q, max_seqlen_k, causal, softmax_scale
-    if q.is_cpu:  # differentiated as it is: nothing runs again
+    reason = _supports_attention(*tensors, *settings)
+    if q.is_cpu or reason:  # differentiated as it is: nothing runs again
+        if q.is_cuda and reason and not torch.compiler.is_compiling():
+            registry.note("mla_attention", reason)
         return reference.mla_attention(*tensors, *settings)
     return apply(_MlaAttention, *tensors, *settings)
 

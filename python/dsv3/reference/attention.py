@@ -14,6 +14,8 @@ from dsv3.reference.quant import TILE, per_token_cast
 # A row of an FP8 cache in bytes: the latent in e4m3, a scale (fp32) for every 128 of it, 64 rotated values in bf16.
 FP8_LATENT, FP8_ROPE_AT, FP8_ROW = 512, 528, 656
 
+SCORES = 2**26  # made at once
+
 # cuDNN first: with keys of 192 and values of 128 it is 4 (forward) to 8 times (backward) as fast as the next on an H100.
 CUDA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -103,15 +105,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_ls
 
 @torch.no_grad()
 def _log_sum_exp(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """[B, H, S], a head at a time, since the scores of all may not fit in memory."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for head in range(q.shape[1]):
-        scores = (q[:, head].to(lse.dtype) @ k[:, head].to(lse.dtype).mT).mul_(scale)
-        if causal:
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
-            scores.masked_fill_(hidden, -torch.inf)
-        lse[:, head] = scores.logsumexp(-1)
-    return lse
+    """[B, H, S], some heads at a time, since the scores of all may not fit in memory."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, columns = q.shape[2], k.shape[2]
+    hidden = torch.ones(rows, columns, dtype=torch.bool, device=q.device).triu(columns - rows + 1) if causal else None
+    heads, done = max(1, SCORES // (q.shape[0] * rows * columns)), []
+    for queries, keys in zip(q.split(heads, 1), k.split(heads, 1), strict=True):
+        scores = (queries.to(wide) @ keys.to(wide).mT).mul_(scale)
+        done.append((scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).logsumexp(-1))
+    return torch.cat(done, 1)
 
 
 def mla_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
