@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsv3 import ops
+from dsv3.ops import registry
 from dsv3.testing import check_compile, check_graph, check_registration, relative_error
 
 BF16 = torch.bfloat16
@@ -172,14 +173,38 @@ def test_a_sequence_alone_is_the_sequence_among_others(device):
 @pytest.mark.cuda
 def test_rows_of_no_sequence_are_not_written():
     device = torch.device("cuda")
-    args = make([60], [60], 2, device)
-    q = torch.cat([args[0], torch.full((200, 2, NOPE + ROPE), NAN, device=device, dtype=BF16)])
-    expected = ops.mla_attention(*args, softmax_scale=SCALE)
-    for _ in range(2):  # memory that has held NaN before
-        torch.full((260, 2, VALUE), 7.0, device=device, dtype=BF16)
-        out, lse = ops.mla_attention(q, *args[1:], softmax_scale=SCALE)
-    assert torch.equal(out[:60], expected[0])
-    assert torch.equal(lse[:, :60], expected[1])
+    q, k_nope, k_rope, v, *rest = make([60, 100], [60, 100], 2, device)
+    expected = ops.mla_attention(q, k_nope, k_rope, v, *rest, softmax_scale=SCALE)
+    q = torch.cat([q, torch.full((200, 2, NOPE + ROPE), NAN, device=device, dtype=BF16)])
+    out = torch.full((360, 2, VALUE), 7.0, device=device, dtype=BF16)
+    lse = torch.full((2, 360), 7.0, device=device)
+    registry.native().mla_attention(out, lse, q, k_nope, k_rope, v, *rest[:2], rest[3], True, SCALE)
+    assert torch.equal(out[:160], expected[0])
+    assert torch.equal(lse[:, :160], expected[1])
+    assert (out[160:] == 7).all()
+    assert (lse[:, 160:] == 7).all()
+
+
+@pytest.mark.cuda
+def test_a_million_keys():
+    check(make([130], [2**20], 1, torch.device("cuda")))
+
+
+@pytest.mark.cuda
+def test_more_than_2_to_the_31_elements():
+    device, queries, few = torch.device("cuda"), 2**17 + 100, 100
+    _, k_nope, k_rope, v, _, cu_k, _, keys = make([1], [70], 128, device)
+    q = torch.randn(queries, 128, NOPE + ROPE, device=device, dtype=BF16)
+
+    def attend(q):
+        lengths = offsets([len(q)], device), cu_k, len(q), keys
+        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, causal=False, softmax_scale=SCALE)
+
+    out, lse = attend(q)
+    expected = attend(q[-few:])
+    assert out.numel() > 2**31
+    assert torch.equal(out[-few:], expected[0])
+    assert torch.equal(lse[:, -few:], expected[1])
 
 
 # ---- gradients ----
