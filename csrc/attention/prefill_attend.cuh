@@ -18,85 +18,53 @@ class Attender {
     queries_ = uniform(matrix_descriptor(shared_address(s.queries[warpgroup])));
     keys_ = shared_address(s.keys);
     values_ = shared_address(s.values);
-    queries_full_ = shared_address(&s.queries_full[warpgroup]);
-    queries_empty_ = shared_address(&s.queries_empty[warpgroup]);
     keys_full_ = shared_address(s.keys_full);
-    keys_empty_ = shared_address(s.keys_empty);
     values_full_ = shared_address(s.values_full);
-    values_empty_ = shared_address(s.values_empty);
   }
 
-  // From the last keys of a tile to the first, so that what has to be masked comes before the loop that does not. A step
-  // issues the scores of some keys and the products of those before with their values, and softens the scores under the
-  // latter. The last step of a tile issues the first scores of the next tile, under which its output is written.
   __device__ __forceinline__ void run() {
+    const uint32_t full = shared_address(&s.queries_full[warpgroup_]);
     if (C::kTurns && warpgroup_ == 1) named_arrive(kTurn, kConsumers * kWarpgroup);
-    QueryTile tile;
-    if (!next(tile)) return;
-    float scores[64], out[64];
-    wait_keys();
-    start_scores(scores, keys_tile());
-    for (bool more = true; more;) {
+    for (uint32_t phase = 0;; phase ^= 1) {
+      wait_barrier(full, phase);
+      const QueryTile tile = s.tile[warpgroup_];
+      if (tile.rows == 0) break;
+      float out[64] = {};
       RowState state;
-      float factor[2];
-      uint32_t probabilities[32];
-      attend(tile, scores, out, state, factor, probabilities);
-      const QueryTile done = tile;
-      more = next(tile);
-      if (more) wait_keys();
-      wait_values();
-      const uint32_t keys = keys_tile(), values = values_tile();
-      take_turn();
-      start_values(probabilities, values, out);
-      start_scores(scores, keys);  // NOTE: of whatever is there if there are no more: products must not be conditional
-      pass_turn();
-      finish_values<1>(out, true);
-      write(done, out, state);
+      if (tile.tiles > 0) {
+        attend(tile, out, state);
+      } else {
+        __syncwarp();
+        release(shared_address(&s.queries_empty[warpgroup_]));
+      }
+      write(tile, out, state);
     }
-    cute::warpgroup_wait<0>();
   }
 
  private:
-  // The next tile that sees keys, when its queries are there.
-  __device__ __forceinline__ bool next(QueryTile& tile) {
-    for (;;) {
-      wait_barrier(queries_full_, queries_phase_);
-      queries_phase_ ^= 1;
-      tile = s.tile[warpgroup_];
-      tile.rows = static_cast<int>(uniform(tile.rows));
-      tile.tiles = static_cast<int>(uniform(tile.tiles));
-      tile.whole = static_cast<int>(uniform(tile.whole));
-      if (tile.rows == 0) return false;
-      if (tile.tiles > 0) return true;
-      write_nothing(tile);
-      __syncwarp();
-      release(queries_empty_);
-    }
-  }
-
-  // All but the products with the values of the first keys, whose probabilities are left.
-  // NOTE: what ends a step's products is at the beginning of the next step; the compiler softens behind a wait that
+  // From the last keys to the first, so that what has to be masked comes before the loop that does not. A step issues the
+  // scores of a tile and the products of the tile before with its values, and softens the scores under the latter.
+  // NOTE: what ends these products is at the beginning of the next step; the compiler softens behind a wait that
   // follows in the same block.
-  __device__ __forceinline__ void attend(const QueryTile& tile, float (&scores)[64], float (&out)[64], RowState& state,
-                                         float (&factor)[2], uint32_t (&probabilities)[32]) {
+  __device__ __forceinline__ void attend(const QueryTile& tile, float (&out)[64], RowState& state) {
+    float scores[64], factor[2];
+    uint32_t probabilities[32];
     int i = tile.tiles - 1;
     bool pending = false;
+    wait_keys();
+    start_scores(scores);
     finish_scores<0>(scores, i == 0);
     mask(scores, tile, i);
     soften(scores, state, factor);
     clear_behind(tile, i);
-#pragma unroll
-    for (float& x : out) x = 0.f;
     const auto step = [&](bool masked) {
-      finish_values<0>(out, pending);
+      finish_values(out, pending);
       pack(scores, probabilities);
       rescale(factor, out);
       wait_keys();
-      wait_values();
-      const uint32_t keys = keys_tile(), values = values_tile();
       take_turn();
-      start_scores(scores, keys);
-      start_values(probabilities, values, out);
+      start_scores(scores);
+      start_values(probabilities, out);
       pass_turn();
       finish_scores<1>(scores, i == 0);
       if (masked) mask(scores, tile, i);
@@ -105,9 +73,11 @@ class Attender {
     };
     for (--i; i >= tile.whole; --i) step(true);
     for (; i >= 0; --i) step(false);
-    finish_values<0>(out, pending);
+    finish_values(out, pending);
     pack(scores, probabilities);
     rescale(factor, out);
+    start_values(probabilities, out);
+    finish_values(out, true);
   }
 
   __device__ __forceinline__ void take_turn() const {
@@ -125,45 +95,39 @@ class Attender {
   __device__ __forceinline__ void wait_values() const {
     wait_barrier(values_full_ + values_at_.stage * 8, values_at_.phase);
   }
-  // The descriptors of what is next, before it is this warpgroup's turn.
-  __device__ __forceinline__ uint32_t keys_tile() const {
-    return uniform(matrix_descriptor(keys_ + keys_at_.stage * sizeof(s.keys[0])));
-  }
-  __device__ __forceinline__ uint32_t values_tile() const {
-    return uniform(values_descriptor<kTallSub>(values_ + values_at_.stage * sizeof(s.values[0])));
-  }
-  __device__ __forceinline__ void start_scores(float (&scores)[64], uint32_t keys) const {
+  __device__ __forceinline__ void start_scores(float (&scores)[64]) {
+    const uint32_t tile = uniform(matrix_descriptor(keys_ + keys_at_.stage * sizeof(s.keys[0])));
     detail::fence_registers(scores);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < kKeySubs; ++i) {
-      add_scores(queries_ + i * (kSubBytes / 16), keys + i * (kTallSub / 16), scores, i == 0);
+      add_scores(queries_ + i * (kSubBytes / 16), tile + i * (kTallSub / 16), scores, i == 0);
     }
     cute::warpgroup_commit_batch();
   }
-  // kPending: products issued later that may go on. The queries are released with their last scores.
+  // kPending: products issued after it that may go on. The queries are released with their last scores.
   template <int kPending>
   __device__ __forceinline__ void finish_scores(float (&scores)[64], bool last) {
     cute::warpgroup_wait<kPending>();
     detail::fence_registers(scores);
-    // NOTE: a loop, since the compiler moves arrivals behind the softmax unless they are a block of their own.
-#pragma unroll 1
-    for (int n = last ? 2 : 1; n > 0; --n) release(n == 2 ? queries_empty_ : keys_empty_ + keys_at_.stage * 8);
+    release(shared_address(&s.keys_empty[keys_at_.stage]));
     keys_at_.advance();
+    if (last) release(shared_address(&s.queries_empty[warpgroup_]));
   }
-  __device__ __forceinline__ void start_values(uint32_t (&probabilities)[32], uint32_t values, float (&out)[64]) const {
+  __device__ __forceinline__ void start_values(uint32_t (&probabilities)[32], float (&out)[64]) {
+    wait_values();
+    const uint32_t tile = uniform(values_descriptor<kTallSub>(values_ + values_at_.stage * sizeof(s.values[0])));
     detail::fence_registers(probabilities);
     detail::fence_registers(out);
     cute::warpgroup_arrive();
-    add_values(probabilities, values, out);
+    add_values(probabilities, tile, out);
     cute::warpgroup_commit_batch();
   }
-  template <int kPending>
   __device__ __forceinline__ void finish_values(float (&out)[64], bool pending) {
-    cute::warpgroup_wait<kPending>();
+    cute::warpgroup_wait<0>();
     detail::fence_registers(out);
     if (!pending) return;
-    release(values_empty_ + values_at_.stage * 8);
+    release(shared_address(&s.values_empty[values_at_.stage]));
     values_at_.advance();
   }
 
@@ -247,24 +211,10 @@ class Attender {
     }
   }
 
-  __device__ __forceinline__ void write_nothing(const QueryTile& tile) const {
-    constexpr int kVectors = kValue / 8;
-    for (int i = threadIdx.x % kWarpgroup; i < kRows * kVectors; i += kWarpgroup) {
-      const int local = warpgroup_ * kRows + i / kVectors;
-      if (local >= tile.rows) break;
-      const int64_t row = tile.row + local;
-      reinterpret_cast<uint4*>(p.out + (row * p.heads + tile.head) * kValue)[i % kVectors] = uint4{};
-      if (i % kVectors == 0) p.lse[tile.head * p.query_rows + row] = -INFINITY;
-    }
-  }
-
   const AttentionParams& p;
   AttentionShared& s;
   int warpgroup_, lane_, row_;
-  uint32_t queries_phase_ = 0;
-  // Addresses; of the queries, the lower half of their descriptor.
-  uint32_t queries_, keys_, values_;
-  uint32_t queries_full_, queries_empty_, keys_full_, keys_empty_, values_full_, values_empty_;
+  uint32_t queries_, keys_, values_, keys_full_, values_full_;
   RingState<kStages> keys_at_, values_at_;
 };
 
