@@ -83,6 +83,15 @@ void mla_schedule(Tensor schedule, Tensor seq_lens, int64_t steps, int64_t heads
 void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
                 Tensor seq_lens, Tensor schedule, double softmax_scale, bool causal, cudaStream_t stream);
 
+// attention/mla_attention.cu. q bfloat16 [Tq, Hq, 192]; k_nope, v bfloat16 [Tk, Hq, 128], heads of a token beside each
+// other at any distance that is a multiple of 16 bytes; k_rope bfloat16 [Tk, 64]; cu_seqlens_q, cu_seqlens_k int32
+// [n + 1]; out bfloat16 [Tq, Hq, 128], lse fp32 [Hq, Tq], whose rows of no sequence are left alone.
+void mla_attention(Tensor out, Tensor lse, Tensor q, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens_q,
+                   Tensor cu_seqlens_k, int64_t max_seqlen_k, bool causal, double softmax_scale, cudaStream_t stream);
+
+// attention/mla_merge.cu. o, o1, o2 bfloat16 [T, H, 128]; lse, lse1, lse2 fp32 [H, T].
+void mla_merge(Tensor o, Tensor lse, Tensor o1, Tensor lse1, Tensor o2, Tensor lse2, cudaStream_t stream);
+
 // moe/swiglu.cu. gate_up, dgate_up float [T, 2I]; out, dout float [T, I]; weights, dweights fp32 [T].
 void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream);
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,

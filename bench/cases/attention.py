@@ -1,4 +1,5 @@
-"""csrc/attention: decoding over the paged latent cache, its schedule, and what stores a token in the cache, in bf16 and FP8.
+"""csrc/attention: attention of whole sequences; decoding over the paged latent cache, its schedule, and what stores a token in
+the cache, in bf16 and FP8.
 
 The shapes of decoding are those of FlashMLA's published figures and of tensor-parallel ranks. A schedule (FlashMLA: its
 metadata) is made once a step and shared by all layers, so it is prepared outside the timed part, and timed by itself.
@@ -13,8 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from bench.cases import Baseline, Case
+from bench.cases import Baseline, Case, peers
 from dsv3 import ops
 from dsv3.ops import registry
 from dsv3.reference import attention as reference
@@ -51,8 +54,80 @@ def draw_lengths(batch: int, s_k: int) -> list[int]:
     return lengths
 
 
+NOPE, VALUE = 128, 128
+SEQUENCES = [[4096], [8192], [512, 1024, 3072, 7, 2048, 1529]]  # lengths; the last are 8192 tokens too
+
+
 def _small(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).div_(10).clamp_(-1, 1).to(BF16)
+
+
+# ---- whole sequences ----
+def _forward_inputs(lengths: list[int], heads: int, device: torch.device) -> tuple[Tensor, ...]:
+    """q, the output of kv_b, k_rope, offsets."""
+    tokens = sum(lengths)
+    shapes = (tokens, heads, NOPE + ROPE), (tokens, heads, NOPE + VALUE), (tokens, ROPE)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return (*(torch.randn(shape, device=device, dtype=BF16) for shape in shapes), offsets.to(device))
+
+
+def _attend(q: Tensor, kv: Tensor, k_rope: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    k_nope, v = kv.split([NOPE, VALUE], -1)
+    return torch.ops.dsv3.mla_attention(q, k_nope, k_rope, v, offsets, offsets, longest, longest, True, SCALE)
+
+
+def _sdpa(backend: SDPBackend, lengths: list[int]) -> Callable[..., Callable[[], Tensor]]:
+    """torch's, on keys that have been put together before; a call a sequence."""
+
+    def bind(q: Tensor, kv: Tensor, k_rope: Tensor, _: Tensor) -> Callable[[], Tensor]:
+        k_nope, v = kv.split([NOPE, VALUE], -1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)], -1)
+        parts = [
+            [x.transpose(0, 1)[None] for x in part] for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        ]
+        backends = backend if q.is_cuda else SDPBackend.MATH
+
+        def call() -> Tensor:
+            with sdpa_kernel(backends):
+                out = [scaled_dot_product_attention(*part, is_causal=True, scale=SCALE) for part in parts]
+            out = [x[0].transpose(0, 1) for x in out]
+            return out[0] if len(out) == 1 else torch.cat(out)
+
+        return call
+
+    return bind
+
+
+def _forward_case(lengths: list[int], heads: int) -> Case:
+    tokens, varlen = sum(lengths), {"varlen": True} if len(lengths) > 1 else {}
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+    return Case(
+        op="mla_attention",
+        case={"tokens": tokens, "heads": heads, "direction": "fwd", **varlen},
+        flops=sum(n * (n + 1) // 2 for n in lengths) * heads * 2 * (NOPE + ROPE + VALUE),
+        bytes=tokens * (heads * (2 * (2 * NOPE + ROPE + 2 * VALUE) + 4) + 2 * ROPE) + 4 * (len(lengths) + 1),
+        inputs=functools.partial(_forward_inputs, lengths, heads),
+        run=functools.partial(_attend, longest=max(lengths)),
+        # The probabilities of both are rounded to bf16 before their product, here and there to another maximum.
+        baselines={name: Baseline(_sdpa(x, lengths), binds=True, tolerance=1e-2) for name, x in backends.items()},
+    )
+
+
+def _merge_case(tokens: int, heads: int) -> Case:
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        o1, o2 = (torch.randn(tokens, heads, VALUE, device=device, dtype=BF16) for _ in range(2))
+        lse1, lse2 = torch.randn(2, heads, tokens, device=device)
+        return o1, lse1, o2, lse2
+
+    return Case(
+        op="mla_merge",
+        case={"tokens": tokens, "heads": heads},
+        flops=tokens * heads * 3 * VALUE,
+        bytes=tokens * heads * 3 * (2 * VALUE + 4),
+        inputs=inputs,
+        run=torch.ops.dsv3.mla_merge,
+        baselines=peers(reference.mla_merge),
+    )
 
 
 # ---- decoding ----
@@ -184,7 +259,10 @@ def cases(tiny: bool) -> list[Case]:
         return (min(batch, 3), s_q, min(heads, 6), min(s_k, 100)) if tiny else (batch, s_q, heads, s_k)
 
     tokens = (5, 40) if tiny else (128, 4096)
+    heads = 2 if tiny else 128
     return [
+        *(_forward_case([-(-n // 64) for n in lengths] if tiny else lengths, heads) for lengths in SEQUENCES),
+        *(_merge_case(count, heads) for count in tokens),
         *(_decode_case(*size(*shape)) for shape in SHAPES),
         *(_decode_case(*size(*shape), varlen=True) for shape in VARLEN),
         _schedule_case(*size(*VARLEN[0])),

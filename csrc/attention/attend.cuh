@@ -6,34 +6,13 @@
 
 namespace dsv3 {
 
-// A thread has two rows of a fragment, 8 apart, and of every 8 columns two.
-struct RowState {
-  float max[2] = {-INFINITY, -INFINITY};  // of the scaled scores, to base 2
-  float sum[2] = {0.f, 0.f};              // of this warpgroup's tiles, this thread's columns
-};
-
 struct Softened {
   uint32_t probabilities[16];  // the A operand of the next product
   float max[2], sum[2];
 };
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // exp2(scores * scale - maximum), and the maximum: the one so far unless a score exceeds it by more than kSlack, so that
 // the output is seldom rescaled; probabilities up to 2^kSlack lose nothing in floating point.
-constexpr float kSlack = 8.f;
 __device__ __forceinline__ void soften(float (&scores)[32], float scale, const float (&max_before)[2], Softened& to) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -271,7 +250,7 @@ struct Consumer {
           const int step = row / p.heads, head = row % p.heads;
           p.lse[(static_cast<int64_t>(piece.batch) * p.heads + head) * p.steps + step] = lse * kLn2;
         }
-        write_out(p.out + (static_cast<int64_t>(piece.batch) * p.rows + row) * kLatent + kHalf * kHalfColumns, out, r,
+        write_row(p.out + (static_cast<int64_t>(piece.batch) * p.rows + row) * kLatent + kHalf * kHalfColumns, out, r,
                   writes);
       }
     }
@@ -288,29 +267,6 @@ struct Consumer {
       const float y = __shfl_xor_sync(0xffffffffu, odd ? a[1] : b[1], 1);
       const float4 four = odd ? make_float4(x, y, b[0], b[1]) : make_float4(a[0], a[1], x, y);
       if (writes) *reinterpret_cast<float4*>(to + (j + q % 2) * 8 + q / 2 * 4) = four;
-    }
-  }
-  // The four lanes of a row exchange their pairs of columns for 16 bytes in a row.
-  __device__ __forceinline__ void write_out(__nv_bfloat16* to, const float (&out)[128], int r, bool writes) {
-    const int q = lane % 4;
-#pragma unroll
-    for (int j = 0; j < 32; j += 4) {
-      uint32_t w[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) w[k] = pack_bf16(out[4 * (j + k) + 2 * r], out[4 * (j + k) + 2 * r + 1]);
-      exchange(w[0], w[1], q & 1, 1);
-      exchange(w[2], w[3], q & 1, 1);
-      exchange(w[0], w[2], q & 2, 2);
-      exchange(w[1], w[3], q & 2, 2);
-      if (writes) *reinterpret_cast<uint4*>(to + (j + q) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-  static __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, bool upper, int distance) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
-    if (upper) {
-      low = got;
-    } else {
-      high = got;
     }
   }
 

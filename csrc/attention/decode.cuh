@@ -19,12 +19,12 @@
 #include "../hopper/pipeline.cuh"
 #include "mma.cuh"
 #include "schedule.cuh"
+#include "warpgroup.cuh"
 
 namespace dsv3 {
 
 constexpr int kLatent = 512, kKeyColumns = 576, kSubs = kKeyColumns / kSubColumns, kValueSubs = kLatent / kSubColumns;
 constexpr int kHalfColumns = kLatent / 2;
-constexpr float kLn2 = 0.693147180559945309f;
 
 template <int kCluster_>
 struct DecodeConfig {
@@ -63,12 +63,6 @@ struct DecodeShared {
 
 // Named barriers: 0 is __syncthreads.
 enum : int { kReady = 1, kEnd = 3, kTail = 4 };  // kReady and kTail: one a warpgroup
-__device__ __forceinline__ void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 constexpr int half_subs(int buffer, int half) { return buffer == half ? 4 : 5; }
 
@@ -84,14 +78,6 @@ __device__ __forceinline__ void init_decode_barriers(DecodeShared& s) {
   cutlass::arch::fence_barrier_init();
 }
 
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
-  asm volatile(
-      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
-          barrier),
-      "r"(phase)
-      : "memory");
-}
-
 // By a whole warp: it is done with a half of a buffer, in every block of the cluster.
 template <class C>
 __device__ __forceinline__ void release_half(uint32_t empty, int slot, uint32_t rank) {
@@ -105,13 +91,6 @@ __device__ __forceinline__ void release_half(uint32_t empty, int slot, uint32_t 
         "r"(rank ^ 1)
         : "memory");
   }
-}
-
-// Of a maximum over no scores, something that can be subtracted.
-__device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0.f : max; }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 }  // namespace dsv3

@@ -6,10 +6,6 @@
 
 namespace dsv3 {
 
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 // Where the keys of a piece lie: lane i looks up part i of a tile (a page, or a tile of a larger page).
 struct TileRows {
   const DecodeParams& p;

@@ -51,7 +51,7 @@ def test_mla_attention(lengths_q, lengths_k, dims, causal, dtype, device):
 
     def ours(q, kv, k_rope):
         k_nope, v = kv.split([nope, dims[3]], -1)
-        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, causal=causal, softmax_scale=SCALE)
+        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, causal=causal, softmax_scale=SCALE)[0]
 
     def plain(q, kv, k_rope):
         k_nope, v = kv.split([nope, dims[3]], -1)
@@ -66,7 +66,7 @@ def test_sequences_do_not_see_each_other(device):
 
     def out(kv):
         k_nope, v = kv.split([nope, 6], -1)
-        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=SCALE)
+        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=SCALE)[0]
 
     changed = kv.clone()
     changed[7:] = float("nan")

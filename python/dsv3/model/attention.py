@@ -19,6 +19,7 @@ ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.dsv3.mla_attention.default,
 ]
 LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
 
@@ -158,7 +159,8 @@ class MLA(nn.Module):
         kv = self.kv_b(self.kv_a_norm(latent), wgrad).view(q.shape[0], self.num_heads, -1)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         lengths = ctx.cu_seqlens_q, ctx.cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k
-        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=self.softmax_scale)
+        out, _ = ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=self.softmax_scale)
+        return out
 
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
         """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding."""

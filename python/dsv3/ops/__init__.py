@@ -1,10 +1,11 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
-from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode, mla_schedule
+from dsv3.ops.attention import mla_append_kv, mla_decode, mla_schedule
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
+from dsv3.ops.mla_attention import mla_attention, mla_merge
 from dsv3.ops.moe import (
     Permutation,
     SwigluCastGradients,
@@ -45,6 +46,7 @@ __all__ = [
     "mla_append_kv",
     "mla_attention",
     "mla_decode",
+    "mla_merge",
     "mla_schedule",
     "moe_gate",
     "moe_permute",

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3 report, section 2.1.1)."""
+"""Absorbed multi-head latent attention over the paged cache (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
 from __future__ import annotations
 
@@ -148,50 +148,6 @@ define(
     launch=_launch_append,
     supports=_supports_append,
 )
-
-
-def mla_attention(
-    q: Tensor,
-    k_nope: Tensor,
-    k_rope: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = True,
-    softmax_scale: float,
-) -> Tensor:
-    """Attention of packed sequences with one rotated key shared by the heads; differentiable in q, k_nope, k_rope and v.
-
-    o_i = softmax_j(softmax_scale * q_i . [k_nope_j ; k_rope_j]) v_j in each sequence and head. Sequences of one length run as
-    one batch without reading lengths on the host; others (reference) read them.
-
-    Args:
-        q: [Tq, Hq, Dn+Dr], bf16 or fp32.
-        k_nope: [Tk, Hq, Dn], may be strided.
-        k_rope: [Tk, Dr].
-        v: [Tk, Hq, Dv], may be strided.
-        cu_seqlens_q, cu_seqlens_k: int32 [n+1], where each sequence's queries and keys begin.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; Tq = n * max_seqlen_q means that all are equal.
-        causal: bottom-right: the last query of a sequence sees its last key.
-        softmax_scale: factor on the scores.
-
-    Returns:
-        [Tq, Hq, Dv] of q's dtype.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    shapes = tuple(q.shape), tuple(k_nope.shape), tuple(k_rope.shape), tuple(v.shape)
-    if [len(s) for s in shapes] != [3, 3, 2, 3] or q.shape[2] != k_nope.shape[2] + k_rope.shape[1]:
-        raise ValueError(
-            f"mla_attention: expected q (Tq,H,Dn+Dr), k_nope (Tk,H,Dn), k_rope (Tk,Dr), v (Tk,H,Dv), got {shapes}"
-        )
-    return reference.mla_attention(
-        q, k_nope, k_rope, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
-    )
 
 
 def mla_schedule(seq_lens: Tensor, s_q: int, heads: int, *, batch_invariant: bool = False) -> Tensor:

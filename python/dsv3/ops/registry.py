@@ -62,7 +62,8 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _note(name: str, reason: str) -> None:
+def note(name: str, reason: str) -> None:
+    """Logs once why an op runs on its reference, and keeps it for `dsv3 doctor`."""
     if (name, reason) not in FALLBACKS:
         FALLBACKS[name, reason] = None
         log.info("%s runs on its reference: %s", name, reason)
@@ -106,7 +107,7 @@ def define(
         reason = _why_reference(args, launch, supports)
         if reason is not None:
             if not _forced_references:
-                _note(name, reason)
+                note(name, reason)
             return run_reference(*args)
         outputs = allocate(*args)
         assert launch is not None

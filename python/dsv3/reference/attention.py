@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +13,8 @@ from dsv3.reference.quant import TILE, per_token_cast
 
 # A row of an FP8 cache in bytes: the latent in e4m3, a scale (fp32) for every 128 of it, 64 rotated values in bf16.
 FP8_LATENT, FP8_ROPE_AT, FP8_ROW = 512, 528, 656
+
+SCORES = 2**26  # made at once
 
 # cuDNN first: with keys of 192 and values of 128 it is 4 (forward) to 8 times (backward) as fast as the next on an H100.
 CUDA_BACKENDS = [
@@ -32,40 +36,92 @@ def mla_attention(
     max_seqlen_k: int,
     causal: bool,
     softmax_scale: float,
-) -> Tensor:
-    """out [Tq, Hq, Dv] for q [Tq, Hq, Dn+Dr], k_nope [Tk, Hq, Dn], k_rope [Tk, Dr] shared by the heads, v [Tk, Hq, Dv].
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """out [Tq, Hq, Dv] and natural-log lse [Hq, Tq] (fp32 or wider, not differentiable) for q [Tq, Hq, Dn+Dr],
+    k_nope [Tk, Hq, Dn], k_rope [Tk, Dr] shared by the heads, v [Tk, Hq, Dv].
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i+1] and the keys cu_seqlens_k[i] to [i+1]; its last query sees
-    its last key. Sequences of one length run as a batch; otherwise a loop reads the lengths on the host.
+    its last key. A query that sees none, or is no sequence's, has out 0 and lse -inf. Sequences of one length run as a batch;
+    otherwise a loop reads the lengths on the host. Without `with_lse` lse may hold anything.
     """
+    settings = causal, softmax_scale, with_lse
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
+    tensors = q, k, v
     n = cu_seqlens_q.shape[0] - 1
-    if q.shape[0] == n * max_seqlen_q and k.shape[0] == n * max_seqlen_k:
+    if n and q.shape[0] == n * max_seqlen_q and k.shape[0] == n * max_seqlen_k:
         lengths = max_seqlen_q, max_seqlen_k, max_seqlen_k
-        parts = [x.view(n, m, *x.shape[1:]).transpose(1, 2) for x, m in zip((q, k, v), lengths, strict=True)]
-        return _attend(*parts, causal, softmax_scale).transpose(1, 2).reshape(-1, *v.shape[1:])
-    starts, ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    out = []
-    for i in range(n):
-        queries, keys = slice(starts[i], starts[i + 1]), slice(ends[i], ends[i + 1])
-        parts = [x[s].transpose(0, 1)[None] for x, s in ((q, queries), (k, keys), (v, keys))]
-        out.append(_attend(*parts, causal, softmax_scale)[0].transpose(0, 1))
-    return torch.cat(out) if out else q.new_empty(0, *v.shape[1:])
+        parts = [x.view(n, m, *x.shape[1:]).transpose(1, 2) for x, m in zip(tensors, lengths, strict=True)]
+        out, lse = _attend(*parts, *settings)
+        return out.transpose(1, 2).reshape(-1, *v.shape[1:]), lse.transpose(0, 1).reshape(q.shape[1], -1)
+    bounds = [_bounds(*pair) for pair in ((cu_seqlens_q, q.shape[0]), (cu_seqlens_k, k.shape[0]))]
+    rest = slice(bounds[0][-1], None), slice(0, 0)  # the queries of no sequence
+    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in bounds]
+    done = []
+    for queries, keys in [*zip(*slices, strict=True), rest]:
+        parts = [x[s].transpose(0, 1)[None] for x, s in zip(tensors, (queries, keys, keys), strict=True)]
+        done.append(_attend(*parts, *settings))
+    out = torch.cat([out[0].transpose(0, 1) for out, _ in done]).contiguous()
+    return out, torch.cat([lse[0] for _, lse in done], -1).contiguous()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v for [B, H, S, D]; causal is bottom-right."""
+def _bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
+    """The offsets as numbers."""
+    numbers = cu_seqlens.tolist()
+    for i, (first, second) in enumerate(pairwise(numbers)):
+        if (i == 0 and first) or second < first or second > rows:
+            found = f"got offsets[{i}] = {first} before {second}"
+            raise RuntimeError(f"offsets must start at 0, not decrease and stay within the {rows} rows, {found}")
+    return numbers
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v and its lse [B, H, S] for [B, H, S, D]; causal is bottom-right."""
     rows, columns, value_dim = q.shape[2], k.shape[2], v.shape[3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if rows == 0 or columns == 0:
+        return q @ k.mT @ v, q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    if causal and rows > columns:  # the first rows see no key
+        out, lse = _attend(q[:, :, rows - columns :], k, v, causal, scale, with_lse)
+        return pad(out, (0, 0, rows - columns, 0)), pad(lse, (rows - columns, 0), value=-torch.inf)
     mask = None
     if causal and rows != columns:
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    options = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale}
-    if q.is_cuda:
+        hidden = torch.ones(rows, columns, dtype=torch.bool, device=q.device).triu(columns - rows + 1)
+        mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    options = {"attn_mask": mask, "scale": scale}
+    is_causal = causal and mask is None
+    if not q.is_cpu:
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
-            return scaled_dot_product_attention(q, k, v, **options)
-    if value_dim < q.shape[3]:  # torch's fused CPU attention wants values as wide as keys
-        v = pad(v, (0, q.shape[3] - value_dim))
-    return scaled_dot_product_attention(q, k, v, **options)[..., :value_dim]
+            out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
+        return out, _log_sum_exp(q, k, causal, scale) if with_lse else q.new_empty(q.shape[:3], dtype=wide)
+    width = max(
+        q.shape[3], value_dim
+    )  # the fused attention of CPUs, which gives its lse, wants all as wide as each other
+    q, k, v = (pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (q, k, v))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = attention(q, k, v, 0.0, is_causal, **options)
+    return out[..., :value_dim], lse
+
+
+@torch.no_grad()
+def _log_sum_exp(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[B, H, S], some heads at a time, since the scores of all may not fit in memory."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, columns = q.shape[2], k.shape[2]
+    hidden = torch.ones(rows, columns, dtype=torch.bool, device=q.device).triu(columns - rows + 1) if causal else None
+    heads, done = max(1, SCORES // (q.shape[0] * rows * columns)), []
+    for queries, keys in zip(q.split(heads, 1), k.split(heads, 1), strict=True):
+        scores = (queries.to(wide) @ keys.to(wide).mT).mul_(scale)
+        done.append((scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).logsumexp(-1))
+    return torch.cat(done, 1)
+
+
+def mla_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """o [T, H, D] and lse [H, T] over all keys from those over two parts; 0 and -inf where both lse are -inf."""
+    lse = torch.logaddexp(lse1, lse2)
+    base = lse.masked_fill(lse == -torch.inf, 0.0)
+    weights = [torch.exp(part - base).mT[..., None] for part in (lse1, lse2)]
+    return (weights[0] * o1 + weights[1] * o2).to(o1.dtype).contiguous(), lse.contiguous()
 
 
 def unpack_fp8_cache(cache: Tensor) -> Tensor:
