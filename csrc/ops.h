@@ -110,6 +110,26 @@ void moe_permutation(Tensor offsets, Tensor source, Tensor position, Tensor bloc
 void moe_permute(Tensor rows, Tensor x, Tensor position, cudaStream_t stream);
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
 
+// decode/. What a decoding step does with at most 64 tokens, all bf16. static_weights: no kernel that may still run writes
+// them.
+// few_linear.cu. x [T, K], norm_weight [K]; weights [N_i, K], outs [T, N_i], all bf16 or all fp32. x [T, G, K], weight
+// [G, N, K] with contiguous matrices, out [T, G, N].
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, std::optional<Tensor> norm_weight,
+                double eps, bool static_weights, cudaStream_t stream);
+void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStream_t stream);
+// mla_absorb.cu. q [T, G, Dn + Dr], weight [G, Dn, Dc] with contiguous matrices, out [T, G, Dc + Dr]; cos, sin fp32
+// [positions, Dr / 2]; positions int64 [T].
+void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Tensor positions, bool static_weights,
+                cudaStream_t stream);
+// few_experts.cu. x [T, H]; topk_idx int64 [T, k], topk_weights fp32 [T, k], gate_up [E, 2I, H], down [E, H, I], or none;
+// shared_gate_up [2J, H], shared_down [H, J], or none; y [T, k + 1, H], k where nothing is shared; act, T * (k I + J)
+// elements, is workspace.
+void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
+                 std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
+                 std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream);
+// combine_norm.cu. residual, out, h [T, H]; y [T, S, H]; weight [H].
+void combine_norm(Tensor out, Tensor h, Tensor residual, Tensor y, Tensor weight, double eps, cudaStream_t stream);
+
 // loss/cross_entropy.cu. loss fp32 [T]; logits float [T, V], replaced by the gradient where asked; targets int64 [T],
 // -100 is ignored.
 void cross_entropy_(Tensor loss, Tensor logits, Tensor targets, bool write_gradient, cudaStream_t stream);

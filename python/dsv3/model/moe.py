@@ -43,11 +43,15 @@ class Gate(nn.Module):
         return self
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
-        c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
+        return Routed(*self.choose(logits), logits)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """topk_idx, topk_weights and counts for fp32 logits [T, E]."""
+        c = self.config
         groups, kept = c.gate_groups
-        topk_idx, topk_weights, counts = ops.moe_gate(
+        return ops.moe_gate(
             logits,
             self.bias,
             num_groups=groups,
@@ -58,7 +62,6 @@ class Gate(nn.Module):
             group_score="top2_sum" if c.topk_method == "noaux_tc" else "max",
             normalize=c.norm_topk_prob,
         )
-        return Routed(topk_idx, topk_weights, counts, logits)
 
 
 class Experts(nn.Module):

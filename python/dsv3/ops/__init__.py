@@ -1,6 +1,7 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode, mla_schedule
+from dsv3.ops.decode import FEW_TOKENS, combine_norm, few_experts, few_heads, few_linear, mla_absorb
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
@@ -20,6 +21,7 @@ from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 
 __all__ = [
+    "FEW_TOKENS",
     "Fp8Weight",
     "Fp8Weights",
     "NormCast",
@@ -30,8 +32,12 @@ __all__ = [
     "WgradQueue",
     "adamw",
     "cast_transpose",
+    "combine_norm",
     "cross_entropy",
     "dense",
+    "few_experts",
+    "few_heads",
+    "few_linear",
     "fp8_experts",
     "fp8_gemm",
     "fp8_linear",
@@ -42,6 +48,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "masked_grouped_fp8_gemm",
+    "mla_absorb",
     "mla_append_kv",
     "mla_attention",
     "mla_decode",
