@@ -1,7 +1,6 @@
-// Linear layers of few tokens: out_i [T, N_i] = norm(x) W_i^T for up to kMatrices matrices that read the same x [T, K], where
-// norm(x) is x, or its RMSNorm, which every block computes for itself; and out [T, G, N] = x [T, G, K] W^T with a matrix for
-// every head. Roofline: 2 N K bytes. A block takes 16 rows of a matrix, its warps share K (few_tokens.cuh); weights
-// that nobody writes are asked for before the kernel ahead has ended.
+// Linear layers of few tokens: out_i [T, N_i] = x W_i^T for up to kMatrices matrices that read the same x [T, K]; and
+// out [T, G, N] = x [T, G, K] W^T with a matrix for every head. Roofline: 2 N K bytes. A block takes 16 rows of a matrix, its
+// warps share K (few_tokens.cuh); weights that nobody writes are asked for before the kernel ahead has ended.
 #include "../ops.h"
 #include "few_tokens.cuh"
 
@@ -20,11 +19,9 @@ struct Matrix {
 struct FewLinearParams {
   Matrix matrices[kMatrices];
   const bf16* x;                          // [T, K] of the first head
-  const bf16* norm_weight;                // [K] or null
   int64_t x_stride;                       // elements between tokens
   int64_t x_head, weight_head, out_head;  // elements between heads
   int tokens, depth;
-  float eps;
   bool wide_out, static_weights;
 };
 
@@ -39,52 +36,6 @@ struct TokenRows {
     }
   }
 };
-
-// 1 / sqrt(mean of squares + eps) of the lane's token of each tile; `shared` holds [warps, kTiles * 8].
-template <int kTiles>
-__device__ __forceinline__ void norms(float (&rstd)[kTiles], float* shared, const FewLinearParams& p,
-                                      const TokenRows<kTiles>& x) {
-  const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    float squares = 0.f;
-    for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
-      uint4 raw[kSteps];
-      load_tokens(raw, x.rows[i], chunk, p.depth);
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        float values[8];
-        unpack(reinterpret_cast<const Vec<bf16>&>(raw[s]), values);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) squares += values[j] * values[j];
-      }
-    }
-    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-    if (threadIdx.x % 4 == 0) shared[(warp * kTiles + i) * kTokenTile + lane_row()] = squares;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const float squares = add_sums(shared + i * kTokenTile + lane_row(), warps, kTiles * kTokenTile);
-    rstd[i] = rsqrtf(squares / p.depth + p.eps);
-  }
-}
-
-// The chunk of x times rstd and the norm's weight, rounded to bf16.
-__device__ __forceinline__ void normalize(uint4 (&x)[kSteps], float rstd, const bf16* weight, int chunk, int depth) {
-  uint4 w[kSteps];
-  load_tokens(w, weight + lane_column(), chunk, depth);
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    float values[8], factors[8];
-    unpack(reinterpret_cast<const Vec<bf16>&>(x[s]), values);
-    unpack(reinterpret_cast<const Vec<bf16>&>(w[s]), factors);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = values[j] * rstd * factors[j];
-    pack(values, reinterpret_cast<Vec<bf16>&>(x[s]));
-  }
-}
 
 template <int kTiles>
 __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matrix& m, const float* sums, int first,
@@ -103,11 +54,10 @@ __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matri
   }
 }
 
-template <int kTiles, bool kNorm>
+template <int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLinearParams p) {
-  extern __shared__ float shared[];  // sums [warps, kTiles, kSumTile], then squares [warps, kTiles * 8]
+  extern __shared__ float shared[];  // [warps, kTiles, kSumTile]
   const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-  float* const squares = shared + warps * kTiles * kSumTile;
   int tile = blockIdx.x, index = 0;
   for (; tile >= p.matrices[index].tiles; ++index) tile -= p.matrices[index].tiles;
   const Matrix& m = p.matrices[index];
@@ -120,15 +70,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLin
   release_dependents();
   for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
     const TokenRows<kTiles> x(p.x + blockIdx.y * p.x_head, p.x_stride, first, p.tokens);
-    float rstd[kTiles], sum[kTiles][1][4] = {};
-    if constexpr (kNorm) norms<kTiles>(rstd, squares, p, x);
+    float sum[kTiles][1][4] = {};
     for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
       weights.load(rows, chunk, p.depth);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         uint4 values[kSteps];
         load_tokens(values, x.rows[i], chunk, p.depth);
-        if constexpr (kNorm) normalize(values, rstd[i], p.norm_weight, chunk, p.depth);
         multiply<1>(sum[i], weights, values);
       }
     }
@@ -147,10 +95,9 @@ void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cu
   visit_tiles(p.tokens, [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
     const int warps = depth_warps(p.depth);
-    const size_t smem = sizeof(float) * warps * kTiles * (kSumTile + kTokenTile);
+    const size_t smem = sizeof(float) * warps * kTiles * kSumTile;
     const Launch shape{.grid = dim3(tiles, heads), .block = dim3(warps * kWarpSize), .smem = smem};
-    const auto kernel = p.norm_weight ? few_linear_kernel<kTiles, true> : few_linear_kernel<kTiles, false>;
-    launch(name, kernel, shape, stream, p);
+    launch(name, few_linear_kernel<kTiles>, shape, stream, p);
   });
 }
 
@@ -161,22 +108,19 @@ void check_depth(const char* name, const Tensor& x) {
 
 }  // namespace
 
-void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, std::optional<Tensor> norm_weight,
-                double eps, bool static_weights, cudaStream_t stream) {
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, bool static_weights,
+                cudaStream_t stream) {
   check_operand("x", x, Dtype::kBFloat16);
   DSV3_CHECK(x.dim() == 2, "x must be (tokens, depth), got ", x);
   check_depth("x", x);
   DSV3_CHECK(!weights.empty() && weights.size() <= kMatrices && outs.size() == weights.size(), "expected 1 to ",
              kMatrices, " weights and as many outputs, got ", weights.size(), " and ", outs.size());
-  if (norm_weight) check_operand("norm_weight", *norm_weight, Dtype::kBFloat16, x.size(1));
   const Dtype dtype = outs[0].dtype();
   DSV3_CHECK(dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32, "out must be bfloat16 or float32, got ", outs[0]);
   FewLinearParams p{.x = x.data<bf16>(),
-                    .norm_weight = norm_weight ? norm_weight->data<bf16>() : nullptr,
                     .x_stride = x.size(1),
                     .tokens = static_cast<int>(x.size(0)),
                     .depth = static_cast<int>(x.size(1)),
-                    .eps = static_cast<float>(eps),
                     .wide_out = dtype == Dtype::kFloat32,
                     .static_weights = static_weights};
   for (size_t i = 0; i < weights.size(); ++i) {

@@ -49,27 +49,53 @@ struct Slab {
   }
 };
 
-// The rotated part of a head's queries, in interleaved pairs; a position that the tables do not have gives NaN.
+// The rotated part of a head's queries, in interleaved pairs; a position that the tables do not have gives NaN. The first angles
+// are looked up before the queries are there, where nobody writes them.
 __device__ __forceinline__ void rotate(const AbsorbParams& p, int head) {
   const int pairs = p.rope / 2, width = p.nope + p.rope, out_width = p.latent + p.rope;
-  for (int i = threadIdx.x; i < p.tokens * pairs; i += kThreads) {
-    const int token = i / pairs, pair = i % pairs;
-    const int64_t row = static_cast<int64_t>(token) * p.heads + head, position = p.positions[token];
-    const bool known = position >= 0 && position < p.max_positions;
-    const float c = known ? p.cos[position * pairs + pair] : NAN, s = known ? p.sin[position * pairs + pair] : NAN;
-    const float2 x =
-        __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.q + row * width + p.nope + 2 * pair));
-    *reinterpret_cast<__nv_bfloat162*>(p.out + row * out_width + p.latent + 2 * pair) =
-        __floats2bfloat162_rn(x.x * c - x.y * s, x.y * c + x.x * s);
+  const auto angle_of = [&](int i) {
+    const int64_t position = p.positions[i / pairs], at = position * pairs + i % pairs;
+    return position >= 0 && position < p.max_positions ? float2{p.cos[at], p.sin[at]} : float2{NAN, NAN};
+  };
+  int i = threadIdx.x;
+  const int end = p.tokens * pairs;
+  float2 angle = p.static_weights && i < end ? angle_of(i) : float2{};
+  wait_for_inputs();
+  release_dependents();
+  if (!p.static_weights && i < end) angle = angle_of(i);
+  while (i < end) {
+    const int64_t row = static_cast<int64_t>(i / pairs) * p.heads + head;
+    const int column = 2 * (i % pairs), next = i + kThreads;
+    const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.q + row * width + p.nope + column));
+    const float2 turn = angle;
+    if (next < end) angle = angle_of(next);
+    *reinterpret_cast<__nv_bfloat162*>(p.out + row * out_width + p.latent + column) =
+        __floats2bfloat162_rn(x.x * turn.x - x.y * turn.y, x.y * turn.x + x.x * turn.y);
+    i = next;
   }
 }
 
+// Adds up the warps' sums for the block's columns of so many tokens. Column 2m + h of the 8 of lane row g is row g + 8h of tile m.
+template <int kTiles>
+__device__ __forceinline__ void store_columns(const AbsorbParams& p, const float* sums, int first, int head) {
+  for (int i = threadIdx.x; i < kTiles * kTokenTile * kColumns / 2; i += kThreads) {
+    const int token = i / (kColumns / 2), pair = i % (kColumns / 2), at = first + token;
+    if (at >= p.tokens) return;
+    const float* const place =
+        sums + (token / kTokenTile * kMatrices + pair % 4) * kSumTile + token % kTokenTile * kSumStride + pair / 4;
+    constexpr int kStride = kTiles * kMatrices * kSumTile;
+    const int64_t row = static_cast<int64_t>(at) * p.heads + head;
+    bf16* const out = p.out + row * (p.latent + p.rope) + blockIdx.x * kColumns + 2 * pair;
+    *reinterpret_cast<__nv_bfloat162*>(out) =
+        __floats2bfloat162_rn(add_sums(place, kWarps, kStride), add_sums(place + 8, kWarps, kStride));
+  }
+}
+
+template <int kTiles>
 __global__ void __launch_bounds__(kThreads) mla_absorb_kernel(AbsorbParams p) {
-  __shared__ float shared[kWarps][kMatrices][kSumTile];
+  extern __shared__ float sums[];  // [kWarps, kTiles, kMatrices, kSumTile]
   const int head = blockIdx.y, warp = threadIdx.x / kWarpSize, t = threadIdx.x % 4;
   if (blockIdx.x == gridDim.x - 1) {
-    wait_for_inputs();
-    release_dependents();
     rotate(p, head);
     return;
   }
@@ -87,32 +113,28 @@ __global__ void __launch_bounds__(kThreads) mla_absorb_kernel(AbsorbParams p) {
   wait_for_inputs();
   release_dependents();
   if (!p.static_weights) load_weights();
-  for (int first = 0; first < p.tokens; first += kTokenTile) {
-    float sum[kMatrices][4] = {};
-    const int token = first + lane_row();
-    const bf16* const q = p.q + (static_cast<int64_t>(token) * p.heads + head) * (p.nope + p.rope) + 4 * t;
+  for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
+    float sum[kTiles][kMatrices][4] = {};
 #pragma unroll
-    for (int s = 0; s < kMaxSteps; ++s) {
-      const int row = (s * kWarps + warp) * kDepth;
-      if (row >= p.nope) break;
-      const uint2 b = token < p.tokens ? *reinterpret_cast<const uint2*>(q + row) : uint2{};
-      slabs[s].multiply<0>(sum[0], b.x, b.y);
-      slabs[s].multiply<1>(sum[1], b.x, b.y);
-      slabs[s].multiply<2>(sum[2], b.x, b.y);
-      slabs[s].multiply<3>(sum[3], b.x, b.y);
+    for (int i = 0; i < kTiles; ++i) {
+      const int token = first + i * kTokenTile + lane_row();
+      const bf16* const q = p.q + (static_cast<int64_t>(token) * p.heads + head) * (p.nope + p.rope) + 4 * t;
+#pragma unroll
+      for (int s = 0; s < kMaxSteps; ++s) {
+        const int row = (s * kWarps + warp) * kDepth;
+        if (row >= p.nope) break;
+        const uint2 b = token < p.tokens ? *reinterpret_cast<const uint2*>(q + row) : uint2{};
+        slabs[s].multiply<0>(sum[i][0], b.x, b.y);
+        slabs[s].multiply<1>(sum[i][1], b.x, b.y);
+        slabs[s].multiply<2>(sum[i][2], b.x, b.y);
+        slabs[s].multiply<3>(sum[i][3], b.x, b.y);
+      }
+#pragma unroll
+      for (int m = 0; m < kMatrices; ++m)
+        leave_sums(sums + ((warp * kTiles + i) * kMatrices + m) * kSumTile, sum[i][m]);
     }
-#pragma unroll
-    for (int m = 0; m < kMatrices; ++m) leave_sums(shared[warp][m], sum[m]);
     __syncthreads();
-    for (int i = threadIdx.x; i < kTokenTile * kColumns; i += kThreads) {
-      const int at = first + i / kColumns, c = i % kColumns;
-      if (at >= p.tokens) break;
-      // Column c is 2m + h of the 8 of lane row c / 8: row c / 8 + 8h of tile m.
-      const float* const place = &shared[0][c % 8 / 2][i / kColumns * kSumStride + c / 8 + c % 2 * 8];
-      const int64_t row = static_cast<int64_t>(at) * p.heads + head;
-      p.out[row * (p.latent + p.rope) + blockIdx.x * kColumns + c] =
-          __float2bfloat16_rn(add_sums(place, kWarps, kMatrices * kSumTile));
-    }
+    store_columns<kTiles>(p, sums, first, head);
     __syncthreads();
   }
 }
@@ -156,7 +178,12 @@ void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Ten
                        .latent = static_cast<int>(latent),
                        .static_weights = static_weights};
   const dim3 grid(latent / kColumns + 1, heads);
-  launch("mla_absorb", mla_absorb_kernel, {.grid = grid, .block = dim3(kThreads)}, stream, p);
+  visit_tiles(tokens, [&](auto count) {
+    constexpr int kTiles = decltype(count)::value;
+    const size_t smem = sizeof(float) * kWarps * kTiles * kMatrices * kSumTile;
+    const Launch shape{.grid = grid, .block = dim3(kThreads), .smem = smem};
+    launch("mla_absorb", mla_absorb_kernel<kTiles>, shape, stream, p);
+  });
 }
 
 }  // namespace dsv3

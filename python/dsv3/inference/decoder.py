@@ -26,7 +26,7 @@ from dsv3 import ops
 from dsv3.inference.cache import PAGE, allocate_cache
 from dsv3.inference.graphs import Graphs, addresses
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
-from dsv3.inference.speculative import accept_greedy, accept_sampled
+from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
@@ -183,20 +183,26 @@ class Decoder:
         count. The next round overwrites it.
         """
         rows = slice(0, batch)
-        n, drafts = self.lengths[rows], self.tokens[rows, 1:]
-        h, _ = self.model.hidden(self.tokens[rows].flatten(), self._context(n, 1 + self.depth, width), self.cache)
-        new, accepted = self._verify(h, rows, drafts, n, mode)
-        result = torch.cat([new, accepted[:, None]], 1, out=self.result[rows])
+        n, result = self.lengths[rows], self.result[rows]
+        before = n.clone() if self.depth else n
+        ctx = self._context(n, 0, 1 + self.depth, width)
+        h, _ = self.model.hidden(self.tokens[rows].flatten(), ctx, self.cache)
+        logits = self.model.logits(h).view(batch, 1 + self.depth, self._vocab)
+        if mode == GREEDY:
+            ops.greedy_round(result, self.tokens[rows], n, logits, self.active[rows])
+        else:
+            new, accepted = self._accept(logits, rows, mode)
+            torch.cat([new, accepted[:, None]], 1, out=result)
+            self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
+            n += (accepted + 1) * self.active[rows]
         if self.depth:
-            self._draft(h.view(batch, 1 + self.depth, -1), new, accepted, rows, width, mode)
-        self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
-        n += (accepted + 1) * self.active[rows]
+            h = h.view(batch, 1 + self.depth, -1)
+            self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
         return result
 
-    def _verify(self, h: Tensor, rows: slice, drafts: Tensor, n: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-        logits = self.model.logits(h).view(n.shape[0], 1 + self.depth, self._vocab)
-        if mode == GREEDY:
-            return accept_greedy(logits.argmax(-1), drafts)
+    def _accept(self, logits: Tensor, rows: slice, mode: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B, D+1] drawn from logits [B, D+1, V], and how many drafts before them were accepted."""
+        n, drafts = self.lengths[rows], self.tokens[rows, 1:]
         p = self._probabilities(logits, rows, mode)
         place = n[:, None] + torch.arange(1, 2 + self.depth, device=self.device)
         if not self.depth:
@@ -204,11 +210,11 @@ class Decoder:
         u_accept, u_draw = uniform(self.key[rows, None], place, self._streams).unbind()
         return accept_sampled(p, self.draft_probs[rows], drafts, u_accept[:, :-1], u_draw)
 
-    def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, rows: slice, width: int, mode: int) -> None:
-        """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave."""
+    def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, n: Tensor, width: int, mode: int) -> None:
+        """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave; n [B] as before it."""
         depth, batch = self.depth, h.shape[0]
-        n = self.lengths[rows]
-        ctx = self._context(n - depth + 1, 2 * depth, width)
+        rows = slice(0, batch)
+        ctx = self._context(n, 1 - depth, 2 * depth, width)
         h = torch.cat([self.past_h[rows], h], 1) if depth > 1 else h
         # following[:, j + k] is what module k reads at window position j: tokens n-D+2 on, drafts behind the accepted ones.
         following = torch.cat([self.past_tokens[rows], new, new.new_zeros(batch, depth)], 1)
@@ -234,24 +240,23 @@ class Decoder:
         slots = self.block_table[row, positions.clamp(min=0) // PAGE].long() * PAGE + positions % PAGE
         return torch.where(positions < 0, -1, slots)
 
-    def _context(self, first: Tensor, steps: int, width: int) -> AttentionContext:
-        """The `steps` positions of each row from `first` int64 [B] on.
+    def _context(self, lengths: Tensor, first: int, steps: int, width: int) -> AttentionContext:
+        """The `steps` positions of each row from lengths [B] + first on.
 
         The last may lie behind the context's end, where nothing counts any more, and the first before its beginning. Idle
         rows have length 0 and store nothing.
         """
-        positions = first[:, None] + torch.arange(steps, device=self.device)
-        batch = first.shape[0]
-        active = self.active[:batch]
-        seq_lens = ((first + steps) * active).int()
+        batch, heads = len(lengths), self.model.config.num_attention_heads
+        table = self.block_table[:batch]
+        settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
+        positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
+        few = batch * steps <= ops.FEW_TOKENS and ops.attends_few(steps * heads, width)
         return AttentionContext(
-            positions.clamp(0, self._last_position).flatten(),
-            block_table=self.block_table[:batch, :width],
+            positions,
+            block_table=table[:, :width],
             seq_lens=seq_lens,
-            slot_mapping=self._slots(
-                self._rows[:batch, None], torch.where(active[:, None] > 0, positions, -1)
-            ).flatten(),
-            schedule=ops.mla_schedule(seq_lens, steps, self.model.config.num_attention_heads),
+            slot_mapping=slots,
+            schedule=None if few else ops.mla_schedule(seq_lens, steps, heads),
         )
 
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:

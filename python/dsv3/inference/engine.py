@@ -15,6 +15,7 @@ from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
 from dsv3.model import DeepSeekV3
+from dsv3.ops.registry import is_hopper
 
 OnToken = Callable[[int, list[int], str], None]
 MIN_WIDTH = (
@@ -81,11 +82,12 @@ class Engine:
         max_context: prompt and completion together; None: config.max_position_embeddings.
         num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context.
         max_prefill_tokens: prompts that are prefilled together hold at most so many tokens, or one prompt.
-        cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where the model is on
-            a GPU. Weights may be changed in place between calls of `generate`, and replaced.
+        cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
+            Weights may be changed in place between calls of `generate`, and replaced.
 
     Raises:
-        ValueError: speculative without MTP, CUDA graphs without a GPU, or sizes that cannot work.
+        ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model on a Hopper GPU (elsewhere references
+            ask the device), or sizes that cannot work.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class Engine:
         cuda_graphs: bool | None = None,
     ) -> None:
         config = model.config
-        on_gpu = model.embed.weight.is_cuda
-        if cuda_graphs and not on_gpu:
-            raise ValueError(f"cuda_graphs=True needs a model on a GPU, got one on {model.embed.weight.device}")
+        weight = model.embed.weight
+        capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and is_hopper(weight.device)
+        if cuda_graphs and not capturable:
+            found = f"{weight.dtype} on {weight.device}".removeprefix("torch.")
+            raise ValueError(f"cuda_graphs=True needs a bfloat16 model on a Hopper GPU, got {found}")
         if speculative and not len(model.mtp):
             raise ValueError("speculative=True needs an MTP module, but this model's checkpoint has none")
         limit = config.max_position_embeddings
@@ -122,9 +126,9 @@ class Engine:
         self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         # The table is wide enough for a round behind the one that fills the context: see _step.
         sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": pages_for(context + 2 * self._depth + 1)}
-        graphs = on_gpu if cuda_graphs is None else cuda_graphs
+        graphs = capturable if cuda_graphs is None else cuda_graphs
         self._decoder = Decoder(model, depth=self._depth, cuda_graphs=graphs, **sizes)
-        self._ahead = on_gpu  # whether a round is launched before the host has looked at the one before
+        self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
 
     def generate(

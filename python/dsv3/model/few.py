@@ -47,12 +47,12 @@ def run(blocks: list[Block], norm: RMSNorm, x: Tensor, ctx: AttentionContext, ca
     norms = [*(block.attn_norm for block in blocks[1:]), norm]
     h = blocks[0].attn_norm(x)
     for block, cache, following in zip(blocks, caches, norms, strict=True):
-        u, x = block.mlp_norm.add(_attention(block.attention, h, ctx, cache), x)
-        x, h = ops.combine_norm(x, _mlp(block, u), following.weight, eps=following.eps)
+        x, y = _mlp(block, attention(block.attention, h, ctx, cache), x)
+        x, h = ops.combine_norm(x, y, following.weight, eps=following.eps)
     return h
 
 
-def _attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor:
+def attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor:
     """m(h), absorbed: h [T, H] -> [T, H]."""
     c, tables = m.config, rope_tables(m.rope, h.device)
     q, kv_a = ops.few_linear(h, [(m.q_a if c.q_lora_rank else m.q).weight, m.kv_a.weight], **STATIC)
@@ -60,25 +60,33 @@ def _attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tenso
         place = ctx.positions, ctx.slot_mapping, cache
         ops.mla_append_kv(kv_a, m.kv_a_norm.weight, *tables, *place, eps=LATENT_NORM_EPS)
     if c.q_lora_rank:
-        (q,) = ops.few_linear(q, [m.q_b.weight], norm_weight=m.q_a_norm.weight, eps=m.q_a_norm.eps, **STATIC)
+        q = linear(m.q_b, m.q_a_norm(q))
     kv_b = m.kv_b.weight.view(m.num_heads, -1, c.kv_lora_rank)
     w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
     q = ops.mla_absorb(q.view(-1, m.num_heads, c.qk_head_dim), w_uk, *tables, ctx.positions, **STATIC)
     q = q.view(ctx.seq_lens.shape[0], -1, m.num_heads, c.latent_dim)
-    settings = {"softmax_scale": m.softmax_scale, "kv_lora_rank": c.kv_lora_rank, "schedule": ctx.schedule}
-    latent, _ = ops.mla_decode(q, cache, ctx.block_table, ctx.seq_lens, **settings)
+    keys = cache, ctx.block_table, ctx.seq_lens
+    settings = {"softmax_scale": m.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
+    if ops.attends_few(q.shape[1] * m.num_heads, ctx.block_table.shape[1]):
+        latent = ops.few_attention(q, *keys, **settings)
+    else:
+        latent, _ = ops.mla_decode(q, *keys, schedule=ctx.schedule, **settings)
     out = ops.few_heads(latent.view(-1, m.num_heads, c.kv_lora_rank), w_uv, **STATIC)
     return linear(m.o, out.flatten(1))
 
 
-def _mlp(block: Block, u: Tensor) -> Tensor:
-    """u [T, H] -> [T, S, H], to be summed over S: the chosen experts and the shared ones, or the dense MLP."""
+def _mlp(block: Block, out: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention's out [T, H] with its residual, and what is to be added to that: y [T, S, H], to be summed over S, of the
+    chosen experts and the shared ones, or of the dense MLP."""
+    norm = block.mlp_norm
     if not block.is_moe:
-        return ops.few_experts(u, shared_gate_up=block.mlp.gate_up.weight, shared_down=block.mlp.down.weight, **STATIC)
-    moe, weights = block.moe, {"gate_up": block.moe.experts.gate_up, "down": block.moe.experts.down}
-    wide = torch.promote_types(u.dtype, torch.float32)
-    (logits,) = ops.few_linear(u, [moe.gate.weight], out_dtype=wide, **STATIC)
-    topk_idx, topk_weights, _ = moe.gate.choose(logits)
+        u, x = norm.add(out, residual)
+        dense = {"shared_gate_up": block.mlp.gate_up.weight, "shared_down": block.mlp.down.weight}
+        return x, ops.few_experts(u, **dense, **STATIC)
+    moe, gate = block.moe, block.moe.gate
+    weights = {"gate_up": moe.experts.gate_up, "down": moe.experts.down}
     if moe.shared is not None:
         weights |= {"shared_gate_up": moe.shared.gate_up.weight, "shared_down": moe.shared.down.weight}
-    return ops.few_experts(u, topk_idx, topk_weights, **weights, **STATIC)
+    matrices = norm.weight, gate.weight, gate.bias
+    x, u, *choice = ops.few_gate(out, residual, *matrices, eps=norm.eps, **gate.settings, **STATIC)
+    return x, ops.few_experts(u, *choice, **weights, **STATIC)

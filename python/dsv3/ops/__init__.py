@@ -1,7 +1,19 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 from dsv3.ops.attention import mla_append_kv, mla_attention, mla_decode, mla_schedule
-from dsv3.ops.decode import FEW_TOKENS, combine_norm, few_experts, few_heads, few_linear, mla_absorb
+from dsv3.ops.decode import (
+    FEW_TOKENS,
+    attends_few,
+    combine_norm,
+    decode_positions,
+    few_attention,
+    few_experts,
+    few_gate,
+    few_heads,
+    few_linear,
+    greedy_round,
+    mla_absorb,
+)
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
@@ -31,17 +43,22 @@ __all__ = [
     "SwigluCastGradients",
     "WgradQueue",
     "adamw",
+    "attends_few",
     "cast_transpose",
     "combine_norm",
     "cross_entropy",
+    "decode_positions",
     "dense",
+    "few_attention",
     "few_experts",
+    "few_gate",
     "few_heads",
     "few_linear",
     "fp8_experts",
     "fp8_gemm",
     "fp8_linear",
     "fp8_mlp",
+    "greedy_round",
     "grouped_fp8_gemm",
     "grouped_fp8_wgrad",
     "grouped_linear",

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.moe import check_gate
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import decode as reference
 
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
 STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kRowTile, kMaxExperts, kMaxPairs
 HIDDEN = 8192  # of combine_norm
+PIECES, ROWS_A_SEQUENCE, KEYS = 16, 32, 8192  # of few_attention: kMaxPieces, kMaxRows; beyond KEYS mla_decode is faster
+LATENT, ROPE, PAGE = 512, 64, 64
 
 
 def _few(x: Tensor) -> str | None:
@@ -29,25 +32,41 @@ def _supports_product(x: Tensor, weight: Tensor) -> str | None:
     return _few(x) or check_dtype("weight", weight, torch.bfloat16)
 
 
-def _supports_linear(x: Tensor, weights: list[Tensor], norm_weight: Tensor | None, *args: Any) -> str | None:
+def _supports_linear(x: Tensor, weights: list[Tensor], *args: Any) -> str | None:
     if len(weights) > 4:
         return f"{len(weights)} weights are more than 4"
-    wrong = [_supports_product(x, w) for w in weights]
-    if norm_weight is not None:
-        wrong.append(check_dtype("norm_weight", norm_weight, torch.bfloat16))
-    return next((reason for reason in wrong if reason), None)
+    return next((reason for w in weights if (reason := _supports_product(x, w))), None)
 
 
-def _launch_linear(
-    outs: list[Tensor],
+def _supports_gate(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor | None, *settings: Any
+) -> str | None:
+    num_groups, _, topk = settings[:3]
+    if x.shape[1] % 8 or x.shape[1] > HIDDEN or gate.shape[0] > 256 or topk > 32 or num_groups > 32:
+        return f"hidden {x.shape[1]}, {gate.shape[0]} experts in {num_groups} groups, topk {topk}"
+    return _few(x) or next((r for w in (norm_weight, gate) if (r := check_dtype("a weight", w, torch.bfloat16))), None)
+
+
+def _launch_gate(
+    outputs: tuple[Tensor, ...],
     x: Tensor,
-    weights: list[Tensor],
-    norm_weight: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
     eps: float,
-    out_dtype: torch.dtype,
+    gate: Tensor,
+    bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
     static_weights: bool,
 ) -> None:
-    native().few_linear(outs, x, weights, norm_weight, eps, static_weights)
+    flags = score == "softmax", group_score == "top2_sum", normalize, static_weights
+    settings = eps, num_groups, topk_groups, route_scale, *flags
+    native().few_gate(*outputs, x, residual, norm_weight, gate, bias, settings)
 
 
 def _supports_absorb(q: Tensor, weight: Tensor, cos: Tensor, *args: Any) -> str | None:
@@ -105,14 +124,13 @@ def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -
 
 
 define(
-    "few_linear(Tensor x, Tensor[] weights, Tensor? norm_weight, float eps, ScalarType out_dtype, bool static_weights)"
-    " -> Tensor[]",
-    shapes="x [T,K], weights [N_i,K], norm_weight [K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, K % 32, N_i % 16 == 0",
+    "few_linear(Tensor x, Tensor[] weights, ScalarType out_dtype, bool static_weights) -> Tensor[]",
+    shapes="x [T,K], weights [N_i,K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, K % 32, N_i % 16 == 0",
     reference=reference.few_linear,
-    allocate=lambda x, weights, norm_weight, eps, out_dtype, static: [
+    allocate=lambda x, weights, out_dtype, static: [
         x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype) for w in weights
     ],
-    launch=_launch_linear,
+    launch=lambda outs, x, weights, out_dtype, static: native().few_linear(outs, x, weights, static),
     supports=_supports_linear,
 )
 define(
@@ -131,6 +149,22 @@ define(
     allocate=lambda q, weight, cos, *args: q.new_empty(*q.shape[:2], weight.shape[2] + 2 * cos.shape[1]),
     launch=lambda out, *args: native().mla_absorb(out, *args),
     supports=_supports_absorb,
+)
+define(
+    "few_gate(Tensor x, Tensor residual, Tensor norm_weight, float eps, Tensor gate, Tensor? bias, int num_groups, "
+    "int topk_groups, int topk, float route_scale, str score, str group_score, bool normalize, bool static_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    shapes="x, residual [T,H], norm_weight [H], gate [E,H], bias [E] fp32 -> x+residual, u [T,H], topk_idx [T,k] int64, "
+    "topk_weights [T,k] fp32; native: bf16, T <= 64, H % 8 == 0 up to 8192, E <= 256",
+    reference=reference.few_gate,
+    allocate=lambda x, residual, norm, eps, gate, bias, groups, kept, topk, *rest: (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        x.new_empty(x.shape[0], topk, dtype=torch.int64),
+        x.new_empty(x.shape[0], topk, dtype=torch.promote_types(x.dtype, torch.float32)),
+    ),
+    launch=_launch_gate,
+    supports=_supports_gate,
 )
 define(
     "few_experts(Tensor x, Tensor? topk_idx, Tensor? topk_weights, Tensor? gate_up, Tensor? down, Tensor? shared_gate_up, "
@@ -155,14 +189,67 @@ define(
 )
 
 
+def _supports_attention(q: Tensor, cache: Tensor, *args: Any) -> str | None:
+    if q.shape[1] * q.shape[2] > ROWS_A_SEQUENCE:
+        return f"{q.shape[1]} steps of {q.shape[2]} heads are more than {ROWS_A_SEQUENCE} rows"
+    if (q.shape[3], args[3], cache.shape[1]) != (LATENT + ROPE, LATENT, PAGE):
+        return f"rows of {args[3]} of {q.shape[3]} columns in pages of {cache.shape[1]}"
+    return check_dtype("q", q, torch.bfloat16) or check_dtype("cache", cache, torch.bfloat16)
+
+
+def _launch_attention(
+    out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int
+) -> None:
+    batch, steps, heads, _ = q.shape
+    partial = q.new_empty(batch, PIECES, steps * heads, LATENT, dtype=torch.float32)
+    partial_lse = q.new_empty(batch, PIECES, steps * heads, dtype=torch.float32)
+    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale)
+
+
+def _allocate_positions(
+    lengths: Tensor, active: Tensor, block_table: Tensor, first: int, steps: int, page: int, last_position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = lengths.shape[0]
+    flat = lengths.new_empty(batch * steps)
+    return flat, torch.empty_like(flat), lengths.new_empty(batch, dtype=torch.int32)
+
+
+def _supports_greedy(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor, active: Tensor) -> str | None:
+    if logits.shape[1] > 32 or logits.shape[2] % 8:
+        return f"{logits.shape[1]} steps are more than 32, or a vocabulary of {logits.shape[2]} is not a multiple of 8"
+    return check_dtype("logits", logits, torch.bfloat16)
+
+
+define(
+    "few_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank) "
+    "-> Tensor",
+    shapes="q [B,S,G,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W] int32, seq_lens [B] int32 -> [B,S,G,Dc]; native: "
+    "bf16, S G <= 32, Dc 512, Dr 64, pages of 64",
+    reference=reference.few_attention,
+    allocate=lambda q, cache, table, lengths, scale, rank: q.new_empty(*q.shape[:3], rank),
+    launch=_launch_attention,
+    supports=_supports_attention,
+)
+define(
+    "decode_positions(Tensor lengths, Tensor active, Tensor block_table, int first, int steps, int page, int last_position)"
+    " -> (Tensor, Tensor, Tensor)",
+    shapes="lengths, active [B] int64, block_table [B,W] int32 -> positions, slots [B*S] int64, seq_lens [B] int32",
+    reference=reference.decode_positions,
+    allocate=_allocate_positions,
+    launch=lambda outputs, *args: native().decode_positions(*outputs, *args),
+)
+define(
+    "greedy_round(Tensor(a!) result, Tensor(b!) tokens, Tensor(c!) lengths, Tensor logits, Tensor active) -> ()",
+    shapes="result [B,S+1], tokens [B,S], lengths, active [B] int64, logits [B,S,V]; native: bf16, V % 8 == 0",
+    reference=reference.greedy_round,
+    allocate=lambda *args: None,
+    launch=lambda _, *args: native().greedy_round(*args),
+    supports=_supports_greedy,
+)
+
+
 def few_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    out_dtype: torch.dtype | None = None,
-    static_weights: bool = False,
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, static_weights: bool = False
 ) -> list[Tensor]:
     """Linear layers that read the same few tokens, in one kernel; not differentiable.
 
@@ -171,11 +258,9 @@ def few_linear(
     Args:
         x: [T, K], made contiguous; native on Hopper for bf16 and T up to 64.
         weights: 1 to 4 of [N_i, K], x's dtype.
-        norm_weight: [K]: the layers read rmsnorm(x, norm_weight), rounded to x's dtype, instead of x.
-        eps: of the norm.
         out_dtype: of the outputs, x's or fp32; None: x's.
         static_weights: no kernel that may still be running writes the weights, so that they may be read before the kernel
-            ahead has ended. True where another framework's kernel lies between what wrote them and this.
+            ahead has ended. True where at least one kernel lies between what wrote them and this.
 
     Returns:
         [T, N_i] for each weight.
@@ -186,13 +271,8 @@ def few_linear(
     if x.dim() != 2 or not weights or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights):
         found = f"{tuple(x.shape)} and {[tuple(w.shape) for w in weights]}"
         raise ValueError(f"few_linear: expected x (T, K) and weights (N, K), got {found}")
-    if norm_weight is not None and norm_weight.shape != x.shape[1:]:
-        raise ValueError(f"few_linear: expected norm_weight ({x.shape[1]},), got {tuple(norm_weight.shape)}")
-    settings = eps, out_dtype or x.dtype, static_weights
-    detached = None if norm_weight is None else norm_weight.detach()
-    return torch.ops.dsv3.few_linear(
-        x.detach().contiguous(), [w.detach().contiguous() for w in weights], detached, *settings
-    )
+    detached = [w.detach().contiguous() for w in weights]
+    return torch.ops.dsv3.few_linear(x.detach().contiguous(), detached, out_dtype or x.dtype, static_weights)
 
 
 def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Tensor:
@@ -226,7 +306,7 @@ def mla_absorb(
         weight: [G, Dn, Dc] of q's dtype, each matrix contiguous: W_uk, the first Dn rows of every head of kv_b.
         cos, sin: fp32 [P, Dr/2].
         positions: int64 [T]; one that the tables do not have gives NaN.
-        static_weights: as in `few_linear`.
+        static_weights: as in `few_linear`, and the same of the tables and positions.
 
     Returns:
         [T, G, Dc+Dr].
@@ -249,6 +329,163 @@ def mla_absorb(
             + found
         )
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
+
+
+def attends_few(rows: int, width: int) -> bool:
+    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence and block
+    tables of `width` pages."""
+    return rows <= ROWS_A_SEQUENCE and width * PAGE <= KEYS
+
+
+def few_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int = LATENT,
+) -> Tensor:
+    """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
+
+    A sequence's bits do not depend on the others of the batch.
+
+    Args:
+        q: [B, S, G, Dc+Dr], made contiguous; native on Hopper for bf16, S * G up to 32, Dc 512, Dr 64.
+        cache: [pages, page, 1, Dc+Dr] of q's dtype, contiguous; native for pages of 64.
+        block_table: int32 [B, W].
+        seq_lens: int32 [B], including the S new tokens, which are stored already; length 0 gives 0.
+        softmax_scale: factor on the scores.
+        kv_lora_rank: Dc, the columns of a cached row that are values.
+
+    Returns:
+        [B, S, G, Dc] of q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: as mla_decode, for pages that there are not.
+    """
+    if (
+        q.dim() != 4
+        or cache.dim() != 4
+        or cache.shape[2:] != (1, q.shape[3])
+        or block_table.dim() != 2
+        or (*block_table.shape[:1], *seq_lens.shape) != (q.shape[0], q.shape[0])
+        or not 1 <= kv_lora_rank <= q.shape[3]
+    ):
+        found = ", ".join(str(tuple(t.shape)) for t in (q, cache, block_table, seq_lens))
+        raise ValueError(
+            "few_attention: expected q (B, S, G, D), cache (pages, page, 1, D), block_table (B, W), seq_lens (B,), got "
+            + found
+        )
+    if cache.dtype != q.dtype or (block_table.dtype, seq_lens.dtype) != (torch.int32, torch.int32):
+        found = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, cache, block_table, seq_lens))
+        raise ValueError(
+            f"few_attention: expected a cache of q's dtype and int32 block_table and seq_lens, got {found}"
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"few_attention: expected a contiguous cache, got strides {cache.stride()}")
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    settings = softmax_scale, kv_lora_rank
+    return torch.ops.dsv3.few_attention(
+        q.detach().contiguous(), cache.detach(), block_table, seq_lens.contiguous(), *settings
+    )
+
+
+def decode_positions(
+    lengths: Tensor, active: Tensor, block_table: Tensor, *, first: int, steps: int, page: int, last_position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of a decoding step stand.
+
+    Args:
+        lengths: int64 [B], tokens in the cache.
+        active: int64 [B], 0 for a row without a sequence.
+        block_table: int32 [B, W].
+        first: of the step's positions, relative to lengths.
+        steps: S, tokens a sequence.
+        page: tokens a page.
+        last_position: the largest that there is; what lies behind stands there too.
+
+    Returns:
+        positions int64 [B*S]; their slots in the cache int64 [B*S], -1 for rows without a sequence, negative positions and
+        places behind the table; int32 [B], how many tokens each sequence has with these.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if lengths.dim() != 1 or active.shape != lengths.shape or block_table.shape[:1] != lengths.shape:
+        found = ", ".join(str(tuple(t.shape)) for t in (lengths, active, block_table))
+        raise ValueError(f"decode_positions: expected lengths and active (B,) and block_table (B, W), got {found}")
+    table = block_table.contiguous()
+    return torch.ops.dsv3.decode_positions(lengths, active, table, first, steps, page, last_position)
+
+
+def greedy_round(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor, active: Tensor) -> None:
+    """Takes the best tokens, and as many drafts as equal those before them; in place.
+
+    Args:
+        result: int64 [B, S+1], written: the best token at each of the S places, then the number of accepted drafts, a.
+        tokens: int64 [B, S], the newest token and the S - 1 drafts behind it; the first becomes the last of the a + 1 new.
+        lengths: int64 [B]; those of active rows grow by a + 1.
+        logits: [B, S, V]; of equal ones the first is best.
+        active: int64 [B].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    batch, steps = logits.shape[:2]
+    if result.shape != (batch, steps + 1) or tokens.shape != (batch, steps) or lengths.shape != active.shape:
+        found = ", ".join(str(tuple(t.shape)) for t in (result, tokens, lengths, logits))
+        raise ValueError(f"greedy_round: expected (B, S+1), (B, S), (B,) and logits (B, S, V), got {found}")
+    torch.ops.dsv3.greedy_round(result, tokens, lengths, logits.contiguous(), active)
+
+
+def few_gate(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str = "sigmoid",
+    group_score: str = "top2_sum",
+    normalize: bool = True,
+    static_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rmsnorm with its residual, the gate's logits in fp32, and moe_gate, in one kernel for few tokens; not differentiable.
+
+    Args:
+        x, residual: [T, H].
+        norm_weight: [H].
+        gate: [E, H] of x's dtype.
+        bias: fp32 [E] or None.
+        eps: of the norm.
+        num_groups, topk_groups, topk, route_scale, score, group_score, normalize: as of `moe_gate`.
+        static_weights: as in `few_linear`.
+
+    Returns:
+        x + residual and its norm [T, H], topk_idx int64 and topk_weights fp32 [T, k].
+
+    Raises:
+        ValueError: shapes or settings that do not fit.
+    """
+    good = x.dim() == gate.dim() == 2 and residual.shape == x.shape and norm_weight.shape == x.shape[1:]
+    if not good or gate.shape[1] != x.shape[1] or (bias is not None and bias.shape != gate.shape[:1]):
+        found = ", ".join(str(tuple(t.shape)) for t in (x, residual, norm_weight, gate))
+        raise ValueError(
+            f"few_gate: expected x and residual (T, H), norm_weight (H,), gate (E, H), bias (E,) or None, got {found}"
+        )
+    settings = num_groups, topk_groups, topk, route_scale, score, group_score
+    check_gate("few_gate", gate.shape[0], *settings[:3], score, group_score)
+    tensors = x.detach().contiguous(), residual.detach().contiguous(), norm_weight.detach()
+    return torch.ops.dsv3.few_gate(
+        *tensors, eps, gate.detach().contiguous(), bias, *settings, normalize, static_weights
+    )
 
 
 def few_experts(

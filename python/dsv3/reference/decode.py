@@ -5,22 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.reference.attention import mla_decode
 from dsv3.reference.linear import linear
-from dsv3.reference.moe import swiglu
+from dsv3.reference.moe import moe_gate, swiglu
 from dsv3.reference.norm import rmsnorm, rope_
 
 
-def few_linear(
-    x: Tensor,
-    weights: list[Tensor],
-    norm_weight: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    static_weights: bool,
-) -> list[Tensor]:
-    """norm(x) [T, K] times each of the weights [N_i, K] transposed; norm is RMSNorm, rounded to x's dtype, or nothing."""
-    if norm_weight is not None:
-        x = rmsnorm(x, None, norm_weight, eps)[0]
+def few_linear(x: Tensor, weights: list[Tensor], out_dtype: torch.dtype, static_weights: bool) -> list[Tensor]:
+    """x [T, K] times each of the weights [N_i, K] transposed."""
     return [linear(x, weight, out_dtype) for weight in weights]
 
 
@@ -36,6 +28,36 @@ def mla_absorb(q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: T
     rotated = q_rope.flatten(1)
     rope_(rotated, cos, sin, positions, q_rope.shape[2], False)
     return torch.cat([latent, rotated.view(q_rope.shape)], -1)
+
+
+def few_attention(
+    q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, softmax_scale: float, kv_lora_rank: int
+) -> Tensor:
+    """mla_decode's output, causal, for a few rows a sequence."""
+    return mla_decode(q, cache, block_table, seq_lens, None, softmax_scale, kv_lora_rank, True, False)[0]
+
+
+def few_gate(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: Tensor,
+    bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
+    static_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + residual, its RMSNorm u, and topk_idx and topk_weights of moe_gate for the logits u gate^T."""
+    u, summed, _ = rmsnorm(x, residual, norm_weight, eps)
+    logits = linear(u, gate, torch.promote_types(x.dtype, torch.float32))
+    settings = num_groups, topk_groups, topk, route_scale, score, group_score, normalize
+    return summed, u, *moe_gate(logits, bias, *settings)[:2]
 
 
 def few_experts(
@@ -70,3 +92,33 @@ def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -> tup
     wide = torch.promote_types(y.dtype, torch.float32)
     out = (residual.to(wide) + y.to(wide).sum(1)).to(residual.dtype)
     return out, rmsnorm(out, None, weight, eps)[0]
+
+
+def decode_positions(
+    lengths: Tensor, active: Tensor, block_table: Tensor, first: int, steps: int, page: int, last_position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """positions, slots int64 [B*S] and seq_lens int32 [B] of the S tokens from lengths + first on, for lengths int64 [B].
+
+    A position is clamped to 0..last_position. A token has no slot (-1) at a negative position, behind the table, and in a row
+    that is not active, whose length is 0.
+    """
+    begin = lengths + first
+    positions = begin[:, None] + torch.arange(steps, device=lengths.device)
+    entry = positions.clamp(min=0) // page
+    slots = block_table.gather(1, entry.clamp(max=block_table.shape[1] - 1)).long() * page + positions % page
+    stored = (active[:, None] != 0) & (positions >= 0) & (entry < block_table.shape[1])
+    seq_lens = torch.where(active != 0, begin + steps, 0).int()
+    return positions.clamp(0, last_position).flatten(), torch.where(stored, slots, -1).flatten(), seq_lens
+
+
+def greedy_round(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor, active: Tensor) -> None:
+    """Takes the best tokens of logits [B, S, V] and as many of the drafts tokens[:, 1:] as equal those before them, a.
+
+    result int64 [B, S+1] = the best tokens, then a; tokens[:, 0] = the last of the a + 1 that count; lengths of active rows
+    grow by a + 1.
+    """
+    best = logits.argmax(-1)
+    accepted = (best[:, :-1] == tokens[:, 1:]).long().cumprod(1).sum(1)
+    result.copy_(torch.cat([best, accepted[:, None]], 1))
+    tokens[:, 0] = best.gather(1, accepted[:, None]).squeeze(1)
+    lengths += torch.where(active != 0, accepted + 1, 0)
