@@ -32,7 +32,7 @@ struct FewGateParams {
 
 struct FewGateShared {
   alignas(16) float u[kMaxHidden];
-  float logits[kMaxExperts], choices[kMaxExperts];
+  float logits[kMaxExperts], choices[kMaxExperts], bias[kMaxExperts];
   float scratch[kWarps];
 };
 
@@ -71,8 +71,13 @@ struct GateTile {
   }
 };
 
-// sum and u of the block's token, written and, u, kept.
-__device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGateShared& shared) {
+__device__ __forceinline__ void keep(float* u, const float (&values)[8]) {
+  *reinterpret_cast<float4*>(u) = float4{values[0], values[1], values[2], values[3]};
+  *reinterpret_cast<float4*>(u + 4) = float4{values[4], values[5], values[6], values[7]};
+}
+
+// sum and u of the block's token, written and, u, kept. `factors`: the norm's weight in the thread's first columns.
+__device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGateShared& shared, Vec<bf16> factors) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * p.hidden;
   float squares = 0.f;
   for (int column = threadIdx.x * 8; column < p.hidden; column += kThreads * 8) {
@@ -86,23 +91,20 @@ __device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGat
     store(p.sum + row + column, rounded);
     unpack(rounded, a);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      squares += a[i] * a[i];
-      shared.u[column + i] = a[i];
-    }
+    for (int i = 0; i < 8; ++i) squares += a[i] * a[i];
+    keep(shared.u + column, a);
   }
   const float rstd = rsqrtf(block_reduce<Sum, kThreads>(squares, shared.scratch) / p.hidden + p.eps);
   for (int column = threadIdx.x * 8; column < p.hidden; column += kThreads * 8) {
-    float factors[8], a[8];
-    unpack(load(p.norm_weight + column), factors);
+    float w[8], a[8];
+    unpack(column == threadIdx.x * 8 ? factors : load(p.norm_weight + column), w);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a[i] = shared.u[column + i] * rstd * factors[i];
+    for (int i = 0; i < 8; ++i) a[i] = shared.u[column + i] * rstd * w[i];
     Vec<bf16> rounded;
     pack(a, rounded);
     store(p.u + row + column, rounded);
     unpack(rounded, a);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) shared.u[column + i] = a[i];
+    keep(shared.u + column, a);
   }
   __syncthreads();
 }
@@ -161,7 +163,7 @@ __device__ __forceinline__ void choose(const FewGateParams& p, FewGateShared& sh
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const bool there = i < per_lane && first + i < p.experts;
-    choice[i] = there ? s[i] + (p.bias ? p.bias[first + i] : 0.f) : -INFINITY;
+    choice[i] = there ? s[i] + shared.bias[first + i] : -INFINITY;
     if (there) shared.choices[first + i] = choice[i];
   }
   __syncwarp();
@@ -206,11 +208,17 @@ __global__ void __launch_bounds__(kThreads) few_gate_kernel(FewGateParams p) {
   __shared__ FewGateShared shared;
   constexpr int kColumns = kVectors * kWarpSize * 8, kExperts = kRows * kWarps;
   GateTile tile;
-  if (p.static_weights) tile.load(p, 0, 0);
+  Vec<bf16> factors{};
+  const auto load_weights = [&] {
+    tile.load(p, 0, 0);
+    if (threadIdx.x * 8 < p.hidden) factors = load(p.norm_weight + threadIdx.x * 8);
+    if (threadIdx.x < p.experts) shared.bias[threadIdx.x] = p.bias ? p.bias[threadIdx.x] : 0.f;
+  };
+  if (p.static_weights) load_weights();
   wait_for_inputs();
   release_dependents();
-  if (!p.static_weights) tile.load(p, 0, 0);
-  add_and_normalize(p, shared);
+  if (!p.static_weights) load_weights();
+  add_and_normalize(p, shared, factors);
   for (int expert = 0; expert < p.experts; expert += kExperts) {
     float dots[kRows] = {};
     for (int column = 0; column < p.hidden; column += kColumns) {

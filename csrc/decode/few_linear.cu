@@ -8,12 +8,13 @@ namespace dsv3 {
 namespace {
 
 constexpr int kMatrices = 4;
+constexpr int kManyRows = 8192;
 
 struct Matrix {
   const bf16* weight;  // [N, K] of the first head
   void* out;           // [T, N] of the first head
   int64_t out_stride;  // elements between tokens
-  int tiles;           // of 16 rows
+  int rows;
 };
 
 struct FewLinearParams {
@@ -37,67 +38,92 @@ struct TokenRows {
   }
 };
 
-template <int kTiles>
+template <int kTiles, int kRowTiles>
 __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matrix& m, const float* sums, int first,
                                            int row) {
+  constexpr int kRows = kRowTiles * kRowTile;
   const int warps = blockDim.x / kWarpSize;
-  for (int i = threadIdx.x; i < kTiles * kTokenTile * kRowTile; i += blockDim.x) {
-    const int token = first + i / kRowTile, r = i % kRowTile;
+  for (int i = threadIdx.x; i < kTiles * kTokenTile * kRows; i += blockDim.x) {
+    const int at = i / kRows, r = i % kRows, token = first + at;
     if (token >= p.tokens) return;
-    const float sum = add_sums(sums + i / kRowTile * kSumStride + r, warps, kTiles * kSumTile);
-    const int64_t at = token * m.out_stride + blockIdx.y * p.out_head + row + r;
+    const float* const place =
+        sums + (at / kTokenTile * kRowTiles + r / kRowTile) * kSumTile + at % kTokenTile * kSumStride + r % kRowTile;
+    const float sum = add_sums(place, warps, kTiles * kRowTiles * kSumTile);
+    const int64_t to = token * m.out_stride + blockIdx.y * p.out_head + row + r;
     if (p.wide_out) {
-      static_cast<float*>(m.out)[at] = sum;
+      static_cast<float*>(m.out)[to] = sum;
     } else {
-      static_cast<bf16*>(m.out)[at] = __float2bfloat16_rn(sum);
+      static_cast<bf16*>(m.out)[to] = __float2bfloat16_rn(sum);
     }
   }
 }
 
-template <int kTiles>
+template <int kTiles, int kRowTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLinearParams p) {
-  extern __shared__ float shared[];  // [warps, kTiles, kSumTile]
+  extern __shared__ float sums[];  // [warps, kTiles, kRowTiles, kSumTile]
   const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-  int tile = blockIdx.x, index = 0;
-  for (; tile >= p.matrices[index].tiles; ++index) tile -= p.matrices[index].tiles;
+  int row = blockIdx.x * kRowTiles * kRowTile, index = 0;
+  for (; row >= p.matrices[index].rows; ++index) row -= p.matrices[index].rows;
   const Matrix& m = p.matrices[index];
-  const int row = tile * kRowTile;
-  const bf16* const rows[1] = {m.weight + blockIdx.y * p.weight_head +
-                               static_cast<int64_t>(row + lane_row()) * p.depth + lane_column()};
-  Weights<1> weights;
+  const bf16* rows[kRowTiles];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    rows[r] = m.weight + blockIdx.y * p.weight_head + static_cast<int64_t>(row + r * kRowTile + lane_row()) * p.depth +
+              lane_column();
+  }
+  Weights<kRowTiles> weights;
   if (p.static_weights) weights.load(rows, warp, p.depth);
   wait_for_inputs();
   release_dependents();
   for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
     const TokenRows<kTiles> x(p.x + blockIdx.y * p.x_head, p.x_stride, first, p.tokens);
-    float sum[kTiles][1][4] = {};
+    float sum[kTiles][kRowTiles][4] = {};
     for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
       weights.load(rows, chunk, p.depth);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         uint4 values[kSteps];
         load_tokens(values, x.rows[i], chunk, p.depth);
-        multiply<1>(sum[i], weights, values);
+        multiply<kRowTiles>(sum[i], weights, values);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) leave_sums(shared + (warp * kTiles + i) * kSumTile, sum[i][0]);
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        leave_sums(sums + ((warp * kTiles + i) * kRowTiles + r) * kSumTile, sum[i][r]);
+      }
+    }
     __syncthreads();
-    store_sums<kTiles>(p, m, shared, first, row);
+    store_sums<kTiles, kRowTiles>(p, m, sums, first, row);
     __syncthreads();
   }
 }
 
+template <int kTiles, int kRowTiles>
+void launch_tiles(const char* name, const FewLinearParams& p, int64_t rows, int heads, cudaStream_t stream) {
+  const int warps = depth_warps(p.depth);
+  const size_t smem = sizeof(float) * warps * kTiles * kRowTiles * kSumTile;
+  const dim3 grid(rows / (kRowTiles * kRowTile), heads);
+  const Launch shape{.grid = grid, .block = dim3(warps * kWarpSize), .smem = smem};
+  launch(name, few_linear_kernel<kTiles, kRowTiles>, shape, stream, p);
+}
+
 void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cudaStream_t stream) {
-  int tiles = 0;
-  for (const Matrix& m : p.matrices) tiles += m.tiles;
+  int64_t rows = 0;
+  bool even = true;
+  for (const Matrix& m : p.matrices) {
+    rows += m.rows;
+    even = even && m.rows % (2 * kRowTile) == 0;
+  }
   if (p.tokens == 0) return;
   visit_tiles(p.tokens, [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
-    const int warps = depth_warps(p.depth);
-    const size_t smem = sizeof(float) * warps * kTiles * kSumTile;
-    const Launch shape{.grid = dim3(tiles, heads), .block = dim3(warps * kWarpSize), .smem = smem};
-    launch(name, few_linear_kernel<kTiles>, shape, stream, p);
+    // Every block reads all tokens. Where there are many of both, as in the head, these bytes count: twice the rows a block.
+    if constexpr (kTiles == 4) {
+      if (even && rows >= kManyRows) return launch_tiles<kTiles, 2>(name, p, rows, heads, stream);
+    }
+    launch_tiles<kTiles, 1>(name, p, rows, heads, stream);
   });
 }
 
@@ -131,7 +157,7 @@ void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights,
     p.matrices[i] = {.weight = weights[i].data<bf16>(),
                      .out = outs[i].data<void>(),
                      .out_stride = rows,
-                     .tiles = static_cast<int>(rows / kRowTile)};
+                     .rows = static_cast<int>(rows)};
   }
   const DeviceGuard guard(x);
   launch_few_linear("few_linear", p, 1, stream);
@@ -160,7 +186,7 @@ void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStr
   p.matrices[0] = {.weight = weight.data<bf16>(),
                    .out = out.data<void>(),
                    .out_stride = heads * rows,
-                   .tiles = static_cast<int>(rows / kRowTile)};
+                   .rows = static_cast<int>(rows)};
   const DeviceGuard guard(x);
   launch_few_linear("few_heads", p, static_cast<int>(heads), stream);
 }

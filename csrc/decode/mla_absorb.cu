@@ -1,7 +1,7 @@
 // The queries of absorbed attention: out[t, h] = [q_nope[t, h] W_uk[h] | rope(q_rope[t, h])], for few tokens.
 //
 // q [T, Hq, Dn + Dr], W_uk [Hq, Dn, Dc] (views of kv_b's weight), out [T, Hq, Dc + Dr]; bf16. Roofline: W_uk once. A
-// block takes 64 columns of a head's W_uk, its four warps a quarter of Dn each; one more block a head rotates. The matrix is
+// block takes 64 columns of a head's W_uk, its four warps a quarter of Dn each; more blocks rotate. The matrix is
 // stored with its columns, not with the reduced dimension, in neighbouring places: a lane's 16 bytes are 8 columns of
 // one row, and values of two rows are paired in registers before the tensor core sees them. See few_tokens.cuh.
 #include "../ops.h"
@@ -49,30 +49,26 @@ struct Slab {
   }
 };
 
-// The rotated part of a head's queries, in interleaved pairs; a position that the tables do not have gives NaN. The first angles
-// are looked up before the queries are there, where nobody writes them.
-__device__ __forceinline__ void rotate(const AbsorbParams& p, int head) {
-  const int pairs = p.rope / 2, width = p.nope + p.rope, out_width = p.latent + p.rope;
-  const auto angle_of = [&](int i) {
-    const int64_t position = p.positions[i / pairs], at = position * pairs + i % pairs;
-    return position >= 0 && position < p.max_positions ? float2{p.cos[at], p.sin[at]} : float2{NAN, NAN};
+// A pair a thread of the rotated part of a head's queries; a position that the tables do not have gives NaN. The angle is looked
+// up before the queries are there, where nobody writes it.
+__device__ __forceinline__ void rotate(const AbsorbParams& p, int head, int block) {
+  const int pairs = p.rope / 2, i = block * kThreads + threadIdx.x, token = i / pairs, column = 2 * (i % pairs);
+  const bool there = token < p.tokens;
+  float c = NAN, s = NAN;
+  const auto look_up = [&] {
+    const int64_t position = there ? p.positions[token] : -1, at = position * pairs + i % pairs;
+    if (position >= 0 && position < p.max_positions) c = p.cos[at], s = p.sin[at];
   };
-  int i = threadIdx.x;
-  const int end = p.tokens * pairs;
-  float2 angle = p.static_weights && i < end ? angle_of(i) : float2{};
+  if (p.static_weights) look_up();
   wait_for_inputs();
   release_dependents();
-  if (!p.static_weights && i < end) angle = angle_of(i);
-  while (i < end) {
-    const int64_t row = static_cast<int64_t>(i / pairs) * p.heads + head;
-    const int column = 2 * (i % pairs), next = i + kThreads;
-    const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.q + row * width + p.nope + column));
-    const float2 turn = angle;
-    if (next < end) angle = angle_of(next);
-    *reinterpret_cast<__nv_bfloat162*>(p.out + row * out_width + p.latent + column) =
-        __floats2bfloat162_rn(x.x * turn.x - x.y * turn.y, x.y * turn.x + x.x * turn.y);
-    i = next;
-  }
+  if (!p.static_weights) look_up();
+  if (!there) return;
+  const int64_t row = static_cast<int64_t>(token) * p.heads + head;
+  const float2 x =
+      __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.q + row * (p.nope + p.rope) + p.nope + column));
+  *reinterpret_cast<__nv_bfloat162*>(p.out + row * (p.latent + p.rope) + p.latent + column) =
+      __floats2bfloat162_rn(x.x * c - x.y * s, x.y * c + x.x * s);
 }
 
 // Adds up the warps' sums for the block's columns of so many tokens. Column 2m + h of the 8 of lane row g is row g + 8h of tile m.
@@ -95,8 +91,8 @@ template <int kTiles>
 __global__ void __launch_bounds__(kThreads) mla_absorb_kernel(AbsorbParams p) {
   extern __shared__ float sums[];  // [kWarps, kTiles, kMatrices, kSumTile]
   const int head = blockIdx.y, warp = threadIdx.x / kWarpSize, t = threadIdx.x % 4;
-  if (blockIdx.x == gridDim.x - 1) {
-    rotate(p, head);
+  if (blockIdx.x * kColumns >= p.latent) {
+    rotate(p, head, blockIdx.x - p.latent / kColumns);
     return;
   }
   const int column = blockIdx.x * kColumns + lane_row() * 8;
@@ -177,7 +173,7 @@ void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Ten
                        .rope = static_cast<int>(rope),
                        .latent = static_cast<int>(latent),
                        .static_weights = static_weights};
-  const dim3 grid(latent / kColumns + 1, heads);
+  const dim3 grid(latent / kColumns + ceil_div(tokens * rope / 2, kThreads), heads);
   visit_tiles(tokens, [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
     const size_t smem = sizeof(float) * kWarps * kTiles * kMatrices * kSumTile;

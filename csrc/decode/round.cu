@@ -13,7 +13,7 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 constexpr int kPositionThreads = 128;
-constexpr int kThreads = 512, kWarps = kThreads / kWarpSize;
+constexpr int kThreads = 1024, kWarps = kThreads / kWarpSize;
 constexpr int kMaxSteps = 32;
 
 struct PositionParams {
@@ -75,6 +75,9 @@ __global__ void __launch_bounds__(kThreads) greedy_round_kernel(GreedyParams p) 
   wait_for_inputs();
   release_dependents();
   const int64_t row = blockIdx.x;
+  int64_t* const tokens = p.tokens + row * p.tokens_stride;
+  int64_t* const result = p.result + row * p.result_stride;
+  const int64_t length = p.lengths[row], active = p.active[row];
   for (int step = 0; step < p.steps; ++step) {
     const bf16* const logits = p.logits + (row * p.steps + step) * p.vocab;
     Candidate mine{-INFINITY, p.vocab};
@@ -95,14 +98,12 @@ __global__ void __launch_bounds__(kThreads) greedy_round_kernel(GreedyParams p) 
     __syncthreads();
   }
   if (threadIdx.x != 0) return;
-  int64_t* const tokens = p.tokens + row * p.tokens_stride;
-  int64_t* const result = p.result + row * p.result_stride;
   int accepted = 0;
   while (accepted + 1 < p.steps && tokens[accepted + 1] == best[accepted]) ++accepted;
   for (int step = 0; step < p.steps; ++step) result[step] = best[step];
   result[p.steps] = accepted;
   tokens[0] = best[accepted];
-  if (p.active[row] != 0) p.lengths[row] += accepted + 1;
+  if (active != 0) p.lengths[row] = length + accepted + 1;
 }
 
 void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns) {

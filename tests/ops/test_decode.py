@@ -53,6 +53,20 @@ def test_few_linear(tokens, depth, device):
     )
 
 
+@pytest.mark.parametrize("rows", [(8192,), (64, 8224, 32), (8208,)])
+def test_few_linear_of_many_rows(rows, device):
+    """The head, where a block takes twice the rows; a token's bits are those of the few."""
+    x, weights = draw(40, 256, device=device), [draw(n, 256, device=device) for n in rows]
+    check_op(
+        lambda x, *weights: tuple(ops.few_linear(x, weights)),
+        lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
+        *(x, *weights),
+        gradients=False,
+    )
+    if device.type == "cuda":
+        check_alone(lambda x: ops.few_linear(x, weights), x)
+
+
 def test_few_linear_in_fp32_and_with_static_weights(device):
     x, weight = draw(7, 1024, device=device), draw(64, 1024, device=device)
     (wide,) = ops.few_linear(x, [weight], out_dtype=torch.float32)
@@ -311,6 +325,9 @@ def test_combine_norm(shape, device):
 
 # ---- once an op ----
 def _calls(device):
+    def ids(*shape):
+        return torch.randint(4, shape, device=device)
+
     x, weight, factor = draw(5, 64, device=device), draw(32, 64, device=device), draw(64, device=device)
     index, factors = choices(5, 12, 4, device)
     experts = expert_weights(12, 64, 32, 64, device)
@@ -323,22 +340,8 @@ def _calls(device):
             *(torch.arange(5, device=device), False),
         ),
         "few_attention": (*paged([70, 3], 2, 1, 4, device), 0.07, 512),
-        "decode_positions": (
-            index[:, 0],
-            index[:, 1] * 0 + 1,
-            torch.zeros(5, 4, dtype=torch.int32, device=device),
-            0,
-            2,
-            64,
-            99,
-        ),
-        "greedy_round": (
-            index[:, :3].clone(),
-            index[:, :2].clone(),
-            index[:, 0].clone(),
-            draw(5, 2, 64, device=device),
-            index[:, 1],
-        ),
+        "decode_positions": (ids(5), ids(5), ids(5, 4).int(), 0, 2, 64, 99),
+        "greedy_round": (ids(5, 3), ids(5, 2), ids(5), draw(5, 2, 64, device=device), ids(5)),
         "few_experts": (x, index, factors, *experts.values(), False),
         "combine_norm": (x, draw(5, 3, 64, device=device), factor, 1e-6),
     }

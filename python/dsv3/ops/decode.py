@@ -96,7 +96,7 @@ def _supports_experts(
 
 
 def _slots(topk_idx: Tensor | None, shared_down: Tensor | None) -> int:
-    return (0 if topk_idx is None else topk_idx.shape[1]) + (shared_down is not None)
+    return (0 if topk_idx is None else topk_idx.shape[1]) + (0 if shared_down is None else 1)
 
 
 def _launch_experts(
