@@ -99,7 +99,7 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         num_pages: int | None = None,
-        max_prefill_tokens: int = 8192,
+        max_prefill_tokens: int = 16384,
         cuda_graphs: bool | None = None,
     ) -> None:
         config = model.config
