@@ -123,7 +123,7 @@ def _combine_case(tokens: int, slots: int, hidden: int) -> Case:
 
 def cases(tiny: bool) -> list[Case]:
     """One token and 32."""
-    heads, sizes = ((3,), (6, 64, 32)) if tiny else ((16, 128), (64, 1024, 512))
+    heads, sizes = ((2, 3), (6, 64, 32)) if tiny else ((16, 128), (64, 1024, 512))
     shapes = {name: ((32,) * len(rows), 64) if tiny else (rows, depth) for name, (rows, depth) in LINEAR.items()}
     return [
         *(_linear_case(name, *shape, tokens) for name, shape in shapes.items() for tokens in (1, 32)),
