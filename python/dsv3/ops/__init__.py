@@ -5,13 +5,11 @@ from dsv3.ops.decode import (
     FEW_TOKENS,
     attends_few,
     combine_norm,
-    decode_positions,
     few_attention,
     few_experts,
     few_gate,
     few_heads,
     few_linear,
-    greedy_round,
     mla_absorb,
 )
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
@@ -31,6 +29,7 @@ from dsv3.ops.moe import (
 from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
+from dsv3.ops.round import decode_positions, greedy_round
 
 __all__ = [
     "FEW_TOKENS",
