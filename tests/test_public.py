@@ -114,7 +114,7 @@ def test_every_native_op_is_checked_and_measured() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "loss", "optim"])
+@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "decode", "loss", "optim"])
 def test_nothing_falls_back_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A test that compares an op with its reference says nothing where the op quietly runs on it."""
     monkeypatch.setattr(registry, "FALLBACKS", {})

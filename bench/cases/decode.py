@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,6 +106,96 @@ def _experts_case(tokens: int, experts: int, hidden: int, inner: int) -> Case:
     )
 
 
+def _attention_case(batch: int, heads: int, length: int) -> Case:
+    """Over a cache whose pages lie in any order."""
+    pages = -(-length // 64)
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        cache = torch.randn(batch * pages, 64, 1, 576, device=device, dtype=BF16)
+        table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+        return torch.randn(batch, 1, heads, 576, device=device, dtype=BF16), cache, table, lengths
+
+    return Case(
+        op="few_attention",
+        case={"batch": batch, "s_q": 1, "heads": heads, "s_k": length, "kv": "bf16"},
+        flops=2.0 * batch * length * heads * (576 + 512),
+        bytes=2 * batch * (length * 576 + heads * (576 + 512)),
+        inputs=inputs,
+        run=lambda *inputs: torch.ops.dsv3.few_attention(*inputs, 192**-0.5, 512),
+        baselines={
+            "torch": Baseline(lambda *inputs: reference.few_attention(*inputs, 192**-0.5, 512)),
+            "mla_decode": Baseline(lambda *x: torch.ops.dsv3.mla_decode(*x, None, 192**-0.5, 512, True, False)[0]),
+        },
+    )
+
+
+def _gate_case(tokens: int, experts: int, hidden: int) -> Case:
+    """The four groups of eight that are best, of `mini`; fewer at tiny sizes."""
+    groups = 8 if experts % 8 == 0 else 1
+    settings = groups, -(-groups // 2), min(8, experts // 2), 2.5, "sigmoid", "top2_sum", True, True
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        rows = [torch.randn(tokens, hidden, device=device, dtype=BF16) for _ in range(2)]
+        return (
+            *rows,
+            _draw(hidden, device=device),
+            _draw(experts, hidden, device=device),
+            torch.rand(experts, device=device),
+        )
+
+    def call(f: Callable[..., Any], x: Tensor, residual: Tensor, norm: Tensor, gate: Tensor, bias: Tensor) -> Any:
+        return f(x, residual, norm, 1e-6, gate, bias, *settings)[:2]  # choices may differ where two are nearly equal
+
+    return Case(
+        op="few_gate",
+        case={"tokens": tokens, "hidden": hidden, "experts": experts},
+        flops=2.0 * tokens * experts * hidden,
+        bytes=2 * hidden * (4 * tokens + experts + 1),
+        inputs=inputs,
+        run=functools.partial(call, torch.ops.dsv3.few_gate),
+        baselines={"torch": Baseline(functools.partial(call, reference.few_gate))},
+    )
+
+
+def _positions_case(batch: int, width: int) -> Case:
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        lengths = torch.arange(batch, device=device) + 40
+        return lengths, torch.ones_like(lengths), torch.arange(batch * width, device=device).int().view(batch, width)
+
+    settings = 0, 2, 64, 64 * width - 1
+    return Case(
+        op="decode_positions",
+        case={"batch": batch, "s_q": 2, "width": width},
+        flops=0,
+        bytes=batch * (16 + 2 * 20 + 4),
+        inputs=inputs,
+        run=lambda *inputs: torch.ops.dsv3.decode_positions(*inputs, *settings),
+        baselines={"torch": Baseline(lambda *inputs: reference.decode_positions(*inputs, *settings))},
+    )
+
+
+def _greedy_case(batch: int, vocab: int) -> Case:
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        state = torch.zeros(batch, 4, dtype=torch.int64, device=device)
+        logits = torch.randn(batch, 2, vocab, device=device, dtype=BF16)
+        return state[:, :3].clone(), state[:, :2].clone(), state[:, 0].clone(), logits, torch.ones_like(state[:, 0])
+
+    def run(f: Callable[..., None], *inputs: Tensor) -> Tensor:
+        f(*inputs)
+        return inputs[0]
+
+    return Case(
+        op="greedy_round",
+        case={"batch": batch, "s_q": 2, "vocab": vocab},
+        flops=0,
+        bytes=batch * (4 * vocab + 24 + 16 + 8 + 8),
+        inputs=inputs,
+        run=functools.partial(run, torch.ops.dsv3.greedy_round),
+        baselines={"torch": Baseline(functools.partial(run, reference.greedy_round))},
+    )
+
+
 def _combine_case(tokens: int, slots: int, hidden: int) -> Case:
     def inputs(device: torch.device) -> tuple[Tensor, ...]:
         rows = _draw(tokens, hidden, device=device), _draw(tokens, slots, hidden, device=device)
@@ -130,4 +221,8 @@ def cases(tiny: bool) -> list[Case]:
         *(make(tokens, count) for make in (_heads_case, _absorb_case) for count in heads for tokens in (1, 32)),
         *(_experts_case(tokens, *sizes) for tokens in (1, 32)),
         *(_combine_case(tokens, 9, sizes[1]) for tokens in (1, 32)),
+        *(_attention_case(batch, heads[0], 70 if tiny else 544) for batch in (1, 32)),
+        *(_gate_case(tokens, *sizes[:2]) for tokens in (1, 32)),
+        *(_positions_case(batch, 3 if tiny else 64) for batch in ((1, 2) if tiny else (4, 32))),
+        *(_greedy_case(batch, 64 if tiny else 32000) for batch in (1, 32)),
     ]
