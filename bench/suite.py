@@ -14,7 +14,7 @@ import pytest
 from bench.results import ROOT, Environment, csrc_sha
 
 MAX_WORKERS = 8  # each holds a CUDA context and what its largest test needs
-FAMILIES = ("quant", "norm", "gemm", "attention", "moe", "comm", "loss", "optim")  # the folders of csrc
+FAMILIES = ("quant", "norm", "gemm", "attention", "moe", "decode", "comm", "loss", "optim")  # the folders of csrc
 
 
 def family_of(path: str, root: Path = ROOT) -> str:

@@ -109,6 +109,15 @@ PYBIND11_MODULE(_C, m) {
   define(m, "swiglu_backward", dsv3::swiglu_backward);
   define(m, "swiglu_cast", dsv3::swiglu_cast);
   define(m, "swiglu_cast_backward", dsv3::swiglu_cast_backward);
+  define(m, "few_linear", dsv3::few_linear);
+  define(m, "few_heads", dsv3::few_heads);
+  define(m, "mla_absorb", dsv3::mla_absorb);
+  define(m, "few_attention", dsv3::few_attention);
+  define(m, "few_gate", dsv3::few_gate);
+  define(m, "few_experts", dsv3::few_experts);
+  define(m, "combine_norm", dsv3::combine_norm);
+  define(m, "decode_positions", dsv3::decode_positions);
+  define(m, "greedy_round", dsv3::greedy_round);
   define(m, "cross_entropy_", dsv3::cross_entropy_);
   define(m, "adamw", dsv3::adamw);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -118,6 +119,41 @@ void moe_permutation(Tensor offsets, Tensor source, Tensor position, Tensor bloc
                      cudaStream_t stream);
 void moe_permute(Tensor rows, Tensor x, Tensor position, cudaStream_t stream);
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
+
+// decode/. What a decoding step does with at most 64 tokens, all bf16. static_weights: no kernel that may still run writes
+// them.
+// few_linear.cu. x [T, K]; weights [N_i, K], outs [T, N_i], all bf16 or all fp32. x [T, G, K], weight
+// [G, N, K] with contiguous matrices, out [T, G, N].
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, bool static_weights,
+                cudaStream_t stream);
+void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStream_t stream);
+// mla_absorb.cu. q [T, G, Dn + Dr], weight [G, Dn, Dc] with contiguous matrices, out [T, G, Dc + Dr]; cos, sin fp32
+// [positions, Dr / 2]; positions int64 [T].
+void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Tensor positions, bool static_weights,
+                cudaStream_t stream);
+// few_attention.cu. q [B, S, G, 576] of at most 32 rows S G, cache [pages, 64, 1, 576], block_table int32 [B, W], seq_lens
+// int32 [B]; out [B, S, G, 512]; partial fp32 [B, 16, S G, 512] and partial_lse [B, 16, S G] are workspace.
+void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
+                   Tensor seq_lens, double softmax_scale, cudaStream_t stream);
+// few_gate.cu. x, residual, sum, u [T, H]; norm_weight [H]; gate [E, H]; bias fp32 [E]; index int64, weights fp32 [T, k].
+// Settings: eps, num_groups, topk_groups, route_scale, softmax, top2_sum, normalize (as of moe_gate), static_weights.
+using FewGateSettings = std::tuple<double, int64_t, int64_t, double, bool, bool, bool, bool>;
+void few_gate(Tensor sum, Tensor u, Tensor index, Tensor weights, Tensor x, Tensor residual, Tensor norm_weight,
+              Tensor gate, std::optional<Tensor> bias, FewGateSettings settings, cudaStream_t stream);
+// few_experts.cu. x [T, H]; topk_idx int64 [T, k], topk_weights fp32 [T, k], gate_up [E, 2I, H], down [E, H, I], or none;
+// shared_gate_up [2J, H], shared_down [H, J], or none; y [T, k + 1, H], k where nothing is shared; act, T * (k I + J)
+// elements, is workspace.
+void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
+                 std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
+                 std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream);
+// combine_norm.cu. residual, out, h [T, H]; y [T, S, H]; weight [H].
+void combine_norm(Tensor out, Tensor h, Tensor residual, Tensor y, Tensor weight, double eps, cudaStream_t stream);
+// round.cu. lengths, active int64 [B]; positions, slots int64 [B * S]; seq_lens int32 [B]; block_table int32 [B, W]; logits
+// [B, S, V]; tokens int64 [B, S], result int64 [B, S + 1].
+void decode_positions(Tensor positions, Tensor slots, Tensor seq_lens, Tensor lengths, Tensor active,
+                      Tensor block_table, int64_t first, int64_t steps, int64_t page, int64_t last_position,
+                      cudaStream_t stream);
+void greedy_round(Tensor result, Tensor tokens, Tensor lengths, Tensor logits, Tensor active, cudaStream_t stream);
 
 // loss/cross_entropy.cu. loss fp32 [T]; logits float [T, V], replaced by the gradient where asked; targets int64 [T],
 // -100 is ignored.

@@ -114,7 +114,7 @@ def test_every_native_op_is_checked_and_measured() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "loss", "optim"])
+@pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "decode", "loss", "optim"])
 def test_nothing_falls_back_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A test that compares an op with its reference says nothing where the op quietly runs on it."""
     monkeypatch.setattr(registry, "FALLBACKS", {})
@@ -196,10 +196,14 @@ def test_the_benchmark_has_the_sizes_of_the_issue() -> None:
     for family in ("norm", "quant", "moe", "loss", "optim"):
         assert load(family, tiny=False)
         assert all("torch.compile" in case.baselines for case in load(family, tiny=False)), family
-    decode = [c.case for c in rows("attention", "mla_decode") if not c.case.get("varlen")]
+    decode = [c.case for c in rows("attention", "mla_decode") if not {"varlen", "layer"} & c.case.keys()]
     assert len([case for case in decode if case["kv"] == "bf16"]) == 13
     assert {case["heads"] for case in decode} == {16, 64, 128}
+    layers = [c.case for c in rows("attention", "mla_decode") if c.case.get("layer")]
+    assert [(case["batch"], case["heads"], case["s_k"]) for case in layers] == [(b, 128, 4096) for b in (1, 32, 128)]
     assert {c.case["tokens"] for c in rows("attention", "mla_append_kv")} == {128, 4096}
+    generation = [(c.case["batch"], c.case["prompt"], c.case["speculative"]) for c in rows("model", "generate")]
+    assert generation == [(1, 512, False), (1, 512, True), (32, 512, False), (32, 512, True)]
     steps = [
         tuple(c.case.get(key) for key in ("model", "rows", "length", "mtp", "precision"))
         for c in rows("model", "train_step")

@@ -1,5 +1,5 @@
-"""csrc/attention: attention of whole sequences; decoding over the paged latent cache, its schedule, and what stores a token in
-the cache, in bf16 and FP8.
+"""csrc/attention: attention of whole sequences; decoding over the paged latent cache, its schedule, what stores a token in the
+cache, in bf16 and FP8, and a whole layer.
 
 The shapes of decoding are those of FlashMLA's published figures and of tensor-parallel ranks. A schedule (FlashMLA: its
 metadata) is made once a step and shared by all layers, so it is prepared outside the timed part, and timed by itself.
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.cases import Baseline, Case, peers
+from bench.decode_layer import decode_layer
 from dsv3 import ops
 from dsv3.ops import registry
 from dsv3.reference import attention as reference
@@ -267,4 +268,5 @@ def cases(tiny: bool) -> list[Case]:
         *(_decode_case(*size(*shape), varlen=True) for shape in VARLEN),
         _schedule_case(*size(*VARLEN[0])),
         *(_append_case(count, kv) for kv in ("bf16", "fp8") for count in tokens),
+        *(decode_layer(batch, tiny) for batch in (1, 32, 128)),
     ]

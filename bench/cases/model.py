@@ -1,5 +1,5 @@
 """Whole training steps: `mini` in bf16 with fp32 master weights, beside transformers and our own references; `mini` and `2b`
-with FP8 linear layers, beside bf16; and the linear work of one expert layer of V3."""
+with FP8 linear layers, beside bf16; the linear work of one expert layer of V3; and generation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.cases import Case, Timing
 from bench.expert_layer import expert_layer
+from bench.generation import generation
 from bench.timing import release
 from dsv3.config import Config
 from dsv3.model import Batch, DeepSeekV3
@@ -278,4 +279,5 @@ def cases(tiny: bool) -> list[Case]:
         *(case("train_step", measure_fp8, setup, False, fp8=True, precision="fp8") for setup in (mini, large)),
         case("train_losses", measure_agreement, mini, False, steps=mini.steps, warmup_steps=RECIPE.warmup_steps),
         expert_layer(tiny),
+        *generation(tiny),
     ]

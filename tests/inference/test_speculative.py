@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3 import ops
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, draw, noise_key, probabilities, uniform
-from dsv3.inference.speculative import accept_greedy, accept_sampled
+from dsv3.inference.speculative import accept_sampled
 from tests.inference.chi_square import chi_square
 from tests.inference.wrong_rules import WRONG_RULES
 
@@ -95,7 +96,10 @@ def test_one_hot_distributions_follow_the_greedy_rule_whatever_q_says():
     q = torch.rand(1000, 2, VOCAB).round(decimals=1)  # with exact zeros and ones
     u = torch.rand(1000, 3, dtype=torch.float64)
     tokens, accepted = accept_sampled(p, q, drafts, u[:, :2], u)
-    greedy_tokens, greedy_accepted = accept_greedy(best, drafts)
+    state = torch.zeros(1000, dtype=torch.int64)
+    result, newest = torch.zeros(1000, 4, dtype=torch.int64), torch.cat([state[:, None], drafts], 1)
+    ops.greedy_round(result, newest, state.clone(), p, state)
+    greedy_tokens, greedy_accepted = result[:, :3], result[:, 3]
     assert torch.equal(accepted, greedy_accepted)
     assert set(accepted.tolist()) == {0, 1, 2}
     counted = torch.arange(3) <= accepted[:, None]

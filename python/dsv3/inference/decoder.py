@@ -9,7 +9,9 @@ With D MTP modules, a round of a row whose cache holds n tokens (the newest toke
              from drafts or not at all; so every module runs over the 2D positions n-D+1 to n+D. Entries past n+a are wrong,
              and the next round overwrites them before it reads them, as it does in the main cache.
 
-All shapes depend only on the number of rows and the width of the block table, and the steps only on `mode`.
+All shapes depend only on the number of rows and the width of the block table, and the steps only on `mode`: on a GPU a
+round of each becomes a CUDA graph. Its result is copied to the host by the side, so that the next round can be launched
+before the host has seen it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,26 @@ from torch import Tensor
 
 from dsv3 import ops
 from dsv3.inference.cache import PAGE, allocate_cache
+from dsv3.inference.graphs import Graphs, addresses
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
-from dsv3.inference.speculative import accept_greedy, accept_sampled
+from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
+
+
+class Pending:
+    """The result of a round that may still be running."""
+
+    def __init__(self, result: Tensor, done: torch.cuda.Event | None) -> None:
+        self._result, self._done = result, done
+
+    def tolist(self) -> list[list[int]]:
+        """A list of D+2 a row, as Decoder.round has it; waits for the round. To be read before the round after the next."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._result.tolist()
 
 
 class Decoder:
@@ -35,11 +51,21 @@ class Decoder:
 
     Args:
         model: the model; depth of speculation is `depth`, at most len(model.mtp), 0 for none.
-        num_pages: of the cache, page 0 included, to which idle rows point.
+        num_pages: of the cache, page 0 included, to which rows point where they have no page.
         max_pages: width of the block table.
+        cuda_graphs: whether `launch` replays CUDA graphs.
     """
 
-    def __init__(self, model: DeepSeekV3, *, depth: int, max_batch: int, num_pages: int, max_pages: int) -> None:
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        *,
+        depth: int,
+        max_batch: int,
+        num_pages: int,
+        max_pages: int,
+        cuda_graphs: bool = False,
+    ) -> None:
         config, weight = model.config, model.embed.weight
         assert 0 <= depth <= len(model.mtp)
         self.model, self.depth = model, depth
@@ -67,6 +93,14 @@ class Decoder:
         self._state = [t for t in vars(self).values() if isinstance(t, Tensor)]
         self._rows = torch.arange(max_batch, device=self.device)
         self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
+        self.result = state(depth + 2)
+        self._graphs = Graphs() if cuda_graphs else None
+        self._addresses: tuple[object, ...] = ()
+        on_gpu = self.device.type == "cuda"
+        # Of two rounds the host reads one while the other runs.
+        self._fetched = [
+            torch.empty_like(self.result, device="cpu", pin_memory=True) for _ in range(2 if on_gpu else 0)
+        ]
 
     # ---- rows ----
     def assign(
@@ -93,6 +127,14 @@ class Decoder:
             tensor[first:end].zero_()
 
     # ---- steps ----
+    def check_weights(self) -> None:
+        """To be called when weights may have moved since the last round: graphs that know their old places are dropped."""
+        if self._graphs is not None:
+            now = addresses(self.model)
+            if now != self._addresses:
+                self._graphs.clear()
+            self._addresses = now
+
     def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
         """Runs whole prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n]."""
         rows = slice(first, first + len(prompts))
@@ -119,26 +161,48 @@ class Decoder:
             following = following.roll(-1).index_copy(0, last, draft)
         return new
 
+    def launch(self, batch: int, width: int, mode: int) -> Pending:
+        """Like `round`, without waiting for it."""
+        if self._graphs is None:
+            self.round(batch, width, mode)
+        else:
+            self._graphs.run((batch, width, mode), lambda: self.round(batch, width, mode))
+        result = self.result[:batch]
+        if not self._fetched:
+            return Pending(result, None)
+        self._fetched.reverse()
+        fetched = self._fetched[0][:batch].copy_(result, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Pending(fetched, done)
+
     def round(self, batch: int, width: int, mode: int) -> Tensor:
         """One round of the first `batch` rows, looking at the first `width` pages of each.
 
-        Returns int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens count.
+        Returns `result` int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens
+        count. The next round overwrites it.
         """
         rows = slice(0, batch)
-        n, drafts = self.lengths[rows], self.tokens[rows, 1:]
-        h, _ = self.model.hidden(self.tokens[rows].flatten(), self._context(n, 1 + self.depth, width), self.cache)
-        new, accepted = self._verify(h, rows, drafts, n, mode)
-        result = torch.cat([new, accepted[:, None]], 1)
+        n, result = self.lengths[rows], self.result[rows]
+        before = n.clone() if self.depth else n
+        ctx = self._context(n, 0, 1 + self.depth, width)
+        h, _ = self.model.hidden(self.tokens[rows].flatten(), ctx, self.cache)
+        logits = self.model.logits(h).view(batch, 1 + self.depth, self._vocab)
+        if mode == GREEDY:
+            ops.greedy_round(result, self.tokens[rows], n, logits, self.active[rows])
+        else:
+            new, accepted = self._accept(logits, rows, mode)
+            torch.cat([new, accepted[:, None]], 1, out=result)
+            self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
+            n += (accepted + 1) * self.active[rows]
         if self.depth:
-            self._draft(h.view(batch, 1 + self.depth, -1), new, accepted, rows, width, mode)
-        self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
-        n += (accepted + 1) * self.active[rows]
+            h = h.view(batch, 1 + self.depth, -1)
+            self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
         return result
 
-    def _verify(self, h: Tensor, rows: slice, drafts: Tensor, n: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-        logits = self.model.logits(h).view(n.shape[0], 1 + self.depth, self._vocab)
-        if mode == GREEDY:
-            return accept_greedy(logits.argmax(-1), drafts)
+    def _accept(self, logits: Tensor, rows: slice, mode: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B, D+1] drawn from logits [B, D+1, V], and how many drafts before them were accepted."""
+        n, drafts = self.lengths[rows], self.tokens[rows, 1:]
         p = self._probabilities(logits, rows, mode)
         place = n[:, None] + torch.arange(1, 2 + self.depth, device=self.device)
         if not self.depth:
@@ -146,11 +210,11 @@ class Decoder:
         u_accept, u_draw = uniform(self.key[rows, None], place, self._streams).unbind()
         return accept_sampled(p, self.draft_probs[rows], drafts, u_accept[:, :-1], u_draw)
 
-    def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, rows: slice, width: int, mode: int) -> None:
-        """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave."""
+    def _draft(self, h: Tensor, new: Tensor, accepted: Tensor, n: Tensor, width: int, mode: int) -> None:
+        """Drafts behind the new tokens [B, D+1], whose h [B, D+1, H] the verification gave; n [B] as before it."""
         depth, batch = self.depth, h.shape[0]
-        n = self.lengths[rows]
-        ctx = self._context(n - depth + 1, 2 * depth, width)
+        rows = slice(0, batch)
+        ctx = self._context(n, 1 - depth, 2 * depth, width)
         h = torch.cat([self.past_h[rows], h], 1) if depth > 1 else h
         # following[:, j + k] is what module k reads at window position j: tokens n-D+2 on, drafts behind the accepted ones.
         following = torch.cat([self.past_tokens[rows], new, new.new_zeros(batch, depth)], 1)
@@ -176,20 +240,23 @@ class Decoder:
         slots = self.block_table[row, positions.clamp(min=0) // PAGE].long() * PAGE + positions % PAGE
         return torch.where(positions < 0, -1, slots)
 
-    def _context(self, first: Tensor, steps: int, width: int) -> AttentionContext:
-        """The `steps` positions of each row from `first` int64 [B] on.
+    def _context(self, lengths: Tensor, first: int, steps: int, width: int) -> AttentionContext:
+        """The `steps` positions of each row from lengths [B] + first on.
 
-        The last may lie behind the context's end, where nothing counts any more, and the first before its beginning.
+        The last may lie behind the context's end, where nothing counts any more, and the first before its beginning. Idle
+        rows have length 0 and store nothing.
         """
-        positions = first[:, None] + torch.arange(steps, device=self.device)
-        batch = first.shape[0]
-        seq_lens = (first + steps).int()
+        batch, heads = len(lengths), self.model.config.num_attention_heads
+        table = self.block_table[:batch]
+        settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
+        positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
+        few = batch * steps <= ops.FEW_TOKENS and ops.attends_few(steps * heads, width)
         return AttentionContext(
-            positions.clamp(0, self._last_position).flatten(),
-            block_table=self.block_table[:batch, :width],
+            positions,
+            block_table=table[:, :width],
             seq_lens=seq_lens,
-            slot_mapping=self._slots(self._rows[:batch, None], positions).flatten(),
-            schedule=ops.mla_schedule(seq_lens, steps, self.model.config.num_attention_heads),
+            slot_mapping=slots,
+            schedule=None if few else ops.mla_schedule(seq_lens, steps, heads),
         )
 
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:

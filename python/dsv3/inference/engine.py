@@ -10,13 +10,17 @@ from pathlib import Path
 import torch
 
 from dsv3.inference.cache import PagePool, pages_for
-from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder
+from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder, Pending
 from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
 from dsv3.model import DeepSeekV3
+from dsv3.ops.registry import is_hopper
 
 OnToken = Callable[[int, list[int], str], None]
+MIN_WIDTH = (
+    64  # pages of a block table as a graph sees it at least: more cost nothing, since a kernel looks at the lengths
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,18 @@ class Stats:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+@dataclass(frozen=True)
+class _Round:
+    """A decode round whose tokens the host has not taken yet; row r of it is sequence `requests[r]`."""
+
+    requests: list[Request]
+    pending: Pending
+
+    def more_to_come(self) -> bool:
+        """Whether some sequence may go on behind it: each gets one token at least."""
+        return any(r.finish_reason is None and len(r.output) + 1 < r.max_tokens for r in self.requests)
+
+
 class Engine:
     """Continuous batching over a paged cache, with the model's MTP modules as drafters.
 
@@ -66,9 +82,12 @@ class Engine:
         max_context: prompt and completion together; None: config.max_position_embeddings.
         num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context.
         max_prefill_tokens: prompts that are prefilled together hold at most so many tokens, or one prompt.
+        cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
+            Weights may be changed in place between calls of `generate`, and replaced.
 
     Raises:
-        ValueError: speculative without MTP, or sizes that cannot work.
+        ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model on a Hopper GPU (elsewhere references
+            ask the device), or sizes that cannot work.
     """
 
     def __init__(
@@ -80,9 +99,15 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         num_pages: int | None = None,
-        max_prefill_tokens: int = 8192,
+        max_prefill_tokens: int = 16384,
+        cuda_graphs: bool | None = None,
     ) -> None:
         config = model.config
+        weight = model.embed.weight
+        capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and is_hopper(weight.device)
+        if cuda_graphs and not capturable:
+            found = f"{weight.dtype} on {weight.device}".removeprefix("torch.")
+            raise ValueError(f"cuda_graphs=True needs a bfloat16 model on a Hopper GPU, got {found}")
         if speculative and not len(model.mtp):
             raise ValueError("speculative=True needs an MTP module, but this model's checkpoint has none")
         limit = config.max_position_embeddings
@@ -97,11 +122,14 @@ class Engine:
         self._depth = 0 if speculative is False else len(model.mtp)
         eos = config.eos_token_id
         self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        max_pages = pages_for(context + self._depth)
-        num_pages = 1 + max_batch * max_pages if num_pages is None else num_pages
+        num_pages = 1 + max_batch * pages_for(context + self._depth) if num_pages is None else num_pages
         self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
-        sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": max_pages}
-        self._decoder = Decoder(model, depth=self._depth, **sizes)
+        # The table is wide enough for a round behind the one that fills the context: see _step.
+        sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": pages_for(context + 2 * self._depth + 1)}
+        graphs = capturable if cuda_graphs is None else cuda_graphs
+        self._decoder = Decoder(model, depth=self._depth, cuda_graphs=graphs, **sizes)
+        self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
+        self._under_way: _Round | None = None
 
     def generate(
         self,
@@ -123,11 +151,13 @@ class Engine:
         """
         requests = self._requests(prompts, params)
         self._scheduler.waiting.extend(requests)
+        self._decoder.check_weights()
         try:
             with torch.no_grad():
                 while self._scheduler.waiting or self._scheduler.running:
                     self._step(on_token)
         finally:
+            self._under_way = None
             self._decoder.release(0, self._max_batch)
             self._scheduler.clear()
         return [self._completion(r) for r in requests]
@@ -173,50 +203,76 @@ class Engine:
 
     # ---- steps ----
     def _step(self, on_token: OnToken | None) -> None:
-        """Prefills what can join the batch, or else decodes one round."""
-        first = len(self._scheduler.running)
-        joined = self._scheduler.admit()
-        start = time.perf_counter()
-        if joined:
-            new = [[token] for token in self._prefill(first, joined)]
-            self.stats.prefill_seconds += time.perf_counter() - start
-        else:
-            joined = list(self._scheduler.running)
-            new = self._round(joined)
-            self.stats.decode_seconds += time.perf_counter() - start
-        for request, tokens in zip(joined, new, strict=True):
-            self._take(request, tokens, on_token)
-        before = len(self._scheduler.running)
-        for source, target in self._scheduler.retire():
-            self._decoder.move(source, target)
-        if len(self._scheduler.running) < before:
-            self._decoder.release(len(self._scheduler.running), before)
+        """Prefills what can join the batch, or else decodes one round.
 
-    def _prefill(self, first: int, requests: list[Request]) -> list[int]:
+        On a GPU the host looks at a round while the next one runs, which needs nothing that the host knows. A sequence that
+        has ended takes part in one round too many: it gives tokens that nobody takes, in cache pages that are still its own
+        or nobody's.
+        """
+        start = time.perf_counter()
+        if self._scheduler.has_room():
+            self._settle(on_token)  # rows move when sequences end
+            self._prefill(on_token)
+            self.stats.prefill_seconds += time.perf_counter() - start
+            return
+        if self._ahead and self._under_way is not None:
+            following = self._launch() if self._under_way.more_to_come() else None
+            self._settle(on_token)
+            self._under_way = following
+        else:
+            self._under_way = self._launch()
+            if not self._ahead:
+                self._settle(on_token)
+        self.stats.decode_seconds += time.perf_counter() - start
+
+    def _prefill(self, on_token: OnToken | None) -> None:
+        first = len(self._scheduler.running)
+        requests = self._scheduler.admit()
         self._decoder.assign(
             first, [r.pages for r in requests], [r.params for r in requests], [r.key for r in requests]
         )
         new = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests)).tolist()
         self.stats.prefills += 1
         self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
-        return new
+        for request, token in zip(requests, new, strict=True):
+            self._take(request, [token], on_token)
+        self._retire()
 
-    def _round(self, requests: list[Request]) -> list[list[int]]:
-        depth, rows = self._depth, len(requests)
-        width = pages_for(max(r.cached for r in requests) + 1 + depth)
-        if self._decoder.device.type == "cuda":  # few distinct shapes, so that graphs of rounds can be kept
+    def _launch(self) -> _Round:
+        """Starts a round of all running sequences, whose newest tokens may be those of the round under way."""
+        requests, steps = list(self._scheduler.running), 1 + self._depth
+        rows, unseen = len(requests), steps if self._under_way is not None else 0
+        width = pages_for(max(r.cached for r in requests) + unseen + steps)
+        if self._ahead:  # few distinct shapes, so that graphs of rounds can be kept
             rows = min(1 << (rows - 1).bit_length(), self._max_batch)
-            width = min(1 << (width - 1).bit_length(), self._decoder.block_table.shape[1])
-        result = self._decoder.round(rows, width, _mode(requests)).tolist()
-        self.stats.steps += 1
-        new = []
-        for request, (*tokens, accepted) in zip(requests, result, strict=False):
-            request.num_drafted += depth
+            width = min(max(1 << (width - 1).bit_length(), MIN_WIDTH), self._decoder.block_table.shape[1])
+        return _Round(requests, self._decoder.launch(rows, width, _mode(requests)))
+
+    def _settle(self, on_token: OnToken | None) -> None:
+        """Takes the tokens of the round under way, if there is one."""
+        if self._under_way is None:
+            return
+        done, self._under_way = self._under_way, None
+        live = [
+            (request, tokens)
+            for request, tokens in zip(done.requests, done.pending.tolist(), strict=False)
+            if request.finish_reason is None
+        ]
+        self.stats.steps += bool(live)
+        for request, (*tokens, accepted) in live:
+            request.num_drafted += self._depth
             request.num_accepted += accepted
-            new.append(tokens[: accepted + 1])
-        self.stats.drafted += depth * len(requests)
-        self.stats.accepted += sum(len(tokens) - 1 for tokens in new)
-        return new
+            self.stats.drafted += self._depth
+            self.stats.accepted += accepted
+            self._take(request, tokens[: accepted + 1], on_token)
+        self._retire()
+
+    def _retire(self) -> None:
+        before = len(self._scheduler.running)
+        for source, target in self._scheduler.retire():
+            self._decoder.move(source, target)
+        if len(self._scheduler.running) < before:
+            self._decoder.release(len(self._scheduler.running), before)
 
     def _take(self, request: Request, tokens: list[int], on_token: OnToken | None) -> None:
         """Adds a step's tokens to a completion up to where it ends, and passes them on."""
@@ -262,6 +318,7 @@ def generate(
     speculative: bool | None = None,
     on_token: OnToken | None = None,
     max_batch: int = 32,
+    cuda_graphs: bool | None = None,
 ) -> list[Completion]:
     """Completions of all prompts by an engine just for them; see Engine and Engine.generate for arguments and errors."""
     tokenizer = _tokenizer(model, tokenizer)
@@ -276,5 +333,5 @@ def generate(
     context, depth = model.config.max_position_embeddings, len(model.mtp)
     pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)
     sizes = {"max_batch": max_batch, "num_pages": 2 + sum(pages[:max_batch])}
-    engine = Engine(model, tokenizer=tokenizer, speculative=speculative, **sizes)
+    engine = Engine(model, tokenizer=tokenizer, speculative=speculative, cuda_graphs=cuda_graphs, **sizes)
     return engine.generate(prompts, params, on_token=on_token)

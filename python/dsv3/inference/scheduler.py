@@ -46,6 +46,12 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
+    def has_room(self) -> bool:
+        """Whether `admit` would find a request to move."""
+        if not self.waiting or len(self.running) >= self.max_batch:
+            return False
+        return pages_for(self.waiting[0].reserve) <= self.pool.num_free
+
     def admit(self) -> list[Request]:
         """Moves requests from the head of the queue to the end of `running`; they are prefilled together."""
         joined: list[Request] = []

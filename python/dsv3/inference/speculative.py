@@ -39,11 +39,6 @@ def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u_accept: Tensor, u_dra
     return tokens, accepted
 
 
-def accept_greedy(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-    """The same at temperature 0: drafts stay while they equal the model's best tokens, int64 [B, D+1]. Returns as above."""
-    return best, _prefix(best[:, :-1] == drafts)
-
-
 def _prefix(ok: Tensor) -> Tensor:
     """int64 [B]: how many leading entries of bool [B, D] are true."""
     return ok.long().cumprod(1).sum(1)

@@ -162,8 +162,10 @@ class MLA(nn.Module):
         out, _ = ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=self.softmax_scale)
         return out
 
+    @torch.no_grad()
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
-        """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding."""
+        """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding. Both
+        products write their part of a tensor of tokens and heads, so nothing is put together or transposed after them."""
         c = self.config
         assert cache is not None
         assert ctx.block_table is not None
@@ -171,10 +173,13 @@ class MLA(nn.Module):
         kv_b = ops.dense(self.kv_b.weight, q.dtype).view(self.num_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        batch = ctx.seq_lens.shape[0]
-        query = torch.cat([q_latent, q_rope], -1).view(batch, -1, self.num_heads, c.latent_dim)
+        query = q.new_empty(*q.shape[:2], c.latent_dim)
+        torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., : c.kv_lora_rank].transpose(0, 1))
+        query[..., c.kv_lora_rank :] = q_rope
+        query = query.view(ctx.seq_lens.shape[0], -1, *query.shape[1:])
         settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank, "schedule": ctx.schedule}
         latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, **settings)
         latent = latent.view(-1, self.num_heads, c.kv_lora_rank).transpose(0, 1)
-        return torch.bmm(latent, w_uv.transpose(1, 2)).transpose(0, 1)
+        out = q.new_empty(*q.shape[:2], c.v_head_dim)
+        torch.bmm(latent, w_uv.transpose(1, 2), out=out.transpose(0, 1))
+        return out

@@ -43,22 +43,24 @@ class Gate(nn.Module):
         return self
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
-        c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
+        return Routed(*ops.moe_gate(logits, self.bias, **self.settings), logits)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How ops.moe_gate is to choose."""
+        c = self.config
         groups, kept = c.gate_groups
-        topk_idx, topk_weights, counts = ops.moe_gate(
-            logits,
-            self.bias,
-            num_groups=groups,
-            topk_groups=kept,
-            topk=c.num_experts_per_tok,
-            route_scale=c.routed_scaling_factor,
-            score=c.scoring_func,
-            group_score="top2_sum" if c.topk_method == "noaux_tc" else "max",
-            normalize=c.norm_topk_prob,
-        )
-        return Routed(topk_idx, topk_weights, counts, logits)
+        return {
+            "num_groups": groups,
+            "topk_groups": kept,
+            "topk": c.num_experts_per_tok,
+            "route_scale": c.routed_scaling_factor,
+            "score": c.scoring_func,
+            "group_score": "top2_sum" if c.topk_method == "noaux_tc" else "max",
+            "normalize": c.norm_topk_prob,
+        }
 
 
 class Experts(nn.Module):

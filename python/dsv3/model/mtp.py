@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsv3 import ops
 from dsv3.config import Config
+from dsv3.model import few
 from dsv3.model.attention import AttentionContext
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
@@ -42,10 +43,12 @@ class MTP(nn.Module):
     ) -> tuple[Tensor, BlockStats | None]:
         """h [T, H] of the previous depth after its norm, next_tokens int64 [T] the token after the one h has seen last.
 
-        Returns h [T, H] after this depth's norm (the head's input, and the next depth's), and the block's statistics.
-        `cache` is the whole model's list, main layers first.
+        Returns h [T, H] after this depth's norm (the head's input, and the next depth's), and the block's statistics, None
+        where it has no experts and in decoding. `cache` is the whole model's list, main layers first.
         """
         x = torch.cat([self.enorm(self.embed(next_tokens)), self.hnorm(h)], -1)
         layer_cache = None if cache is None else cache[self.cache_index]
+        if layer_cache is not None and few.fits(self.layer, ctx, len(x)):
+            return few.run([self.layer], self.norm, few.linear(self.eh_proj, x), ctx, [layer_cache]), None
         x, stats = self.layer(self.eh_proj(x, wgrad), ctx, layer_cache, wgrad)
         return self.norm(x), stats

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dsv3 import ops
 from dsv3.config import Config
+from dsv3.model import few
 from dsv3.model.attention import MLA, AttentionContext, segment_of
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
@@ -160,11 +161,14 @@ class DeepSeekV3(nn.Module):
         cache: list[Tensor] | None = None,
         wgrad: ops.WgradQueue | None = None,
     ) -> tuple[Tensor, list[BlockStats]]:
-        """tokens int64 [T] -> (h [T, H] after the final norm, the statistics of the MoE blocks in order).
+        """tokens int64 [T] -> (h [T, H] after the final norm, the statistics of the MoE blocks in order, none of which a
+        decoding step of few tokens may give).
 
         `cache`: one [pages, page, 1, kv_lora_rank + rope] a layer, main layers then MTP's; written through ctx.slot_mapping.
         """
         x, stats = self.embed(tokens), []
+        if cache is not None and all(few.fits(layer, ctx, len(x)) for layer in self.layers):
+            return few.run(list(self.layers), self.norm, x, ctx, cache[: len(self.layers)]), stats
         for index, layer in enumerate(self.layers):
             x, block_stats = layer(x, ctx, None if cache is None else cache[index], wgrad)
             if block_stats is not None:
@@ -173,6 +177,8 @@ class DeepSeekV3(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h [T, H] after a norm (the final one, or an MTP depth's) -> [T, V]."""
+        if len(h) <= ops.FEW_TOKENS and not torch.is_grad_enabled():
+            return few.linear(self.head, h)
         return self.head(h)
 
     def loss(

@@ -1,6 +1,17 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 from dsv3.ops.attention import mla_append_kv, mla_decode, mla_schedule
+from dsv3.ops.decode import (
+    FEW_TOKENS,
+    attends_few,
+    combine_norm,
+    few_attention,
+    few_experts,
+    few_gate,
+    few_heads,
+    few_linear,
+    mla_absorb,
+)
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
@@ -19,8 +30,10 @@ from dsv3.ops.moe import (
 from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
+from dsv3.ops.round import decode_positions, greedy_round
 
 __all__ = [
+    "FEW_TOKENS",
     "Fp8Weight",
     "Fp8Weights",
     "NormCast",
@@ -30,19 +43,29 @@ __all__ = [
     "SwigluCastGradients",
     "WgradQueue",
     "adamw",
+    "attends_few",
     "cast_transpose",
+    "combine_norm",
     "cross_entropy",
+    "decode_positions",
     "dense",
+    "few_attention",
+    "few_experts",
+    "few_gate",
+    "few_heads",
+    "few_linear",
     "fp8_experts",
     "fp8_gemm",
     "fp8_linear",
     "fp8_mlp",
+    "greedy_round",
     "grouped_fp8_gemm",
     "grouped_fp8_wgrad",
     "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "masked_grouped_fp8_gemm",
+    "mla_absorb",
     "mla_append_kv",
     "mla_attention",
     "mla_decode",

@@ -124,16 +124,22 @@ def moe_gate(
     if logits.dim() != 2 or (bias is not None and bias.shape != logits.shape[1:]):
         found = f"{tuple(logits.shape)} and {None if bias is None else tuple(bias.shape)}"
         raise ValueError(f"moe_gate: logits must be (T, E) and bias (E,) or None, got {found}")
-    experts = logits.shape[1]
+    check_gate("moe_gate", logits.shape[1], num_groups, topk_groups, topk, score, group_score)
+    return apply(_Gate, logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
+
+
+def check_gate(
+    name: str, experts: int, num_groups: int, topk_groups: int, topk: int, score: str, group_score: str
+) -> None:
+    """Raises ValueError for settings of a gate that do not fit together."""
     if experts % num_groups or not 1 <= topk_groups <= num_groups:
-        raise ValueError(f"moe_gate: {topk_groups} of {num_groups} groups do not divide {experts} experts")
+        raise ValueError(f"{name}: {topk_groups} of {num_groups} groups do not divide {experts} experts")
     if not 1 <= topk <= topk_groups * (experts // num_groups):
-        raise ValueError(f"moe_gate: topk must be in 1..{topk_groups * (experts // num_groups)}, got {topk}")
+        raise ValueError(f"{name}: topk must be in 1..{topk_groups * (experts // num_groups)}, got {topk}")
     if score not in ("sigmoid", "softmax") or group_score not in ("top2_sum", "max"):
         raise ValueError(
-            f"moe_gate: score must be sigmoid or softmax, group_score top2_sum or max, got {score}, {group_score}"
+            f"{name}: score must be sigmoid or softmax, group_score top2_sum or max, got {score}, {group_score}"
         )
-    return apply(_Gate, logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
 
 
 class Permutation(NamedTuple):

@@ -1,0 +1,194 @@
+// Linear layers of few tokens: out_i [T, N_i] = x W_i^T for up to kMatrices matrices that read the same x [T, K]; and
+// out [T, G, N] = x [T, G, K] W^T with a matrix for every head. Roofline: 2 N K bytes. A block takes 16 rows of a matrix, its
+// warps share K (few_tokens.cuh); weights that nobody writes are asked for before the kernel ahead has ended.
+#include "../ops.h"
+#include "few_tokens.cuh"
+
+namespace dsv3 {
+namespace {
+
+constexpr int kMatrices = 4;
+constexpr int kManyRows = 8192;
+
+struct Matrix {
+  const bf16* weight;  // [N, K] of the first head
+  void* out;           // [T, N] of the first head
+  int64_t out_stride;  // elements between tokens
+  int rows;
+};
+
+struct FewLinearParams {
+  Matrix matrices[kMatrices];
+  const bf16* x;                          // [T, K] of the first head
+  int64_t x_stride;                       // elements between tokens
+  int64_t x_head, weight_head, out_head;  // elements between heads
+  int tokens, depth;
+  bool wide_out, static_weights;
+};
+
+template <int kTiles>
+struct TokenRows {
+  const bf16* rows[kTiles];  // the lane's token of each tile, at its first column
+  __device__ __forceinline__ TokenRows(const bf16* x, int64_t stride, int first, int tokens) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int token = first + i * kTokenTile + lane_row();
+      rows[i] = token < tokens ? x + token * stride + lane_column() : nullptr;
+    }
+  }
+};
+
+template <int kTiles, int kRowTiles>
+__device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matrix& m, const float* sums, int first,
+                                           int row) {
+  constexpr int kRows = kRowTiles * kRowTile;
+  const int warps = blockDim.x / kWarpSize;
+  for (int i = threadIdx.x; i < kTiles * kTokenTile * kRows; i += blockDim.x) {
+    const int at = i / kRows, r = i % kRows, token = first + at;
+    if (token >= p.tokens) return;
+    const float* const place =
+        sums + (at / kTokenTile * kRowTiles + r / kRowTile) * kSumTile + at % kTokenTile * kSumStride + r % kRowTile;
+    const float sum = add_sums(place, warps, kTiles * kRowTiles * kSumTile);
+    const int64_t to = token * m.out_stride + blockIdx.y * p.out_head + row + r;
+    if (p.wide_out) {
+      static_cast<float*>(m.out)[to] = sum;
+    } else {
+      static_cast<bf16*>(m.out)[to] = __float2bfloat16_rn(sum);
+    }
+  }
+}
+
+template <int kTiles, int kRowTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLinearParams p) {
+  extern __shared__ float sums[];  // [warps, kTiles, kRowTiles, kSumTile]
+  const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+  int row = blockIdx.x * kRowTiles * kRowTile, index = 0;
+  for (; row >= p.matrices[index].rows; ++index) row -= p.matrices[index].rows;
+  const Matrix& m = p.matrices[index];
+  const bf16* rows[kRowTiles];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    rows[r] = m.weight + blockIdx.y * p.weight_head + static_cast<int64_t>(row + r * kRowTile + lane_row()) * p.depth +
+              lane_column();
+  }
+  Weights<kRowTiles> weights;
+  if (p.static_weights) weights.load(rows, warp, p.depth);
+  wait_for_inputs();
+  release_dependents();
+  for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
+    const TokenRows<kTiles> x(p.x + blockIdx.y * p.x_head, p.x_stride, first, p.tokens);
+    float sum[kTiles][kRowTiles][4] = {};
+    for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
+      weights.load(rows, chunk, p.depth);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        uint4 values[kSteps];
+        load_tokens(values, x.rows[i], chunk, p.depth);
+        multiply<kRowTiles>(sum[i], weights, values);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        leave_sums(sums + ((warp * kTiles + i) * kRowTiles + r) * kSumTile, sum[i][r]);
+      }
+    }
+    __syncthreads();
+    store_sums<kTiles, kRowTiles>(p, m, sums, first, row);
+    __syncthreads();
+  }
+}
+
+template <int kTiles, int kRowTiles>
+void launch_tiles(const char* name, const FewLinearParams& p, int64_t rows, int heads, cudaStream_t stream) {
+  const int warps = depth_warps(p.depth);
+  const size_t smem = sizeof(float) * warps * kTiles * kRowTiles * kSumTile;
+  const dim3 grid(rows / (kRowTiles * kRowTile), heads);
+  const Launch shape{.grid = grid, .block = dim3(warps * kWarpSize), .smem = smem};
+  launch(name, few_linear_kernel<kTiles, kRowTiles>, shape, stream, p);
+}
+
+void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cudaStream_t stream) {
+  int64_t rows = 0;
+  bool even = true;
+  for (const Matrix& m : p.matrices) {
+    rows += m.rows;
+    even = even && m.rows % (2 * kRowTile) == 0;
+  }
+  if (p.tokens == 0) return;
+  visit_tiles(p.tokens, [&](auto count) {
+    constexpr int kTiles = decltype(count)::value;
+    // Every block reads all tokens. Where there are many of both, as in the head, these bytes count: twice the rows a block.
+    if constexpr (kTiles == 4) {
+      if (even && rows >= kManyRows) return launch_tiles<kTiles, 2>(name, p, rows, heads, stream);
+    }
+    launch_tiles<kTiles, 1>(name, p, rows, heads, stream);
+  });
+}
+
+void check_depth(const char* name, const Tensor& x) {
+  DSV3_CHECK(x.size(0) <= kFewTokens, name, " must have at most ", kFewTokens, " tokens, got ", x);
+  DSV3_CHECK(x.size(-1) % kStep == 0 && x.size(-1) > 0, name, " must have a multiple of ", kStep, " columns, got ", x);
+}
+
+}  // namespace
+
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, bool static_weights,
+                cudaStream_t stream) {
+  check_operand("x", x, Dtype::kBFloat16);
+  DSV3_CHECK(x.dim() == 2, "x must be (tokens, depth), got ", x);
+  check_depth("x", x);
+  DSV3_CHECK(!weights.empty() && weights.size() <= kMatrices && outs.size() == weights.size(), "expected 1 to ",
+             kMatrices, " weights and as many outputs, got ", weights.size(), " and ", outs.size());
+  const Dtype dtype = outs[0].dtype();
+  DSV3_CHECK(dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32, "out must be bfloat16 or float32, got ", outs[0]);
+  FewLinearParams p{.x = x.data<bf16>(),
+                    .x_stride = x.size(1),
+                    .tokens = static_cast<int>(x.size(0)),
+                    .depth = static_cast<int>(x.size(1)),
+                    .wide_out = dtype == Dtype::kFloat32,
+                    .static_weights = static_weights};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t rows = weights[i].size(0);
+    check_operand("weight", weights[i], Dtype::kBFloat16, rows, x.size(1));
+    check_operand("out", outs[i], dtype, x.size(0), rows);
+    DSV3_CHECK(rows % kRowTile == 0, "weight must have a multiple of ", kRowTile, " rows, got ", weights[i]);
+    p.matrices[i] = {.weight = weights[i].data<bf16>(),
+                     .out = outs[i].data<void>(),
+                     .out_stride = rows,
+                     .rows = static_cast<int>(rows)};
+  }
+  const DeviceGuard guard(x);
+  launch_few_linear("few_linear", p, 1, stream);
+}
+
+void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStream_t stream) {
+  check_operand("x", x, Dtype::kBFloat16);
+  DSV3_CHECK(x.dim() == 3 && weight.dim() == 3,
+             "x must be (tokens, heads, depth) and weight (heads, rows, depth), got ", x, " and ", weight);
+  check_depth("x", x);
+  const int64_t heads = x.size(1), depth = x.size(2), rows = weight.size(1);
+  check_operand("out", out, Dtype::kBFloat16, x.size(0), heads, rows);
+  check_shape("weight", weight, heads, rows, depth);
+  DSV3_CHECK(weight.is_cuda() && weight.dtype() == Dtype::kBFloat16 && weight.stride(1) == depth &&
+                 weight.stride(2) == 1 && weight.stride(0) % 8 == 0 && weight.aligned(16),
+             "weight must be bfloat16 on a CUDA device, its matrices contiguous and 16-byte aligned, got ", weight);
+  DSV3_CHECK(rows % kRowTile == 0, "weight must have a multiple of ", kRowTile, " rows a head, got ", weight);
+  FewLinearParams p{.x = x.data<bf16>(),
+                    .x_stride = heads * depth,
+                    .x_head = depth,
+                    .weight_head = weight.stride(0),
+                    .out_head = rows,
+                    .tokens = static_cast<int>(x.size(0)),
+                    .depth = static_cast<int>(depth),
+                    .static_weights = static_weights};
+  p.matrices[0] = {.weight = weight.data<bf16>(),
+                   .out = out.data<void>(),
+                   .out_stride = heads * rows,
+                   .rows = static_cast<int>(rows)};
+  const DeviceGuard guard(x);
+  launch_few_linear("few_heads", p, static_cast<int>(heads), stream);
+}
+
+}  // namespace dsv3

@@ -1,0 +1,65 @@
+"""CUDA graphs of the decode rounds: one for every shape that is met again, all in one pool of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.ops import Quantized
+
+
+class Graphs:
+    """Runs work that always does the same to tensors at the same addresses.
+
+    The first run of a key launches every kernel (which also warms up what a capture must not: libraries, copies of
+    weights), the second captures a graph, and that and all later ones replay it.
+    """
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+        self._captured: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Does what `work()` does. It must not read anything on the host, nor return anything."""
+        if key not in self._captured:
+            self._captured[key] = None
+            work()
+            return
+        graph = self._captured[key]
+        if graph is None:
+            graph = self._captured[key] = self._capture(work)
+        graph.replay()
+
+    def clear(self) -> None:
+        """Forgets everything: what was captured no longer holds."""
+        self._captured.clear()
+        self._pool = None
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        # NOTE: one pool serves all graphs because they run one after the other and nothing in it outlives a replay.
+        self._pool = graph.pool()
+        return graph
+
+
+def addresses(model: nn.Module) -> tuple[object, ...]:
+    """Where the weights of a model lie and how they are multiplied: what a captured graph takes for granted.
+
+    Values that change in place change no address; a load that puts other tensors in their places, a quantisation, another
+    precision or another device does.
+    """
+    found: list[object] = []
+    for module in model.modules():
+        values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for value in values:
+            if isinstance(value, Quantized):
+                found += [value.data.data_ptr(), value.sf.data_ptr()]
+            elif isinstance(value, Tensor):
+                found.append(value.data_ptr())
+        found.append(getattr(module, "fp8", None) is None)
+    return tuple(found)

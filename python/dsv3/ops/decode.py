@@ -1,0 +1,488 @@
+"""What a decoding step does with few tokens: fewer kernels, each of which reads its weights once. Nothing differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.ops.moe import check_gate
+from dsv3.ops.registry import check_dtype, define, native
+from dsv3.reference import decode as reference
+
+FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
+STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kRowTile, kMaxExperts, kMaxPairs
+HIDDEN = 8192  # of combine_norm
+PIECES, ROWS_A_SEQUENCE, KEYS = 16, 32, 8192  # of few_attention: kMaxPieces, kMaxRows; beyond KEYS mla_decode is faster
+LATENT, ROPE, PAGE = 512, 64, 64
+
+
+def _few(x: Tensor) -> str | None:
+    if x.shape[0] > FEW_TOKENS:
+        return f"{x.shape[0]} tokens are more than {FEW_TOKENS}"
+    return check_dtype("x", x, torch.bfloat16)
+
+
+def _supports_product(x: Tensor, weight: Tensor) -> str | None:
+    rows, depth = weight.shape[-2:]
+    if rows % ROWS or depth % STEP:
+        return f"a weight of {rows} x {depth} is not of multiples of {ROWS} x {STEP}"
+    return _few(x) or check_dtype("weight", weight, torch.bfloat16)
+
+
+def _supports_linear(x: Tensor, weights: list[Tensor], *args: Any) -> str | None:
+    if len(weights) > 4:
+        return f"{len(weights)} weights are more than 4"
+    return next((reason for w in weights if (reason := _supports_product(x, w))), None)
+
+
+def _supports_gate(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor | None, *settings: Any
+) -> str | None:
+    num_groups, _, topk = settings[:3]
+    if x.shape[1] % 8 or x.shape[1] > HIDDEN or gate.shape[0] > 256 or topk > 32 or num_groups > 32:
+        return f"hidden {x.shape[1]}, {gate.shape[0]} experts in {num_groups} groups, topk {topk}"
+    return _few(x) or next((r for w in (norm_weight, gate) if (r := check_dtype("a weight", w, torch.bfloat16))), None)
+
+
+def _launch_gate(
+    outputs: tuple[Tensor, ...],
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: Tensor,
+    bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
+    static_weights: bool,
+) -> None:
+    flags = score == "softmax", group_score == "top2_sum", normalize, static_weights
+    settings = eps, num_groups, topk_groups, route_scale, *flags
+    native().few_gate(*outputs, x, residual, norm_weight, gate, bias, settings)
+
+
+def _supports_absorb(q: Tensor, weight: Tensor, cos: Tensor, *args: Any) -> str | None:
+    _, nope, latent = weight.shape
+    if nope % 16 or nope > 128 or latent % 64 or cos.shape[1] % 4:
+        return f"heads of {nope} and {2 * cos.shape[1]} columns for latents of {latent}"
+    return _few(q) or check_dtype("weight", weight, torch.bfloat16)
+
+
+def _supports_experts(
+    x: Tensor,
+    topk_idx: Tensor | None,
+    topk_weights: Tensor | None,
+    gate_up: Tensor | None,
+    down: Tensor | None,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    static_weights: bool,
+) -> str | None:
+    for weight in (down, shared_down):
+        if weight is not None and (weight.shape[-1] % STEP or weight.shape[-2] % STEP):
+            return f"experts of {weight.shape[-2]} x {weight.shape[-1]} are not of multiples of {STEP}"
+    if gate_up is not None and (gate_up.shape[0] > EXPERTS or topk_idx.numel() > CHOICES):
+        return f"{gate_up.shape[0]} experts and {topk_idx.numel()} choices are more than {EXPERTS} and {CHOICES}"
+    weights = [w for w in (gate_up, down, shared_gate_up, shared_down) if w is not None]
+    return _few(x) or next((r for w in weights if (r := check_dtype("a weight", w, torch.bfloat16))), None)
+
+
+def _slots(topk_idx: Tensor | None, shared_down: Tensor | None) -> int:
+    return (0 if topk_idx is None else topk_idx.shape[1]) + (0 if shared_down is None else 1)
+
+
+def _launch_experts(
+    y: Tensor,
+    x: Tensor,
+    topk_idx: Tensor | None,
+    topk_weights: Tensor | None,
+    gate_up: Tensor | None,
+    down: Tensor | None,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    static_weights: bool,
+) -> None:
+    size = 0 if down is None else topk_idx.numel() * down.shape[-1]
+    size += 0 if shared_down is None else x.shape[0] * shared_down.shape[-1]
+    act = x.new_empty(size)
+    experts = topk_idx, topk_weights, gate_up, down, shared_gate_up, shared_down
+    native().few_experts(y, act, x, *experts, static_weights)
+
+
+def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -> str | None:
+    if residual.shape[1] % 8 or residual.shape[1] > HIDDEN:
+        return f"hidden {residual.shape[1]} is not a multiple of 8 up to {HIDDEN}"
+    return check_dtype("residual", residual, torch.bfloat16) or check_dtype("weight", weight, torch.bfloat16)
+
+
+define(
+    "few_linear(Tensor x, Tensor[] weights, ScalarType out_dtype, bool static_weights) -> Tensor[]",
+    shapes="x [T,K], weights [N_i,K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, K % 32, N_i % 16 == 0",
+    reference=reference.few_linear,
+    allocate=lambda x, weights, out_dtype, static: [
+        x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype) for w in weights
+    ],
+    launch=lambda outs, x, weights, out_dtype, static: native().few_linear(outs, x, weights, static),
+    supports=_supports_linear,
+)
+define(
+    "few_heads(Tensor x, Tensor weight, bool static_weights) -> Tensor",
+    shapes="x [T,G,K], weight [G,N,K] -> [T,G,N]; native: bf16, T <= 64, K % 32, N % 16 == 0",
+    reference=reference.few_heads,
+    allocate=lambda x, weight, static: x.new_empty(*x.shape[:2], weight.shape[1]),
+    launch=lambda out, *args: native().few_heads(out, *args),
+    supports=lambda x, weight, static: _supports_product(x, weight),
+)
+define(
+    "mla_absorb(Tensor q, Tensor weight, Tensor cos, Tensor sin, Tensor positions, bool static_weights) -> Tensor",
+    shapes="q [T,G,Dn+Dr], weight [G,Dn,Dc], cos, sin [P,Dr/2] fp32, positions [T] int64 -> [T,G,Dc+Dr]; native: bf16, "
+    "T <= 64, Dn % 16 == 0 up to 128, Dc % 64, Dr % 8 == 0",
+    reference=reference.mla_absorb,
+    allocate=lambda q, weight, cos, *args: q.new_empty(*q.shape[:2], weight.shape[2] + 2 * cos.shape[1]),
+    launch=lambda out, *args: native().mla_absorb(out, *args),
+    supports=_supports_absorb,
+)
+define(
+    "few_gate(Tensor x, Tensor residual, Tensor norm_weight, float eps, Tensor gate, Tensor? bias, int num_groups, "
+    "int topk_groups, int topk, float route_scale, str score, str group_score, bool normalize, bool static_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    shapes="x, residual [T,H], norm_weight [H], gate [E,H], bias [E] fp32 -> x+residual, u [T,H], topk_idx [T,k] int64, "
+    "topk_weights [T,k] fp32; native: bf16, T <= 64, H % 8 == 0 up to 8192, E <= 256",
+    reference=reference.few_gate,
+    allocate=lambda x, residual, norm, eps, gate, bias, groups, kept, topk, *rest: (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        x.new_empty(x.shape[0], topk, dtype=torch.int64),
+        x.new_empty(x.shape[0], topk, dtype=torch.promote_types(x.dtype, torch.float32)),
+    ),
+    launch=_launch_gate,
+    supports=_supports_gate,
+)
+define(
+    "few_experts(Tensor x, Tensor? topk_idx, Tensor? topk_weights, Tensor? gate_up, Tensor? down, Tensor? shared_gate_up, "
+    "Tensor? shared_down, bool static_weights) -> Tensor",
+    shapes="x [T,H], topk_idx [T,k] int64, topk_weights [T,k] fp32, gate_up [E,2I,H], down [E,H,I], shared_gate_up [2J,H], "
+    "shared_down [H,J] -> [T,k+1,H]; native: bf16, T <= 64, H, I, J % 32 == 0, E <= 512",
+    reference=reference.few_experts,
+    allocate=lambda x, topk_idx, weights, gate_up, down, shared_gate_up, shared_down, static: x.new_empty(
+        x.shape[0], _slots(topk_idx, shared_down), x.shape[1]
+    ),
+    launch=_launch_experts,
+    supports=_supports_experts,
+)
+define(
+    "combine_norm(Tensor residual, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)",
+    shapes="residual [T,H], y [T,S,H], weight [H] -> residual + sum of y, its RMSNorm [T,H]; native: bf16, H % 8 == 0 up to "
+    "8192",
+    reference=reference.combine_norm,
+    allocate=lambda residual, y, weight, eps: (torch.empty_like(residual), torch.empty_like(residual)),
+    launch=lambda outputs, *args: native().combine_norm(*outputs, *args),
+    supports=_supports_combine,
+)
+
+
+def _supports_attention(q: Tensor, cache: Tensor, *args: Any) -> str | None:
+    if q.shape[1] * q.shape[2] > ROWS_A_SEQUENCE:
+        return f"{q.shape[1]} steps of {q.shape[2]} heads are more than {ROWS_A_SEQUENCE} rows"
+    if (q.shape[3], args[3], cache.shape[1]) != (LATENT + ROPE, LATENT, PAGE):
+        return f"rows of {args[3]} of {q.shape[3]} columns in pages of {cache.shape[1]}"
+    return check_dtype("q", q, torch.bfloat16) or check_dtype("cache", cache, torch.bfloat16)
+
+
+def _launch_attention(
+    out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int
+) -> None:
+    batch, steps, heads, _ = q.shape
+    partial = q.new_empty(batch, PIECES, steps * heads, LATENT, dtype=torch.float32)
+    partial_lse = q.new_empty(batch, PIECES, steps * heads, dtype=torch.float32)
+    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale)
+
+
+define(
+    "few_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank) "
+    "-> Tensor",
+    shapes="q [B,S,G,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W] int32, seq_lens [B] int32 -> [B,S,G,Dc]; native: "
+    "bf16, S G <= 32, Dc 512, Dr 64, pages of 64",
+    reference=reference.few_attention,
+    allocate=lambda q, cache, table, lengths, scale, rank: q.new_empty(*q.shape[:3], rank),
+    launch=_launch_attention,
+    supports=_supports_attention,
+)
+
+
+def few_linear(
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, static_weights: bool = False
+) -> list[Tensor]:
+    """Linear layers that read the same few tokens, in one kernel; not differentiable.
+
+    A token's bits do not depend on the other tokens nor on their number.
+
+    Args:
+        x: [T, K], made contiguous; native on Hopper for bf16 and T up to 64.
+        weights: 1 to 4 of [N_i, K], x's dtype.
+        out_dtype: of the outputs, x's or fp32; None: x's.
+        static_weights: no kernel that may still be running writes the weights, so that they may be read before the kernel
+            ahead has ended. True where at least one kernel lies between what wrote them and this.
+
+    Returns:
+        [T, N_i] for each weight.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2 or not weights or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights):
+        found = f"{tuple(x.shape)} and {[tuple(w.shape) for w in weights]}"
+        raise ValueError(f"few_linear: expected x (T, K) and weights (N, K), got {found}")
+    detached = [w.detach().contiguous() for w in weights]
+    return torch.ops.dsv3.few_linear(x.detach().contiguous(), detached, out_dtype or x.dtype, static_weights)
+
+
+def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Tensor:
+    """A linear layer a head for few tokens; not differentiable.
+
+    Args:
+        x: [T, G, K], made contiguous.
+        weight: [G, N, K] of x's dtype, each matrix contiguous, such as a part of every head's rows.
+        static_weights: as in `few_linear`.
+
+    Returns:
+        [T, G, N].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 3 or weight.dim() != 3 or (weight.shape[0], weight.shape[2]) != x.shape[1:]:
+        raise ValueError(
+            f"few_heads: expected x (T, G, K) and weight (G, N, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    return torch.ops.dsv3.few_heads(x.detach().contiguous(), _matrices(weight), static_weights)
+
+
+def mla_absorb(
+    q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, static_weights: bool = False
+) -> Tensor:
+    """The queries of mla_decode: [q_nope W_uk | rotated q_rope], for few tokens; not differentiable.
+
+    Args:
+        q: [T, G, Dn+Dr], made contiguous; its last Dr columns are rotated as rope_ does, not in place.
+        weight: [G, Dn, Dc] of q's dtype, each matrix contiguous: W_uk, the first Dn rows of every head of kv_b.
+        cos, sin: fp32 [P, Dr/2].
+        positions: int64 [T]; one that the tables do not have gives NaN.
+        static_weights: as in `few_linear`, and the same of the tables and positions.
+
+    Returns:
+        [T, G, Dc+Dr].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if (
+        q.dim() != 3
+        or weight.dim() != 3
+        or weight.shape[0] != q.shape[1]
+        or cos.dim() != 2
+        or cos.shape != sin.shape
+        or q.shape[2] != weight.shape[1] + 2 * cos.shape[1]
+        or positions.shape != q.shape[:1]
+    ):
+        found = ", ".join(str(tuple(t.shape)) for t in (q, weight, cos, sin, positions))
+        raise ValueError(
+            "mla_absorb: expected q (T, G, Dn+Dr), weight (G, Dn, Dc), cos and sin (P, Dr/2), positions (T,), got "
+            + found
+        )
+    return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
+
+
+def attends_few(rows: int, width: int) -> bool:
+    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence and block
+    tables of `width` pages."""
+    return rows <= ROWS_A_SEQUENCE and width * PAGE <= KEYS
+
+
+def few_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int = LATENT,
+) -> Tensor:
+    """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
+
+    A sequence's bits do not depend on the others of the batch.
+
+    Args:
+        q: [B, S, G, Dc+Dr], made contiguous; native on Hopper for bf16, S * G up to 32, Dc 512, Dr 64.
+        cache: [pages, page, 1, Dc+Dr] of q's dtype, contiguous; native for pages of 64.
+        block_table: int32 [B, W].
+        seq_lens: int32 [B], including the S new tokens, which are stored already; length 0 gives 0.
+        softmax_scale: factor on the scores.
+        kv_lora_rank: Dc, the columns of a cached row that are values.
+
+    Returns:
+        [B, S, G, Dc] of q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: as mla_decode, for pages that there are not.
+    """
+    if (
+        q.dim() != 4
+        or cache.dim() != 4
+        or cache.shape[2:] != (1, q.shape[3])
+        or block_table.dim() != 2
+        or (*block_table.shape[:1], *seq_lens.shape) != (q.shape[0], q.shape[0])
+        or not 1 <= kv_lora_rank <= q.shape[3]
+    ):
+        found = ", ".join(str(tuple(t.shape)) for t in (q, cache, block_table, seq_lens))
+        raise ValueError(
+            "few_attention: expected q (B, S, G, D), cache (pages, page, 1, D), block_table (B, W), seq_lens (B,), got "
+            + found
+        )
+    if cache.dtype != q.dtype or (block_table.dtype, seq_lens.dtype) != (torch.int32, torch.int32):
+        found = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, cache, block_table, seq_lens))
+        raise ValueError(
+            f"few_attention: expected a cache of q's dtype and int32 block_table and seq_lens, got {found}"
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"few_attention: expected a contiguous cache, got strides {cache.stride()}")
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    settings = softmax_scale, kv_lora_rank
+    return torch.ops.dsv3.few_attention(
+        q.detach().contiguous(), cache.detach(), block_table, seq_lens.contiguous(), *settings
+    )
+
+
+def few_gate(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str = "sigmoid",
+    group_score: str = "top2_sum",
+    normalize: bool = True,
+    static_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rmsnorm with its residual, the gate's logits in fp32, and moe_gate, in one kernel for few tokens; not differentiable.
+
+    Args:
+        x, residual: [T, H].
+        norm_weight: [H].
+        gate: [E, H] of x's dtype.
+        bias: fp32 [E] or None.
+        eps: of the norm.
+        num_groups, topk_groups, topk, route_scale, score, group_score, normalize: as of `moe_gate`.
+        static_weights: as in `few_linear`.
+
+    Returns:
+        x + residual and its norm [T, H], topk_idx int64 and topk_weights fp32 [T, k].
+
+    Raises:
+        ValueError: shapes or settings that do not fit.
+    """
+    good = x.dim() == gate.dim() == 2 and residual.shape == x.shape and norm_weight.shape == x.shape[1:]
+    if not good or gate.shape[1] != x.shape[1] or (bias is not None and bias.shape != gate.shape[:1]):
+        found = ", ".join(str(tuple(t.shape)) for t in (x, residual, norm_weight, gate))
+        raise ValueError(
+            f"few_gate: expected x and residual (T, H), norm_weight (H,), gate (E, H), bias (E,) or None, got {found}"
+        )
+    settings = num_groups, topk_groups, topk, route_scale, score, group_score
+    check_gate("few_gate", gate.shape[0], *settings[:3], score, group_score)
+    tensors = x.detach().contiguous(), residual.detach().contiguous(), norm_weight.detach()
+    return torch.ops.dsv3.few_gate(
+        *tensors, eps, gate.detach().contiguous(), bias, *settings, normalize, static_weights
+    )
+
+
+def few_experts(
+    x: Tensor,
+    topk_idx: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    *,
+    gate_up: Tensor | None = None,
+    down: Tensor | None = None,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    static_weights: bool = False,
+) -> Tensor:
+    """The MLPs of the experts that few tokens have chosen, and of shared ones, with no token moved; not differentiable.
+
+    y[t, j] = swiglu(x[t] gate_up[e]^T) * topk_weights[t, j] down[e]^T with e = topk_idx[t, j]; behind them the shared
+    experts', whose weight is 1. A dense MLP is a shared one alone.
+
+    Args:
+        x: [T, H]; native on Hopper for bf16, T up to 64.
+        topk_idx, topk_weights: int64 and fp32 [T, k]; no expert twice for a token.
+        gate_up: [E, 2I, H] of x's dtype, the gate half first.
+        down: [E, H, I].
+        shared_gate_up: [2J, H].
+        shared_down: [H, J].
+        static_weights: as in `few_linear`.
+
+    Returns:
+        [T, k + 1, H], or k where nothing is shared: to be summed over the slots.
+
+    Raises:
+        ValueError: shapes that do not fit, or neither routed nor shared experts.
+    """
+    routed = topk_idx, topk_weights, gate_up, down
+    shared = shared_gate_up, shared_down
+    given = [sum(t is not None for t in group) for group in (routed, shared)]
+    shapes = [None if t is None else tuple(t.shape) for t in (*routed, *shared)]
+    good = given[0] in (0, 4) and given[1] in (0, 2) and any(given) and x.dim() == 2
+    if good and given[0]:
+        inner = down.shape[-1]
+        good = topk_idx.dim() == 2 and topk_idx.shape[0] == x.shape[0] and topk_weights.shape == topk_idx.shape
+        good = good and gate_up.shape[1:] == (2 * inner, x.shape[1]) and down.shape == (len(gate_up), x.shape[1], inner)
+    if good and given[1]:
+        good = shared_gate_up.shape == (2 * shared_down.shape[-1], x.shape[1]) and len(shared_down) == x.shape[1]
+    if not good:
+        raise ValueError(
+            "few_experts: expected x (T, H) with topk_idx and topk_weights (T, k), gate_up (E, 2I, H) and down (E, H, I), "
+            f"or shared_gate_up (2J, H) and shared_down (H, J), or both, got {tuple(x.shape)} with {shapes}"
+        )
+    tensors = [None if t is None else t.detach().contiguous() for t in (*routed, *shared)]
+    return torch.ops.dsv3.few_experts(x.detach().contiguous(), *tensors, static_weights)
+
+
+def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The residual with what its slots add, and the RMSNorm of that; not differentiable.
+
+    Args:
+        residual: [T, H].
+        y: [T, S, H], summed over S with the residual in fp32, in order, rounded once.
+        weight: [H].
+        eps: of the norm.
+
+    Returns:
+        (out, rmsnorm(out, weight)) of residual's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if residual.dim() != 2 or y.dim() != 3 or y[:, 0].shape != residual.shape or weight.shape != residual.shape[1:]:
+        found = f"{tuple(residual.shape)}, {tuple(y.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"combine_norm: expected residual (T, H), y (T, S, H) and weight (H,), got {found}")
+    return torch.ops.dsv3.combine_norm(residual.detach().contiguous(), y.detach().contiguous(), weight.detach(), eps)
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """weight [G, N, K], each of whose matrices is contiguous."""
+    weight = weight.detach()
+    return weight if weight.stride()[1:] == (weight.shape[2], 1) else weight.contiguous()

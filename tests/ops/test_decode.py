@@ -1,0 +1,397 @@
+"""The ops of a decoding step with few tokens, at the sizes of the models; each token's bits are its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3 import ops
+from dsv3.reference import decode as reference
+from dsv3.testing import check_compile, check_graph, check_op, check_registration, relative_error
+
+BF16 = torch.bfloat16
+TOKENS = [0, 1, 3, 8, 9, 16, 31, 33, 64, 65]
+POSITIONS = 300
+
+
+def draw(*shape, device, scale=1.0):
+    return (torch.randn(shape, device=device) * scale).to(BF16)
+
+
+def tables(device):
+    angles = torch.outer(torch.arange(POSITIONS).float(), 10000.0 ** (-torch.arange(32) / 32))
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def choices(tokens, experts, topk, device):
+    """topk_idx without repetitions in a row, and weights; a third of the experts is never chosen."""
+    scores = torch.rand(tokens, experts, device=device)
+    scores[:, ::3] = 0
+    return scores.topk(topk, dim=1).indices, torch.rand(tokens, topk, device=device) + 0.1
+
+
+def check_alone(f, *per_token):
+    """Token by token gives the bits of all at once."""
+    whole = f(*per_token)
+    whole = whole if isinstance(whole, (tuple, list)) else [whole]
+    for t in range(0, len(per_token[0]), 5):
+        one = f(*(x[t : t + 1] for x in per_token))
+        for a, b in zip(whole, one if isinstance(one, (tuple, list)) else [one], strict=True):
+            assert torch.equal(a[t : t + 1], b)
+
+
+# ---- few_linear ----
+@pytest.mark.parametrize("depth", [32, 768, 1024, 2816, 7168])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_few_linear(tokens, depth, device):
+    x, weights = draw(tokens, depth, device=device), [draw(n, depth, device=device) for n in (16, 208)]
+    check_op(
+        lambda x, *weights: tuple(ops.few_linear(x, weights)),
+        lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
+        *(x, *weights),
+        gradients=False,
+    )
+
+
+@pytest.mark.parametrize("rows", [(8192,), (64, 8224, 32), (8208,)])
+def test_few_linear_of_many_rows(rows, device):
+    """The head, where a block takes twice the rows; a token's bits are those of the few."""
+    x, weights = draw(40, 256, device=device), [draw(n, 256, device=device) for n in rows]
+    check_op(
+        lambda x, *weights: tuple(ops.few_linear(x, weights)),
+        lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
+        *(x, *weights),
+        gradients=False,
+    )
+    if device.type == "cuda":
+        check_alone(lambda x: ops.few_linear(x, weights), x)
+
+
+def test_few_linear_in_fp32_and_with_static_weights(device):
+    x, weight = draw(7, 1024, device=device), draw(64, 1024, device=device)
+    (wide,) = ops.few_linear(x, [weight], out_dtype=torch.float32)
+    torch.testing.assert_close(wide.double(), x.double() @ weight.double().t(), rtol=1e-4, atol=1e-3)
+    (again,) = ops.few_linear(x, [weight], out_dtype=torch.float32, static_weights=True)
+    assert torch.equal(wide, again)
+
+
+@pytest.mark.cuda
+def test_a_token_is_the_same_alone():
+    device = torch.device("cuda")
+    x, weight = draw(64, 2048, device=device), draw(96, 2048, device=device)
+    check_alone(lambda x: ops.few_linear(x, [weight]), x)
+    heads, matrix = draw(64, 4, 512, device=device), draw(4, 128, 512, device=device)
+    check_alone(lambda x: ops.few_heads(x, matrix), heads)
+    q, w_uk, positions = draw(64, 4, 192, device=device), draw(4, 128, 512, device=device), torch.arange(64).to(device)
+    check_alone(lambda q, at: ops.mla_absorb(q, w_uk, *tables(device), at), q, positions)
+    weights = expert_weights(24, 256, 96, 64, device)
+    check_alone(lambda *x: ops.few_experts(*x, **weights), draw(64, 256, device=device), *choices(64, 24, 8, device))
+
+
+# ---- heads ----
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_few_heads(tokens, device):
+    """W_uv as it lies in kv_b: the last 128 of every head's 256 rows."""
+    x, kv_b = draw(tokens, 3, 512, device=device), draw(3, 256, 512, device=device)
+    check_op(
+        lambda x, w: ops.few_heads(x, w[:, 128:]),
+        lambda x, w: reference.few_heads(x, w[:, 128:], False),
+        x,
+        kv_b,
+        gradients=False,
+    )
+
+
+@pytest.mark.parametrize("nope", [16, 128])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_mla_absorb(tokens, nope, device):
+    q, kv_b = draw(tokens, 3, nope + 64, device=device), draw(3, 256, 512, device=device)
+    positions = torch.randint(POSITIONS, (tokens,), device=device)
+    check_op(
+        lambda q, w, c, s, at: ops.mla_absorb(q, w[:, :nope], c.float(), s.float(), at),
+        lambda q, w, c, s, at: reference.mla_absorb(q, w[:, :nope], c, s, at, False),
+        *(q, kv_b, *tables(device), positions),
+        gradients=False,
+    )
+    if tokens:
+        positions[0] = POSITIONS
+        out = ops.mla_absorb(q, kv_b[:, :nope], *tables(device), positions)
+        assert out[0, :, 512:].isnan().all()
+        assert not out[1:].isnan().any()
+        assert not out[0, :, :512].isnan().any()
+
+
+# ---- attention ----
+def paged(lengths, width, steps, heads, device, spare=3):
+    """q, a cache of NaNs but for the rows in use, whose pages lie in any order, the table (its unused entries are no pages)
+    and the lengths."""
+    pages = torch.randperm(len(lengths) * width + spare).int()[: len(lengths) * width].view(len(lengths), width)
+    cache = torch.full(((len(lengths) * width + spare) * 64, 576), torch.nan, dtype=BF16)
+    for row, length in enumerate(lengths):
+        used = -(-length // 64)
+        slots = (pages[row, :used, None].long() * 64 + torch.arange(64)).flatten()[:length]
+        cache[slots] = torch.randn(length, 576).to(BF16)
+        pages[row, used:] = -7
+    q = draw(len(lengths), steps, heads, 576, device=device)
+    return (
+        q,
+        cache.view(-1, 64, 1, 576).to(device),
+        pages.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+    )
+
+
+LENGTHS = [[0], [1], [64], [65, 0, 7], [1000, 1024, 1025, 3, 513], [2049, 2]]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (5, 3), (1, 32)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_few_attention(lengths, rows, device):
+    q, *keys = paged(lengths, 34, *rows, device)
+    found = ops.few_attention(q, *keys, softmax_scale=0.07)
+    settings = 0.07, 512
+    exact = reference.few_attention(q.double(), keys[0].double(), *keys[1:], *settings)
+    plain = reference.few_attention(q, *keys, *settings)
+    # Beside the output's own rounding, that of the probabilities to bf16: half a unit in the last place of each.
+    assert relative_error(found, exact) <= 2 * relative_error(plain, exact) + 2.0**-9
+    assert torch.equal(found, ops.few_attention(q, *keys, softmax_scale=0.07))
+    for row, length in enumerate(lengths):
+        if length == 0:
+            assert not found[row].any()
+
+
+@pytest.mark.cuda
+def test_a_sequence_is_the_same_alone():
+    device = torch.device("cuda")
+    q, cache, table, lengths = paged([700, 65, 1500], 34, 2, 16, device)
+    whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = ops.few_attention(q[part], cache, table[part, :26], lengths[part], softmax_scale=0.07)
+        assert torch.equal(alone, whole[part])
+    # The first token of two is what it is without the second.
+    first = ops.few_attention(q[:, :1], cache, table, lengths - 1, softmax_scale=0.07)
+    assert torch.equal(first, whole[:, :1])
+
+
+def test_few_attention_reports_pages_that_there_are_not(device):
+    q, cache, table, lengths = paged([100, 70], 2, 1, 16, device)
+    table[1, 1] = len(cache)
+    wrong, settings = rf"block_table\[1, 1\] = {len(cache)}", {"softmax_scale": 0.07}
+    if device.type == "cuda":  # at the next call
+        found = ops.few_attention(q, cache, table, lengths, **settings)
+        assert found[1].isnan().all()
+        assert not found[0].isnan().any()
+    with pytest.raises(RuntimeError, match=wrong):
+        ops.few_attention(q, cache, table, lengths, **settings)
+
+
+# ---- a round ----
+@pytest.mark.parametrize("first", [0, -2])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_decode_positions(first, steps, device):
+    lengths = torch.tensor([0, 1, 63, 64, 130, 190, 191], device=device)
+    active = torch.tensor([1, 1, 1, 1, 1, 1, 0], device=device)
+    table = torch.randperm(21, device=device).int().view(7, 3)
+    settings = {"first": first, "steps": steps, "page": 64, "last_position": 190}
+    found = ops.decode_positions(lengths, active, table, **settings)
+    expected = reference.decode_positions(lengths, active, table, *settings.values())
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    begin = lengths[4].item() + first
+    assert found[0].view(7, steps)[4].tolist() == list(range(begin, begin + steps))
+    assert found[1].view(7, steps)[4].tolist() == [
+        int(table[4, p // 64]) * 64 + p % 64 for p in range(begin, begin + steps)
+    ]
+    assert found[1].view(7, steps)[6].tolist() == [-1] * steps
+    assert found[2].tolist() == [*(n + first + steps for n in (0, 1, 63, 64, 130, 190)), 0]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("vocab", [64, 32000])
+def test_greedy_round(vocab, dtype, device):
+    """Rows whose drafts are all right, none, and right again behind a wrong one; equal logits; an idle row."""
+    logits = torch.randn(5, 3, vocab, device=device).to(dtype)
+    logits[3] = 1.0
+    best = logits.argmax(-1)
+    drafts = best[:, :2].clone()
+    drafts[1] = (drafts[1] + 1) % vocab
+    drafts[2, 0] = (drafts[2, 0] + 1) % vocab
+    state = torch.zeros(6, 5, dtype=torch.int64, device=device)  # wider than what is used
+    tokens, result = torch.zeros(5, 4, dtype=torch.int64, device=device), state[:5, :4]
+    tokens[:, 1:3] = drafts
+    lengths, active = torch.arange(5, device=device), torch.tensor([1, 1, 1, 1, 0], device=device)
+    ops.greedy_round(result, tokens[:, :3], lengths, logits, active)
+    accepted = [2, 0, 0, 2, 2]
+    assert result[:, 3].tolist() == accepted
+    assert torch.equal(result[:, :3], best)
+    assert result[3, :3].tolist() == [0, 0, 0]
+    assert tokens[:, 0].tolist() == [best[r, a].item() for r, a in enumerate(accepted)]
+    assert torch.equal(tokens[:, 1:3], drafts)
+    assert lengths.tolist() == [3, 2, 3, 6, 4]
+    assert not state[:, 4].any()
+
+
+# ---- the gate ----
+def gate_settings(experts, **changes):
+    groups = 8 if experts % 8 == 0 else 1
+    settings = {"num_groups": groups, "topk_groups": max(groups // 2, 1), "topk": 6, "route_scale": 2.5, "eps": 1e-5}
+    return {**settings, **changes}
+
+
+@pytest.mark.parametrize("variant", [{}, {"score": "softmax", "group_score": "max", "normalize": False}])
+@pytest.mark.parametrize("sizes", [(12, 64), (64, 1024), (160, 2048), (256, 7168)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_few_gate(tokens, sizes, variant, device):
+    """Sum and norm are rmsnorm's; choice and weights are those of moe_gate for the logits in fp64, unless two experts are so
+    close that fp32 cannot tell them apart."""
+    experts, hidden = sizes
+    x, residual, factor = (draw(*s, device=device) for s in ((tokens, hidden), (tokens, hidden), (hidden,)))
+    gate = draw(experts, hidden, device=device, scale=hidden**-0.5)
+    bias, settings = torch.rand(experts, device=device), gate_settings(experts, **variant)
+    summed, u, index, weights = ops.few_gate(x, residual, factor, gate, bias, **settings)
+    expected, plain = ops.rmsnorm(x, factor, eps=settings.pop("eps"), residual=residual)
+    assert torch.equal(summed, plain)
+    torch.testing.assert_close(u, expected, rtol=2.0**-7, atol=0)  # another order of squares: the next bf16 at most
+    exact_index, exact_weights, _ = ops.moe_gate((u.double() @ gate.double().t()).float(), bias, **settings)
+    same = (index == exact_index).all(1)
+    assert same.sum() >= 0.95 * tokens
+    torch.testing.assert_close(weights[same], exact_weights[same], rtol=1e-4, atol=1e-6)
+
+
+def test_few_gate_takes_the_lowest_of_equals(device):
+    x = torch.ones(3, 64, device=device, dtype=BF16)
+    found = ops.few_gate(x, x, x[0], torch.zeros(64, 64, device=device, dtype=BF16), None, **gate_settings(64))
+    assert found[2].tolist() == [list(range(6))] * 3
+    torch.testing.assert_close(found[3], torch.full((3, 6), 2.5 / 6, device=device))
+
+
+# ---- experts ----
+def expert_weights(experts, hidden, inner, shared, device):
+    named = {"gate_up": (experts, 2 * inner, hidden), "down": (experts, hidden, inner)} if experts else {}
+    if shared:
+        named |= {"shared_gate_up": (2 * shared, hidden), "shared_down": (hidden, shared)}
+    return {name: draw(*shape, device=device, scale=shape[-1] ** -0.5) for name, shape in named.items()}
+
+
+@pytest.mark.parametrize("sizes", [(24, 256, 96, 64), (64, 1024, 512, 512), (300, 64, 32, 0), (0, 1024, 0, 2816)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_few_experts(tokens, sizes, device):
+    experts, hidden = sizes[:2]
+    weights = expert_weights(*sizes, device)
+    x = draw(tokens, hidden, device=device)
+    index, factors = choices(tokens, experts, 8, device) if experts else (None, None)
+    names = list(weights)
+
+    def ours(x, *rest):
+        given = dict(zip(names, rest, strict=False))
+        return ops.few_experts(x, index, rest[len(names)].float() if experts else None, **given)
+
+    def plain(x, *rest):
+        given = dict(zip(names, rest, strict=False))
+        order = [given.get(name) for name in ("gate_up", "down", "shared_gate_up", "shared_down")]
+        return reference.few_experts(x, index, rest[len(names)] if experts else None, *order, False)
+
+    check_op(ours, plain, x, *weights.values(), *([factors] if experts else []), gradients=False)
+
+
+def test_all_tokens_for_the_same_experts(device):
+    """Every expert that is chosen has all 64 tokens; experts without any are not looked at."""
+    weights = expert_weights(16, 128, 64, 0, device)
+    for name in weights:
+        weights[name][8:] = torch.nan
+    index = torch.arange(8, device=device).repeat(64, 1)
+    x, factors = draw(64, 128, device=device), torch.rand(64, 8, device=device)
+    found = ops.few_experts(x, index, factors, **weights)
+    first = {name: w[:8] for name, w in weights.items()}
+    expected = reference.few_experts(
+        x.double(), index, factors.double(), *(w.double() for w in first.values()), None, None, False
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=3e-2, atol=3e-2)
+
+
+# ---- combine_norm ----
+@pytest.mark.parametrize("shape", [(0, 9, 1024), (1, 9, 1024), (33, 1, 1024), (5, 8, 7168), (64, 9, 8)])
+def test_combine_norm(shape, device):
+    tokens, slots, hidden = shape
+    args = draw(tokens, hidden, device=device), draw(tokens, slots, hidden, device=device), draw(hidden, device=device)
+    check_op(
+        lambda *args: ops.combine_norm(*args, eps=1e-5),
+        lambda *args: reference.combine_norm(*args, 1e-5),
+        *args,
+        gradients=False,
+    )
+
+
+# ---- once an op ----
+def _calls(device):
+    def ids(*shape):
+        return torch.randint(4, shape, device=device)
+
+    x, weight, factor = draw(5, 64, device=device), draw(32, 64, device=device), draw(64, device=device)
+    index, factors = choices(5, 12, 4, device)
+    experts = expert_weights(12, 64, 32, 64, device)
+    return {
+        "few_linear": (x, [weight, weight], BF16, False),
+        "few_gate": (x, x, factor, 1e-6, weight, None, 4, 2, 6, 2.5, "sigmoid", "top2_sum", True, False),
+        "few_heads": (draw(5, 2, 64, device=device), draw(2, 32, 64, device=device), False),
+        "mla_absorb": (
+            *(draw(5, 2, 80, device=device), draw(2, 16, 64, device=device), *tables(device)),
+            *(torch.arange(5, device=device), False),
+        ),
+        "few_attention": (*paged([70, 3], 2, 1, 4, device), 0.07, 512),
+        "decode_positions": (ids(5), ids(5), ids(5, 4).int(), 0, 2, 64, 99),
+        "greedy_round": (ids(5, 3), ids(5, 2), ids(5), draw(5, 2, 64, device=device), ids(5)),
+        "few_experts": (x, index, factors, *experts.values(), False),
+        "combine_norm": (x, draw(5, 3, 64, device=device), factor, 1e-6),
+    }
+
+
+NAMES = [
+    "few_linear",
+    "few_gate",
+    "few_heads",
+    "mla_absorb",
+    "few_attention",
+    "few_experts",
+    "combine_norm",
+    "decode_positions",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "greedy_round"])
+def test_registration_compile_and_graph(name, device):
+    args = _calls(device)[name]
+    check_registration(name, *args)
+    op = getattr(torch.ops.dsv3, name)
+    if name == "greedy_round":  # which changes its arguments: its graph is that of a whole round
+        return
+    check_compile(lambda x: op(x, *args[1:]), args[0])
+    if device.type == "cuda":
+        check_graph(lambda x: op(x, *args[1:]), args[0])
+
+
+BAD = [
+    (lambda x, w: ops.few_linear(x, []), "few_linear: expected x"),
+    (lambda x, w: ops.few_linear(x, [w[:, :32]]), "few_linear: expected x"),
+    (lambda x, w: ops.few_gate(x, x, w[0], w[:, :8], None, **gate_settings(32)), "few_gate: expected x"),
+    (lambda x, w: ops.few_gate(x, x, w[0], w, None, **gate_settings(32, num_groups=3)), "few_gate: 4 of 3 groups"),
+    (lambda x, w: ops.few_heads(x, w), "few_heads: expected x"),
+    (lambda x, w: ops.mla_absorb(x, w, w, w, w), "mla_absorb: expected q"),
+    (lambda x, w: ops.few_attention(x, w, x, x, softmax_scale=1.0), "few_attention: expected q"),
+    (
+        lambda x, w: ops.decode_positions(x, x, w, first=0, steps=1, page=64, last_position=9),
+        "decode_positions: expected",
+    ),
+    (lambda x, w: ops.greedy_round(x, x, x, x[None], x), "greedy_round: expected"),
+    (lambda x, w: ops.few_experts(x), "few_experts: expected x"),
+    (lambda x, w: ops.few_experts(x, shared_gate_up=w), "few_experts: expected x"),
+    (lambda x, w: ops.few_experts(x, shared_gate_up=w, shared_down=w), "few_experts: expected x"),
+    (lambda x, w: ops.combine_norm(x, w[None], w[0]), "combine_norm: expected residual"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_arguments(call, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(draw(5, 64, device=device), draw(32, 64, device=device))
