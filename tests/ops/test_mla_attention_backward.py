@@ -45,7 +45,9 @@ def attend(q, k_nope, k_rope, v, causal):
 
 def log_sum_exp(q, k_nope, k_rope, causal):
     """lse [H, Sq] of one sequence."""
-    scores = (torch.einsum("qhd,khd->hqk", q[..., :NOPE], k_nope) + torch.einsum("qhd,kd->hqk", q[..., NOPE:], k_rope)) * SCALE
+    scores = (
+        torch.einsum("qhd,khd->hqk", q[..., :NOPE], k_nope) + torch.einsum("qhd,kd->hqk", q[..., NOPE:], k_rope)
+    ) * SCALE
     if causal:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(len(k_rope) - len(q) + 1)
         scores.masked_fill_(hidden, -torch.inf)
@@ -58,9 +60,16 @@ class Case:
     def __init__(self, lengths_q, lengths_k, heads, device, causal=True, dtype=BF16, spare=0):
         self.lengths, self.causal = (lengths_q, lengths_k), causal
         tokens_q, tokens_k = sum(lengths_q), sum(lengths_k)
-        drawn = [(tokens_q, heads, NOPE + ROPE), (tokens_k, heads, NOPE + VALUE), (tokens_k, ROPE), (tokens_q, heads, VALUE)]
+        drawn = [
+            (tokens_q, heads, NOPE + ROPE),
+            (tokens_k, heads, NOPE + VALUE),
+            (tokens_k, ROPE),
+            (tokens_q, heads, VALUE),
+        ]
         self.q, self.kv, self.k_rope, self.dout = (
-            torch.cat([torch.randn(shape, device=device), torch.full((spare, *shape[1:]), NAN, device=device)]).to(dtype)
+            torch.cat([torch.randn(shape, device=device), torch.full((spare, *shape[1:]), NAN, device=device)]).to(
+                dtype
+            )
             for shape in drawn
         )
         self.cu = [offsets(n, device) for n in self.lengths]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dsv3.ops import registry
+from dsv3.ops.mla_attention import NOPE, ROPE, by_heads, supports_attention
 from dsv3.ops.registry import define
 from dsv3.reference import attention as reference
 
-NOPE, ROPE, VALUE = 128, 64, 128  # what the native kernel takes
 QUERY_TILE, KEY_TILE, WARPS = 64, 128, 8  # csrc/attention/backward.cuh
 
 
@@ -18,28 +18,6 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, nope = k_nope.shape
     return q.new_empty(q.shape), v.new_empty(tokens, heads, nope + v.shape[2]), k_rope.new_empty(k_rope.shape)
-
-
-def _supports(
-    dout: Tensor, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, *settings: Tensor | int | bool | float
-) -> str | None:
-    widths = k_nope.shape[2], k_rope.shape[1], v.shape[2]
-    if widths != (NOPE, ROPE, VALUE):
-        return f"heads are of {widths[0]} + {widths[1]} and {widths[2]} columns, not {NOPE} + {ROPE} and {VALUE}"
-    if settings[-2] <= 0:
-        return f"softmax_scale is {settings[-2]}"
-    named = {"dout": dout, "q": q, "k_nope": k_nope, "k_rope": k_rope, "v": v}
-    objections = (registry.check_dtype(name, x, torch.bfloat16) for name, x in named.items())
-    return next((objection for objection in objections if objection), None)
-
-
-def _by_heads(x: Tensor) -> Tensor:
-    """x [T, H, D] as TMA reads it: heads of a token beside each other, each at a multiple of 16 bytes."""
-    token, head, column = x.stride()
-    tokens, heads, width = x.shape
-    aligned = column == 1 and x.data_ptr() % 16 == token % 8 == head % 8 == 0
-    beside = heads == 1 or (head >= width and (tokens == 1 or token >= (heads - 1) * head + width))
-    return x if aligned and beside else x.contiguous()
 
 
 def _launch(
@@ -73,7 +51,7 @@ def _launch(
         dq_sums.view(ring, -1),
         rope_sums.view(key_tiles, -1),
         counters.view(torch.int32),
-        *(dout.contiguous(), q.contiguous(), _by_heads(k_nope), k_rope.contiguous(), _by_heads(v)),
+        *(dout.contiguous(), q.contiguous(), by_heads(k_nope), k_rope.contiguous(), by_heads(v)),
         *(out.contiguous(), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
         *(max_seqlen_q, causal, softmax_scale, deterministic),
     )
@@ -88,5 +66,7 @@ define(
     reference=reference.mla_attention_backward,
     allocate=_allocate,
     launch=_launch,
-    supports=_supports,
+    supports=lambda dout, q, k_nope, k_rope, v, *rest: (
+        supports_attention(q, k_nope, k_rope, v, *rest[:-1]) or registry.check_dtype("dout", dout, torch.bfloat16)
+    ),
 )
