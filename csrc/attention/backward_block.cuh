@@ -148,12 +148,10 @@ struct KeyBlock {
     wait_queries(w.first + step, step);
     const int stage = step % C::kStages;
     start_from(stats(stage), scores);
+    start_from(stats(stage) + kQueryTile * 4, dscores);
+    detail::fence_registers(dscores);  // NOTE: here, since what is loaded behind a product waits for its operands
     add_products<kQuerySubs>(uniform(matrix_descriptor(keys() + group * kSubBytes)), 2 * kSubBytes,
                              uniform(matrix_descriptor(queries(stage))), scores);
-  }
-  __device__ __forceinline__ void start_dscores(int step, float (&dscores)[32]) {
-    const int stage = step % C::kStages;
-    start_from(stats(stage) + kQueryTile * 4, dscores);
     add_products<kValueSubColumns>(uniform(matrix_descriptor(values() + group * kSubBytes)), 2 * kSubBytes,
                                    uniform(matrix_descriptor(dout(stage))), dscores);
   }
@@ -265,6 +263,7 @@ struct KeyBlock {
     // and would wait for every product at once. dK's left operand is in shared memory for want of registers.
     start_key_gradient(probabilities, uniform(values_descriptor(dout(stage))), dv);
     store_gradients(step, left);
+    cute::warpgroup_wait<0>();
     float dq[48];
     if constexpr (!kFirst) start_dq(step - 1, dq);
     start_key_gradient(uniform(matrix_descriptor(gradients(step) + group * kSubBytes)),
@@ -278,8 +277,7 @@ struct KeyBlock {
       cute::warpgroup_wait<0>();
     } else {
       start_tile(step + 1, scores, dscores);
-      cute::warpgroup_wait<1>();
-      start_dscores(step + 1, dscores);
+      cute::warpgroup_wait<2>();
       release(tile + C::kStages, stage);
       cute::warpgroup_wait<1>();
       detail::fence_registers(scores);
@@ -292,7 +290,6 @@ struct KeyBlock {
     wait_keys();
     float scores[32], dscores[32];
     start_tile(0, scores, dscores);
-    start_dscores(0, dscores);
     cute::warpgroup_wait<1>();
     detail::fence_registers(scores);
     if (steps == 1) {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from dsv3.ops import mla_attention_backward as backward
 from dsv3.reference import attention as reference
 from dsv3.testing import check_compile, check_graph, check_registration, relative_error
 
@@ -149,14 +150,16 @@ def test_gradients(lengths_q, lengths_k, heads, causal, deterministic, device):
 @pytest.mark.parametrize(
     ("lengths", "heads"), [([4001], 3), ([1024, 2049, 17, 700], 16), ([640], 128)], ids=["4001", "packed", "heads"]
 )
-def test_large(lengths, heads, causal, device):
+def test_large(lengths, heads, causal):
+    device = torch.device("cuda")
     case = Case(lengths, lengths, heads, device, causal)
     check(case(), case)
 
 
 @pytest.mark.cuda
-def test_more_units_than_places(device):
+def test_more_units_than_places():
     """The ring of partial sums goes round several times; one sequence in 60 is long."""
+    device = torch.device("cuda")
     lengths = [(7 * i) % 90 for i in range(59)] + [1500]
     case = Case(lengths, lengths, 16, device)
     check(case(), case)
@@ -178,12 +181,11 @@ def test_nothing_leaks_from_rows_of_no_sequence(device):
 
 
 @pytest.mark.cuda
-def test_rows_of_no_sequence_are_not_written(device):
+def test_rows_of_no_sequence_are_not_written():
+    device = torch.device("cuda")
     case = Case([70], [90], 2, device, spare=100)
     outputs = [torch.full_like(x, 7.0) for x in (case.q, case.kv, case.k_rope)]
-    from dsv3.ops import mla_attention_backward as module
-
-    module._launch(tuple(outputs), *case.args())
+    backward._launch(tuple(outputs), *case.args())
     for x, n in zip(outputs, (70, 90, 90), strict=True):
         assert bool((x[n:] == 7.0).all())
         assert not bool((x[:n] == 7.0).all())
@@ -209,8 +211,8 @@ def test_tiny(shape, device):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_deterministic(causal, device):
-    lengths = [700, 0, 33, 1300] if device == "cuda" else [70, 0, 33]
-    case = Case(lengths, lengths, 16 if device == "cuda" else 2, device, causal)
+    lengths = [700, 0, 33, 1300] if device.type == "cuda" else [70, 0, 33]
+    case = Case(lengths, lengths, 16 if device.type == "cuda" else 2, device, causal)
     first = case(deterministic=True)
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(first, case(deterministic=True), strict=True))
@@ -248,7 +250,8 @@ def test_reference(dtype, device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("wrong", [[0, 40, 30, 100], [0, 40, 60, 101], [3, 40, 60, 100]])
-def test_wrong_offsets_are_reported(wrong, device):
+def test_wrong_offsets_are_reported(wrong):
+    device = torch.device("cuda")
     case = Case([40, 20, 40], [40, 20, 40], 2, device)
     case.cu[1] = torch.tensor(wrong, dtype=torch.int32, device=device)
     case()
@@ -268,7 +271,8 @@ def test_compiles(device):
 
 
 @pytest.mark.cuda
-def test_graph(device):
+def test_graph():
+    device = torch.device("cuda")
     case = Case([300, 65], [300, 65], 4, device)
     tensors, settings = case.args(True)[:7], case.args(True)[7:]
     check_graph(lambda *tensors: BACKWARD(*tensors, *settings), *tensors)

@@ -48,8 +48,8 @@ def _launch(
     registry.native().mla_attention_backward(
         *outputs,
         q.new_empty(heads, query_tiles, 2 * QUERY_TILE, dtype=torch.float32),
-        dq_sums.view(ring, -1),
-        rope_sums.view(key_tiles, -1),
+        dq_sums.view(ring, QUERY_TILE * (NOPE + ROPE)),
+        rope_sums.view(key_tiles, KEY_TILE * ROPE),
         counters.view(torch.int32),
         *(dout.contiguous(), q.contiguous(), by_heads(k_nope), k_rope.contiguous(), by_heads(v)),
         *(out.contiguous(), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
