@@ -21,7 +21,7 @@ constexpr int kQueryTile = 64, kKeyTile = 128;
 constexpr int kQuerySubs = kQueryColumns / kSubColumns, kValueSubColumns = kValueColumns / kSubColumns;
 constexpr int kBackwardWarps = 2 * kWarpgroupWarps;
 constexpr int kDqTile = kQueryTile * kQueryColumns, kRopeTile = kKeyTile * kRopeColumns;  // floats
-constexpr int kDqPart = kDqTile / kBackwardWarps;  // of a warp
+constexpr int kDqPart = kDqTile / kBackwardWarps;                                         // of a warp
 constexpr int kStatsTile = 2 * kQueryTile;                                                // floats
 
 // Sums in fp32 that several blocks add to, in the order of the tensor core's fragments: a warp's part of a tile is
@@ -72,11 +72,11 @@ __device__ __forceinline__ int find_sequence(const int* offsets, int sequences, 
 // with most queries to see them first, so that the short ones fill the end, and queries are read from the L2 cache. Where
 // the order of sums is fixed the tiles go backwards: a tile's block adds to dQ before those of earlier tiles come there.
 struct BackwardWork {
-  int head, tile, tiles;             // tiles: of the sequence's keys
-  int query, queries, key, keys;     // first row and number of rows of the sequence
-  int packed_queries, packed_keys;   // the sequence's first packed tile of queries; this packed tile of keys
-  int place, places, lap;            // of the unit in the ring, and how often the ring has gone round
-  int first, end;                    // tiles of queries that see the keys
+  int head, tile, tiles;            // tiles: of the sequence's keys
+  int query, queries, key, keys;    // first row and number of rows of the sequence
+  int packed_queries, packed_keys;  // the sequence's first packed tile of queries; this packed tile of keys
+  int place, places, lap;           // of the unit in the ring, and how often the ring has gone round
+  int first, end;                   // tiles of queries that see the keys
   bool real;
 
   __device__ __forceinline__ BackwardWork(const BackwardParams& p, int block, bool descending) {
@@ -170,7 +170,8 @@ __device__ __forceinline__ int load_acquire(const int* p) {
 __device__ __forceinline__ void store_release(int* p, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
-// NOTE: a block waits only for blocks with lower numbers, which the device starts first.
+// NOTE: a block waits only for blocks with lower numbers, which the device starts first, or for those of its own group of
+// heads, which run at once.
 __device__ __forceinline__ void wait_until(const int* p, int value) {
   while (load_acquire(p) < value) __nanosleep(64);
 }

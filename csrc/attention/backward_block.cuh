@@ -8,8 +8,8 @@
 // probabilities the tensor cores have the other's products. Lse and delta are the values that S and dP start from.
 #pragma once
 
-#include "backward_mma.cuh"
 #include "backward_dq.cuh"
+#include "backward_mma.cuh"
 
 namespace dsv3 {
 
@@ -259,8 +259,8 @@ struct KeyBlock {
 #pragma unroll
     for (int i = 0; i < 32; ++i) dscores[i] *= scores[i];
     round(dscores, left);
-    // NOTE: dV here, not before the line above: the compiler does not see that dscores are there while dV is under way,
-    // and would wait for every product at once. dK's left operand is in shared memory for want of registers.
+    // NOTE: dV here and waited for before dQ: with dscores or dQ to be read while it is under way the compiler finds too
+    // few registers and waits for every product at once. So it does if dK's left operand, too, is in registers.
     start_key_gradient(probabilities, uniform(values_descriptor(dout(stage))), dv);
     store_gradients(step, left);
     cute::warpgroup_wait<0>();

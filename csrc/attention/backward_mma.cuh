@@ -29,7 +29,8 @@ __device__ __forceinline__ void add_products(uint32_t keys, uint32_t key_step, u
 
 // gradient[64 keys, 2 kSize] += left[64 keys, 64 queries] rows[64 queries, 2 kSize].
 template <int kSize>
-__device__ __forceinline__ void start_key_gradient(const uint32_t (&left)[16], uint32_t rows, float (&gradient)[kSize]) {
+__device__ __forceinline__ void start_key_gradient(const uint32_t (&left)[16], uint32_t rows,
+                                                   float (&gradient)[kSize]) {
   using namespace cute::SM90::GMMA;
   using Atom = std::conditional_t<kSize == 64, MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>,
                                   MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::MN>>;
