@@ -100,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "mla_decode", dsv3::mla_decode);
   define(m, "mla_attention", dsv3::mla_attention);
   define(m, "mla_merge", dsv3::mla_merge);
+  define(m, "mla_attention_backward", dsv3::mla_attention_backward);
   define(m, "moe_gate", dsv3::moe_gate);
   define(m, "moe_gate_backward", dsv3::moe_gate_backward);
   define(m, "moe_permutation", dsv3::moe_permutation);

@@ -93,6 +93,15 @@ void mla_attention(Tensor out, Tensor lse, Tensor q, Tensor k_nope, Tensor k_rop
 // attention/mla_merge.cu. o, o1, o2 bfloat16 [T, H, 128]; lse, lse1, lse2 fp32 [H, T].
 void mla_merge(Tensor o, Tensor lse, Tensor o1, Tensor lse1, Tensor o2, Tensor lse2, cudaStream_t stream);
 
+// attention/mla_attention_backward.cu. q bfloat16 [Tq, Hq, 192], k_nope, v [Tk, Hq, 128] (strided), k_rope [Tk, 64]; out,
+// dout [Tq, Hq, 128]; lse fp32 [Hq, Tq]; cu_seqlens int32 [n + 1]; dq as q, dkv bfloat16 [Tk, Hq, 256], dk_rope [Tk, 64].
+// Workspace: stats fp32 [Hq, Tq / 64 + n, 128]; and, all zeros, dq_sums fp32 [ring, 12288] of more than max_seqlen_q / 64
+// places, rope_sums fp32 [Tk / 128 + n, 8192], counters int32 [Tk / 128 + n + 10 ring + 1].
+void mla_attention_backward(Tensor dq, Tensor dkv, Tensor dk_rope, Tensor stats, Tensor dq_sums, Tensor rope_sums,
+                            Tensor counters, Tensor dout, Tensor q, Tensor k_nope, Tensor k_rope, Tensor v, Tensor out,
+                            Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, bool causal,
+                            double softmax_scale, bool deterministic, cudaStream_t stream);
+
 // moe/swiglu.cu. gate_up, dgate_up float [T, 2I]; out, dout float [T, I]; weights, dweights fp32 [T].
 void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStream_t stream);
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,

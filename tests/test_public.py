@@ -26,7 +26,7 @@ NATIVE = {
     "rmsnorm", "rmsnorm_backward", "rope_", "swiglu", "swiglu_backward", "per_token_cast", "per_block_cast",
     "cast_transpose", "cross_entropy_", "adamw", "fp8_gemm", "grouped_fp8_gemm", "masked_grouped_fp8_gemm",
     "grouped_fp8_wgrad", "rmsnorm_cast", "swiglu_cast", "swiglu_cast_backward", "per_token_cast_and_transpose",
-    "mla_append_kv", "mla_schedule", "mla_decode", "mla_attention", "mla_merge",
+    "mla_append_kv", "mla_schedule", "mla_decode", "mla_attention", "mla_attention_backward", "mla_merge",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""csrc/attention: attention of whole sequences; decoding over the paged latent cache, its schedule, what stores a token in the
-cache, in bf16 and FP8, and a whole layer.
+"""csrc/attention: attention of whole sequences and its gradients; decoding over the paged latent cache, its schedule, what stores
+a token in the cache, in bf16 and FP8, and a whole layer.
 
 The shapes of decoding are those of FlashMLA's published figures and of tensor-parallel ranks. A schedule (FlashMLA: its
 metadata) is made once a step and shared by all layers, so it is prepared outside the timed part, and timed by itself.
@@ -111,6 +111,75 @@ def _forward_case(lengths: list[int], heads: int) -> Case:
         run=functools.partial(_attend, longest=max(lengths)),
         # The probabilities of both are rounded to bf16 before their product, here and there to another maximum.
         baselines={name: Baseline(_sdpa(x, lengths), binds=True, tolerance=1e-2) for name, x in backends.items()},
+    )
+
+
+# ---- their gradients ----
+def _backward_inputs(lengths: list[int], heads: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Those of the forward pass, its results, and a gradient."""
+    q, kv, k_rope, offsets = _forward_inputs(lengths, heads, device)
+    out, lse = _attend(q, kv, k_rope, offsets, max(lengths))
+    return q, kv, k_rope, offsets, out, lse, torch.randn_like(out)
+
+
+def _differentiate(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    *settings: int | bool,
+) -> tuple[Tensor, ...]:
+    k_nope, v = kv.split([NOPE, VALUE], -1)
+    *lengths, deterministic = settings
+    tensors = dout, q, k_nope, k_rope, v, out, lse, offsets, offsets
+    return torch.ops.dsv3.mla_attention_backward(*tensors, *lengths, True, SCALE, deterministic)
+
+
+def _cudnn_backward(lengths: list[int]) -> Callable[..., Callable[[], Tensor]]:
+    """Its backward pass alone, on keys that have been put together before; dq is compared. A call a sequence."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Tensor]:
+        if not q.is_cuda:
+            leaf = q.detach().requires_grad_()
+            out = scaled_dot_product_attention(leaf, k, v, is_causal=True, scale=SCALE)
+            return lambda: torch.autograd.grad(out, leaf, dout, retain_graph=True)[0]
+        forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, *offsets, seed, offset, _ = forward(q, k, v, None, True, 0.0, True, False, scale=SCALE)
+        backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        args = dout, q, k, v, out, lse, seed, offset, None, *offsets, 0.0, True
+        return lambda: backward(*args, scale=SCALE)[0]
+
+    def bind(q: Tensor, kv: Tensor, k_rope: Tensor, *rest: Tensor) -> Callable[[], Tensor]:
+        k_nope, v = kv.split([NOPE, VALUE], -1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)], -1)
+        parts = zip(*(x.split(lengths) for x in (q, k, v, rest[-1])), strict=True)
+        calls = [one(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
+
+        def call() -> Tensor:
+            dq = [call()[0].transpose(0, 1) for call in calls]
+            return dq[0] if len(dq) == 1 else torch.cat(dq)
+
+        return call
+
+    return bind
+
+
+def _backward_case(lengths: list[int], heads: int, deterministic: bool = False) -> Case:
+    """2.6 times the operations of the forward pass, as everybody counts them."""
+    tokens, options = sum(lengths), {"varlen": len(lengths) > 1, "deterministic": deterministic}
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    return Case(
+        op="mla_attention_backward",
+        case={"tokens": tokens, "heads": heads, "direction": "bwd", **{k: x for k, x in options.items() if x}},
+        flops=pairs * heads * 2 * (3 * (NOPE + ROPE) + 2 * VALUE),
+        # q, kv, k_rope and their gradients; out, dout, lse.
+        bytes=tokens * (heads * (4 * (2 * NOPE + ROPE + VALUE) + 4 * VALUE + 4) + 4 * ROPE) + 4 * (len(lengths) + 1),
+        inputs=functools.partial(_backward_inputs, lengths, heads),
+        run=lambda *inputs: _differentiate(*inputs, max(lengths), max(lengths), deterministic),
+        baselines={} if deterministic else {"cudnn": Baseline(_cudnn_backward(lengths), binds=True, tolerance=1e-2)},
     )
 
 
@@ -263,6 +332,8 @@ def cases(tiny: bool) -> list[Case]:
     heads = 2 if tiny else 128
     return [
         *(_forward_case([-(-n // 64) for n in lengths] if tiny else lengths, heads) for lengths in SEQUENCES),
+        *(_backward_case([-(-n // 64) for n in lengths] if tiny else lengths, heads) for lengths in SEQUENCES),
+        *(_backward_case([64] if tiny else lengths, heads, deterministic=True) for lengths in SEQUENCES[:2]),
         *(_merge_case(count, heads) for count in tokens),
         *(_decode_case(*size(*shape)) for shape in SHAPES),
         *(_decode_case(*size(*shape), varlen=True) for shape in VARLEN),

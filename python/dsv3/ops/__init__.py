@@ -1,5 +1,6 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
+import dsv3.ops.mla_attention_backward  # noqa: F401  (registers the primitive)
 from dsv3.ops.attention import mla_append_kv, mla_decode, mla_schedule
 from dsv3.ops.decode import (
     FEW_TOKENS,

@@ -23,7 +23,7 @@ def _allocate_attention(
     return q.new_empty(tokens, heads, v.shape[2]), q.new_empty(heads, tokens, dtype=wide)
 
 
-def _supports_attention(
+def supports_attention(
     q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, *settings: Tensor | int | bool | float
 ) -> str | None:
     widths = k_nope.shape[2], k_rope.shape[1], v.shape[2]
@@ -36,7 +36,7 @@ def _supports_attention(
     return next((objection for objection in objections if objection), None)
 
 
-def _by_heads(x: Tensor) -> Tensor:
+def by_heads(x: Tensor) -> Tensor:
     """x [T, H, D] as TMA reads it: heads of a token beside each other, each at a multiple of 16 bytes."""
     token, head, column = x.stride()
     tokens, heads, width = x.shape
@@ -58,7 +58,7 @@ def _launch_attention(
     causal: bool,
     softmax_scale: float,
 ) -> None:
-    tensors = q.contiguous(), _by_heads(k_nope), k_rope.contiguous(), _by_heads(v)
+    tensors = q.contiguous(), by_heads(k_nope), k_rope.contiguous(), by_heads(v)
     offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     registry.native().mla_attention(*outputs, *tensors, *offsets, max_seqlen_k, causal, softmax_scale)
 
@@ -71,7 +71,7 @@ define(
     reference=reference.mla_attention,
     allocate=_allocate_attention,
     launch=_launch_attention,
-    supports=_supports_attention,
+    supports=supports_attention,
 )
 define(
     "mla_merge(Tensor o1, Tensor lse1, Tensor o2, Tensor lse2) -> (Tensor, Tensor)",
@@ -90,22 +90,19 @@ define(
 class _MlaAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, *settings: Any
+        ctx: Any, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, deterministic: bool, *settings: Any
     ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.dsv3.mla_attention(q, k_nope, k_rope, v, *settings)
-        ctx.save_for_backward(q, k_nope, k_rope, v, *settings[:2])
-        ctx.settings = settings[2:]
+        ctx.save_for_backward(q, k_nope, k_rope, v, out, lse, *settings[:2])
+        ctx.settings = *settings[2:], deterministic
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """That of the reference, whose forward runs again."""
-        *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(True) for x in tensors]
-            out, _ = reference.mla_attention(*leaves, cu_seqlens_q, cu_seqlens_k, *ctx.settings, with_lse=False)
-        return (*torch.autograd.grad(out, leaves, dout), *[None] * 6)
+        dq, dkv, dk_rope = torch.ops.dsv3.mla_attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
+        dk_nope, dv = dkv.split([dq.shape[2] - dk_rope.shape[1], dout.shape[2]], -1)
+        return (dq, dk_nope, dk_rope, dv, *[None] * 7)
 
 
 def mla_attention(
@@ -120,12 +117,12 @@ def mla_attention(
     *,
     causal: bool = True,
     softmax_scale: float,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences with one rotated key shared by the heads; out is differentiable in q, k_nope, k_rope, v.
 
     o_i = softmax_j(softmax_scale * q_i . [k_nope_j ; k_rope_j]) v_j in each sequence and head. The native kernel reads no
-    length on the host; the reference does where sequences differ in length. Backward is that of torch's SDPA, whose forward
-    runs again.
+    length on the host; the reference does where sequences differ in length.
 
     Args:
         q: [Tq, Hq, Dn+Dr], bf16 or fp32.
@@ -137,6 +134,7 @@ def mla_attention(
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; Tq = n * max_seqlen_q means that all are equal.
         causal: bottom-right: the last query of a sequence sees its last key.
         softmax_scale: factor on the scores, before lse.
+        deterministic: gradients are sums in a fixed order, slower; so they are under torch.use_deterministic_algorithms.
 
     Returns:
         out [Tq, Hq, Dv] of q's dtype, and the natural-log lse fp32 [Hq, Tq], not differentiable. A query that sees no key has
@@ -161,12 +159,13 @@ def mla_attention(
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in offsets)
         raise ValueError(f"mla_attention: expected cu_seqlens_q and cu_seqlens_k of int32 (n+1,), got {found}")
     settings = *offsets, max_seqlen_q, max_seqlen_k, causal, softmax_scale
-    reason = _supports_attention(*tensors, *settings)
+    reason = supports_attention(*tensors, *settings)
     if q.is_cpu or reason:  # differentiated as it is: nothing runs again
         if q.is_cuda and reason and not torch.compiler.is_compiling():
             registry.note("mla_attention", reason)
         return reference.mla_attention(*tensors, *settings)
-    return apply(_MlaAttention, *tensors, *settings)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    return apply(_MlaAttention, *tensors, deterministic, *settings)
 
 
 def mla_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

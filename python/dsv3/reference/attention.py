@@ -264,3 +264,46 @@ def _storable(positions: Tensor, slot_mapping: Tensor, max_positions: int, rows:
             token = int(bad.nonzero()[0])
             raise RuntimeError(f"{text}[{token}] = {int(index[token])}")
     return used & ~bad_slot & ~bad_position
+
+
+def mla_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [Tq, Hq, Dn+Dr], dkv [Tk, Hq, Dn+Dv] (of k_nope and of v side by side) and dk_rope [Tk, Dr], summed over the heads.
+
+    dout and out [Tq, Hq, Dv], lse [Hq, Tq] natural-log, the rest as of mla_attention. A query that sees no key (lse -inf) has
+    no part in any gradient; rows of no sequence get zeros. A head at a time; lengths are read on the host.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dk_rope = torch.zeros_like(q, dtype=wide), torch.zeros_like(k_rope, dtype=wide)
+    dkv = v.new_zeros(*v.shape[:2], k_nope.shape[2] + v.shape[2], dtype=wide)
+    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in bounds]
+    for queries, keys in zip(*slices, strict=True):
+        for head in range(q.shape[1]):
+            q_, o, do, v_ = (x[s, head].to(wide) for x, s in ((q, queries), (out, queries), (dout, queries), (v, keys)))
+            k = torch.cat([k_nope[keys, head], k_rope[keys]], -1).to(wide)
+            base = lse[head, queries, None].to(wide)
+            hidden = (base == -torch.inf).expand(-1, k.shape[0])
+            if causal:
+                hidden = hidden | torch.ones_like(hidden).triu(k.shape[0] - q_.shape[0] + 1)
+            weights = torch.exp(q_ @ k.mT * softmax_scale - base).masked_fill_(hidden, 0.0)
+            dscores = weights * (do @ v_.mT - (do * o).sum(-1, keepdim=True)) * softmax_scale
+            dk, dv = dscores.mT @ q_, weights.mT @ do
+            dq[queries, head] = dscores @ k
+            dkv[keys, head] = torch.cat([dk[:, : k_nope.shape[2]], dv], -1)
+            dk_rope[keys] += dk[:, k_nope.shape[2] :]
+    return dq.to(q.dtype), dkv.to(v.dtype), dk_rope.to(k_rope.dtype)
