@@ -77,8 +77,8 @@ void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Te
 // `steps` tokens a sequence and so many heads.
 void mla_schedule(Tensor schedule, Tensor seq_lens, int64_t steps, int64_t heads, bool batch_invariant,
                   cudaStream_t stream);
-// attention/mla_decode.cu. q bfloat16 [B, S, Hq, 576], cache bfloat16 [pages, page, 1, 576], block_table int32 [B, W],
-// seq_lens int32 [B]; out bfloat16 [B, S, Hq, 512], lse fp32 [B, Hq, S]; partial fp32 [P, R, 512] and partial_lse
+// attention/mla_decode.cu. q bfloat16 [B, S, Hq, 576], cache as of mla_append_kv, block_table int32 [B, W], seq_lens
+// int32 [B]; out bfloat16 [B, S, Hq, 512], lse fp32 [B, Hq, S]; partial fp32 [P, R, 512] and partial_lse
 // [P, R] are workspace: R = 64 rows, 128 where S Hq > 64; P = 2 * multiprocessors * 64 / R, where the schedule is
 // batch-invariant a number for every 1024 keys that fit the table.
 void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,

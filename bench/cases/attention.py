@@ -38,6 +38,15 @@ SHAPES = [
     (32, 1, 16, 4096),
     (64, 1, 16, 8192),
 ]  # batch, s_q, heads, s_k
+FP8_SHAPES = [
+    (16, 1, 128, 4096),
+    (128, 1, 128, 4096),
+    (64, 1, 128, 16384),
+    (128, 1, 64, 4096),
+    (128, 1, 16, 4096),
+    (32, 1, 16, 4096),
+    (64, 1, 16, 8192),
+]
 VARLEN = [(128, 1, 128, 4096), (128, 1, 16, 4096)]
 TORCH_TOKENS = 16 * 4096  # the reference makes fp32 copies of all keys: it takes part up to so many
 POSITIONS = 4096  # rows of cos and sin
@@ -201,21 +210,32 @@ def _merge_case(tokens: int, heads: int) -> Case:
 
 
 # ---- decoding ----
-def _decode_inputs(lengths: list[int], s_q: int, heads: int, device: torch.device) -> tuple[Tensor, ...]:
-    """q, a cache whose pages lie in random order, block table, lengths, schedule."""
+def _decode_inputs(lengths: list[int], s_q: int, heads: int, kv: str, device: torch.device) -> tuple[Tensor, ...]:
+    """q, a cache whose pages lie in random order, block table, lengths, schedule; for a cache in FP8 also its values in bf16,
+    for the peers."""
     counts = [-(-length // PAGE) for length in lengths]
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, pages in zip(table, torch.randperm(sum(counts)).split(counts), strict=True):
         row[: len(pages)] = pages
-    cache = torch.cat([_small(count * PAGE, WIDTH, device=device) for count in counts])
+    rows = torch.cat([_small(count * PAGE, WIDTH, device=device) for count in counts])
     q = _small(len(lengths), s_q, heads, WIDTH, device=device)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     schedule = ops.mla_schedule(seq_lens, s_q, heads)
-    return q, cache.view(-1, PAGE, 1, WIDTH), table.to(device), seq_lens, schedule
+    others = table.to(device), seq_lens, schedule
+    if kv == "bf16":
+        return q, rows.view(-1, PAGE, 1, WIDTH), *others
+    packed = torch.cat([reference.pack_fp8_cache(part) for part in rows.split(TORCH_TOKENS)])
+    for part, to in zip(packed.split(TORCH_TOKENS), rows.split(TORCH_TOKENS), strict=True):
+        to.copy_(reference.unpack_fp8_cache(part))
+    return q, packed.view(-1, PAGE, 1, reference.FP8_ROW), *others, rows.view(-1, PAGE, 1, WIDTH)
 
 
-def _decode(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.dsv3.mla_decode(*inputs, SCALE, LATENT, True, False)
+def _decode(q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, schedule: Tensor, _: Tensor | None = None):
+    return torch.ops.dsv3.mla_decode(q, cache, table, seq_lens, schedule, SCALE, LATENT, True, False)
+
+
+def _decode_bf16(q: Tensor, _: Tensor, table: Tensor, seq_lens: Tensor, schedule: Tensor, values: Tensor):
+    return _decode(q, values, table, seq_lens, schedule)
 
 
 def _has_flash_mla() -> bool:
@@ -224,27 +244,29 @@ def _has_flash_mla() -> bool:
 
 
 def _flash_mla(
-    q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, _: Tensor
+    q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, _: Tensor, values: Tensor | None = None
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Newer releases fill the metadata in the first call, which is not timed either."""
+    """Newer releases fill the metadata in the first call, which is not timed either. Its dense decoding takes bf16 alone."""
     from flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
     metadata, splits = get_mla_metadata(seq_lens, q.shape[1] * q.shape[2], 1)
     settings = {"softmax_scale": SCALE, "causal": True}
+    cache = cache if values is None else values
     return lambda: flash_mla_with_kvcache(q, cache, table, seq_lens, LATENT, metadata, splits, **settings)
 
 
-def _decode_peers(tokens: int) -> dict[str, Baseline]:
+def _decode_peers(tokens: int, kv: str) -> dict[str, Baseline]:
     found: dict[str, Baseline] = {}
     if tokens <= TORCH_TOKENS:
-        found["torch"] = Baseline(lambda *inputs: reference.mla_decode(*inputs, SCALE, LATENT, True, False))
+        found["torch"] = Baseline(lambda *inputs: reference.mla_decode(*inputs[:5], SCALE, LATENT, True, False))
+    if kv == "fp8":
+        found["dsv3 bf16"] = Baseline(_decode_bf16)
     if _has_flash_mla():
-        found["flash_mla"] = Baseline(_flash_mla, binds=True)
+        found["flash_mla" if kv == "bf16" else "flash_mla bf16"] = Baseline(_flash_mla, binds=True)
     return found
 
 
-def _decode_case(batch: int, s_q: int, heads: int, s_k: int, varlen: bool = False) -> Case:
-    """Of a bf16 cache: FP8 ones only the reference decodes yet, which is nothing to measure."""
+def _decode_case(batch: int, s_q: int, heads: int, s_k: int, kv: str = "bf16", varlen: bool = False) -> Case:
     lengths = draw_lengths(batch, s_k) if varlen else [s_k] * batch
     tokens, rows = sum(lengths), batch * s_q * heads
     return Case(
@@ -254,14 +276,14 @@ def _decode_case(batch: int, s_q: int, heads: int, s_k: int, varlen: bool = Fals
             "s_q": s_q,
             "heads": heads,
             "s_k": s_k,
-            "kv": "bf16",
+            "kv": kv,
             **({"varlen": True} if varlen else {}),
         },
         flops=2 * tokens * s_q * heads * (WIDTH + LATENT),
-        bytes=tokens * ROW_BYTES["bf16"] + 2 * rows * (WIDTH + LATENT) + 4 * rows,
-        inputs=functools.partial(_decode_inputs, lengths, s_q, heads),
+        bytes=tokens * ROW_BYTES[kv] + 2 * rows * (WIDTH + LATENT) + 4 * rows,
+        inputs=functools.partial(_decode_inputs, lengths, s_q, heads, kv),
         run=_decode,
-        baselines=_decode_peers(tokens),
+        baselines=_decode_peers(tokens, kv),
     )
 
 
@@ -336,6 +358,7 @@ def cases(tiny: bool) -> list[Case]:
         *(_backward_case([64] if tiny else lengths, heads, deterministic=True) for lengths in SEQUENCES[:2]),
         *(_merge_case(count, heads) for count in tokens),
         *(_decode_case(*size(*shape)) for shape in SHAPES),
+        *(_decode_case(*size(*shape), kv="fp8") for shape in FP8_SHAPES),
         *(_decode_case(*size(*shape), varlen=True) for shape in VARLEN),
         _schedule_case(*size(*VARLEN[0])),
         *(_append_case(count, kv) for kv in ("bf16", "fp8") for count in tokens),

@@ -6,20 +6,18 @@
 
 namespace dsv3 {
 
-// Where the keys of a piece lie: lane i looks up part i of a tile (a page, or a tile of a larger page).
+// Where the keys of a piece lie: a lane looks up one part of a tile, rows of one page.
 struct TileRows {
   const DecodeParams& p;
   const int* table;
-  int length, end, part_rows, parts, key;  // key: the lane's first, within a tile; beyond it for lanes without a part
+  int length, end, page_shift, key;  // key: the lane's first, within a tile; beyond it for lanes without a part
 
-  __device__ __forceinline__ TileRows(const DecodeParams& params, const Piece& piece)
+  __device__ __forceinline__ TileRows(const DecodeParams& params, const Piece& piece, int part, int part_rows)
       : p(params), table(params.block_table + piece.batch * params.table_stride) {
     length = piece.length;
     end = piece.end;
-    part_rows = min(p.page, kTileKeys);
-    parts = kTileKeys / part_rows;
-    const int lane = threadIdx.x % kWarpSize;
-    key = lane < parts ? lane * part_rows : kTileKeys;
+    page_shift = 31 - __clz(p.page);
+    key = min(part * part_rows, kTileKeys);
   }
   __device__ __forceinline__ bool used(int tile) const {
     return key < kTileKeys && tile < end && tile * kTileKeys + key < length;
@@ -27,14 +25,14 @@ struct TileRows {
   // The table's entry, asked for a tile ahead of its use, where a key of the part is attended to.
   __device__ __forceinline__ int entry(int tile) const {
     if (!used(tile)) return 0;
-    const int index = (tile * kTileKeys + key) / p.page;
+    const int index = (tile * kTileKeys + key) >> page_shift;
     return index < p.table_width ? table[index] : -1;
   }
   // The row of the cache; rows past its end read as zeros. `bad`: the entry is no page of the pool.
   __device__ __forceinline__ int row(int tile, int entry, bool& bad) const {
     bad = used(tile) && (entry < 0 || entry >= p.pages);
     if (bad || !used(tile)) return p.pages * p.page;
-    return entry * p.page + (tile * kTileKeys + key) % p.page;
+    return entry * p.page + ((tile * kTileKeys + key) & (p.page - 1));
   }
 };
 
@@ -76,7 +74,7 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       if (part > 0 && part >= parts) break;
-      uint8_t* const target = s.keys[buffer][sub] + part * (kSubBytes / parts);
+      uint8_t* const target = s.keys[buffer * C::kTileSubs + sub] + part * (kSubBytes / parts);
       if constexpr (C::kCluster == 1) {
         tma_load(target, p.keys, full, sub * kSubColumns, rows[part], hint);
       } else {
@@ -93,10 +91,11 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
   Piece piece;
   uint32_t phases = 0;  // bit b: of buffer b
   int parity = 1;       // of the pieces that have keys
+  const int part_rows = min(p.page, kTileKeys), parts = kTileKeys / part_rows;
   while (pieces.next(piece)) {
     if (piece.begin >= piece.end) continue;
     parity ^= 1;
-    const TileRows lookup(p, piece);
+    const TileRows lookup(p, piece, lane, part_rows);
     int entry = lookup.entry(piece.begin);
     for (int tile = piece.begin; tile < piece.end; ++tile) {
       const int buffer = (tile - piece.begin) & 1, next = lookup.entry(tile + 1);
@@ -113,7 +112,7 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
       int rows[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i] = __shfl_sync(0xffffffffu, row, i);
-      if (lane == 0) load_half<C>(p, s, buffer, half, phases >> buffer & 1, rows, lookup.parts, rank);
+      if (lane == 0) load_half<C>(p, s, buffer, half, phases >> buffer & 1, rows, parts, rank);
       __syncwarp();
       phases ^= 1u << buffer;
       entry = next;

@@ -93,6 +93,9 @@ def varied(batch, s_k, s_q):
 
 
 # ---- the formula, and the limits ----
+FACTOR = {"bf16": 1, "fp8": 2}  # of an FP8 cache against the values that it holds
+
+
 def plain(case, causal=True):
     """out fp32 [B, S, H, 512] and lse [B, H, S]."""
     steps, keys = case.q.shape[1], case.keys
@@ -147,33 +150,22 @@ def same(a, b):
 def test_small(lengths, s_q, heads, page, kv, causal, device):
     case = make(lengths, s_q, heads, device, page=page, kv=kv)
     exact = plain(case, causal)
-    check(case(causal=causal), exact, 2 if kv == "fp8" else 1)
-    check(case(causal=causal, batch_invariant=True), exact, 2 if kv == "fp8" else 1)
+    check(case(causal=causal), exact, FACTOR[kv])
+    check(case(causal=causal, batch_invariant=True), exact, FACTOR[kv])
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("s_q", [1, 2, 4])
 @pytest.mark.parametrize("heads", [1, 3, 9, 63, 64, 126, 128])
-def test_matrix(heads, s_q, causal):
+def test_matrix(heads, s_q, causal, kv):
     for i, batch in enumerate((1, 2, 6, 64)):
         for j, s_k in enumerate((20, 140, 4096)):
             page = (16, 32, 64, 128)[(i + j + heads) % 4]
             for lengths in ([s_k] * batch, varied(batch, s_k, s_q)):
-                case = make(lengths, s_q, heads, "cuda", page=page)
-                check(case(causal=causal), plain(case, causal))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("s_q", [1, 2])
-@pytest.mark.parametrize("heads", [1, 16, 63, 64, 128])
-def test_fp8_matrix(heads, s_q):
-    for i, batch in enumerate((1, 6, 64)):
-        for j, s_k in enumerate((20, 140, 4096)):
-            page = (16, 32, 64, 128)[(i + j + heads) % 4]
-            for lengths in ([s_k] * batch, varied(batch, s_k, s_q)):
-                case = make(lengths, s_q, heads, "cuda", page=page, kv="fp8")
-                check(case(), plain(case), 2)
+                case = make(lengths, s_q, heads, "cuda", page=page, kv=kv)
+                check(case(causal=causal), plain(case, causal), FACTOR[kv])
 
 
 @pytest.mark.cuda
@@ -186,13 +178,14 @@ def test_pages_and_ends(s_q, heads, page, kv):
     case = make([0 if n == 0 else max(n, s_q) for n in ends], s_q, heads, "cuda", page=page, kv=kv)
     for causal in (True, False):
         exact = plain(case, causal)
-        check(case(causal=causal), exact, 2 if kv == "fp8" else 1)
-        check(case(causal=causal, batch_invariant=True), exact, 2 if kv == "fp8" else 1)
+        check(case(causal=causal), exact, FACTOR[kv])
+        check(case(causal=causal, batch_invariant=True), exact, FACTOR[kv])
 
 
-def test_large_scores(device):
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_large_scores(kv, device):
     """Attention that all but one key a head and token lose; scores of several hundreds do not overflow."""
-    case = make([130, 70], 2, 4, device)
+    case = make([130, 70], 2, 4, device, kv=kv)
     wanted = torch.randint(60, (2, 2, 4), device=device)
     q = 800 * torch.stack([case.keys[b][wanted[b]] for b in range(2)])
     case = Case(q.to(BF16), *(getattr(case, name) for name in ("cache", "table", "seq_lens", "keys")))
@@ -200,6 +193,31 @@ def test_large_scores(device):
     exact_out, exact_lse = plain(case)
     torch.testing.assert_close(out.float(), exact_out, rtol=2.0**-7, atol=8e-4)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [4, 128])
+def test_every_fp8_code_and_scale(heads, device):
+    """Sequences of one key, which is their result bit for bit: every code with small and large scales; a NaN, code or
+    scale, makes its sequence NaN and no other."""
+    rows = 64
+    codes = (torch.arange(512, device=device) + 5 * torch.arange(rows, device=device)[:, None]) % 256
+    codes[codes % 128 == 127] = 0
+    exponents = torch.tensor([-126, -30, -22, -9, -1, 0, 3, 7, 8, 20, 60, 118], device=device)
+    scales = exponents[torch.arange(4 * rows, device=device).view(rows, 4) % 12].float().exp2()
+    codes[5, 300], codes[6, 17], scales[7, 2] = 127, 255, NAN
+    parts = codes.to(torch.uint8), scales.view(torch.uint8), small(rows, 64, device=device).view(torch.uint8)
+    packed = torch.cat(parts, -1)
+    q = torch.zeros(rows, 1, heads, WIDTH, dtype=BF16, device=device)
+    table = torch.randperm(rows, device=device).int()[:, None]
+    cache = torch.full((rows, 16, 1, FP8_WIDTH), 0xFF, dtype=torch.uint8, device=device)
+    cache[table[:, 0].long(), 0, 0] = packed
+    ones = torch.ones(rows, dtype=torch.int32, device=device)
+    out, lse = Case(q, cache, table, ones, packed)()
+    exact = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, -1)
+    exact[5:8], bad = NAN, torch.arange(rows, device=device).sub(6).abs() <= 1
+    torch.testing.assert_close(out[:, 0], exact.to(BF16)[:, None].expand(-1, heads, -1), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(lse[:, :, 0].isnan(), bad[:, None].expand(-1, heads))
+    assert not lse[~bad].any()
 
 
 # ---- what must not matter ----
@@ -221,11 +239,12 @@ def test_what_is_not_used_does_not_matter(page, kv, device):
         assert same(case(), found)
 
 
-def test_repetition_and_schedules(device):
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_repetition_and_schedules(kv, device):
     """The same bits again; with a schedule made before or not; the schedule's shape is known without the lengths."""
     heads, lengths = (128, [5000, 3, 0, 700, 64, 4096]) if device.type == "cuda" else (3, [90, 3, 0])
     for s_q, h in ((1, heads), (2, heads), (1, max(heads // 8, 1))):
-        case = make(lengths, s_q, h, device)
+        case = make(lengths, s_q, h, device, kv=kv)
         for settings in ({}, {"batch_invariant": True}):
             found, schedule = case(**settings), case.schedule(**settings)
             assert schedule.dtype == torch.int32
@@ -237,9 +256,10 @@ def test_repetition_and_schedules(device):
             assert torch.equal(schedule, before)
 
 
-def test_views(device):
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_views(kv, device):
     """Columns of a wider block table, a slice of queries of more heads."""
-    case = make([33, 80], 2, 6, device)
+    case = make([33, 80], 2, 6, device, kv=kv)
     found = case()
     wide = torch.full((2, 20), -5, dtype=torch.int32, device=device)
     wide[:, 7 : 7 + case.table.shape[1]] = case.table
@@ -280,17 +300,18 @@ def test_batch_invariant(heads, kv, device):
 
 # ---- graphs, registration, compilation ----
 @pytest.mark.cuda
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize(("s_q", "heads"), [(1, 16), (2, 128)])
-def test_graph(s_q, heads, batch_invariant):
+def test_graph(s_q, heads, batch_invariant, kv):
     """The schedule and two layers in a graph, replayed with other lengths, tables, queries and caches."""
     drawn = ([4000, 7, 0, 300], [0, 0, 0, 0], [5, 6000, 2, 65], [70, 70, 70, 70], [6000, 6000, 6000, 6000])
-    cases = [make(lengths, s_q, heads, "cuda") for lengths in drawn]
+    cases = [make(lengths, s_q, heads, "cuda", kv=kv) for lengths in drawn]
     pages, width = (max(sizes) for sizes in zip(*((len(c.cache), c.table.shape[1]) for c in cases), strict=True))
 
     def padded(case):
         """In the shapes of the largest."""
-        cache = case.cache.new_full((pages, *case.cache.shape[1:]), NAN)
+        cache = case.cache.new_full((pages, *case.cache.shape[1:]), 0xFF if kv == "fp8" else NAN)
         table = case.table.new_full((4, width), -3)
         cache[: len(case.cache)], table[:, : case.table.shape[1]] = case.cache, case.table
         return Case(case.q, cache, table, case.seq_lens, case.keys)
@@ -319,7 +340,7 @@ def test_graph(s_q, heads, batch_invariant):
         for t in captured:
             t.fill_(7.0)
         graph.replay()
-        check(captured[:2], plain(case), 1)
+        check(captured[:2], plain(case), FACTOR[kv])
         assert same(captured, layers())
 
 
@@ -363,7 +384,7 @@ def test_a_million_tokens_in_a_pool_of_more_than_2_to_31_elements(heads, s_q, kv
     case = Case(q, cache, ends[chosen][None].int(), seq_lens, keys)
     exact = plain(case)
     for settings in ({}, {"batch_invariant": True}):
-        check(case(**settings), exact, 2 if kv == "fp8" else 1)
+        check(case(**settings), exact, FACTOR[kv])
 
 
 # ---- bad input ----
@@ -387,22 +408,24 @@ def check_device_error(case, match, device, **settings):
     ops.per_token_cast(torch.ones(1, 128, device=device))  # and nothing more is reported
 
 
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("entry", [-1, 2**31 - 1, -(2**31), "pages"])
-def test_a_page_beyond_the_pool(entry, device):
+def test_a_page_beyond_the_pool(entry, kv, device):
     """The last page of a sequence, of which one key counts."""
-    case = make([30, 65, 0], 1, 4, device)
+    case = make([30, 65, 0], 1, 4, device, kv=kv)
     pages = case.cache.shape[0]
     case.table[1, 1] = pages if entry == "pages" else entry
     text = rf"block_table must name one of the {pages} pages .* got block_table\[1, 1\] = {int(case.table[1, 1])}"
     check_device_error(case, text, device)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("heads", [4, 128])
 @pytest.mark.parametrize("length", [129, 100_000, 2**31 - 1])
-def test_a_length_beyond_the_table(length, heads, batch_invariant, device):
+def test_a_length_beyond_the_table(length, heads, batch_invariant, kv, device):
     """A table of two pages. The number of keys decides how long a kernel runs, so not even 2^31 may hang it."""
-    case = make([30, 128], 1, heads if device.type == "cuda" else 2, device, extra_columns=0)
+    case = make([30, 128], 1, heads if device.type == "cuda" else 2, device, kv=kv, extra_columns=0)
     assert case.table.shape == (2, 2)
     case.seq_lens[1] = length
     check_device_error(case, r"block_table\[1, \d+\]|seq_lens", device, batch_invariant=batch_invariant)

@@ -63,7 +63,9 @@ def _supports_decode(
         return f"a page has {cache.shape[1]} rows"
     if cache.shape[0] == 0 or softmax_scale <= 0:
         return "the cache is empty" if cache.shape[0] == 0 else f"softmax_scale is {softmax_scale}"
-    return registry.check_dtype("q", q, torch.bfloat16) or registry.check_dtype("cache", cache, torch.bfloat16)
+    return registry.check_dtype("q", q, torch.bfloat16) or registry.check_dtype(
+        "cache", cache, torch.bfloat16, torch.uint8
+    )
 
 
 def _launch_decode(
@@ -102,8 +104,9 @@ define(
 define(
     "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? schedule, float softmax_scale, "
     "int kv_lora_rank, bool causal, bool batch_invariant) -> (Tensor, Tensor)",
-    shapes="q [B,S,Hq,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W], seq_lens [B] int32 -> out [B,S,Hq,Dc], "
-    "lse [B,Hq,S] fp32; native: bf16, Dc 512, Dr 64, pages of 16, 32, 64, 128; reference: any, cache uint8 [pages,page,1,656]",
+    shapes="q [B,S,Hq,Dc+Dr], cache [pages,page,1,Dc+Dr] or uint8 [pages,page,1,656], block_table [B,W], seq_lens [B] int32 -> "
+    "out [B,S,Hq,Dc], lse [B,Hq,S] fp32; native: q bf16, cache bf16|uint8, Dc 512, Dr 64, pages of 16, 32, 64, 128; "
+    "reference: any",
     reference=reference.mla_decode,
     allocate=_allocate_decode,
     launch=_launch_decode,
