@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from dsv3 import ops
 from dsv3.ops import mla_attention_backward as backward
 from dsv3.reference import attention as reference
 from dsv3.testing import check_compile, check_graph, check_registration, relative_error
@@ -227,6 +228,28 @@ def test_strided_views(device):
     for other in (k_nope.contiguous(), k_nope.transpose(0, 1).contiguous().transpose(0, 1), k_nope.clone()[:, :, :]):
         found = BACKWARD(dout.mT.contiguous().mT, wide, other, k_rope.clone(), v.contiguous(), out, lse, *rest)
         assert all(torch.equal(x, y) for x, y in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_the_public_op_differentiates_by_it(deterministic, device):
+    """Gradients of k_nope and v arrive at kv_b's output; those of torch's deterministic mode are the deterministic ones."""
+    case = Case([70, 130], [90, 130], 3, device)
+    q, kv, k_rope = (x.detach().requires_grad_() for x in (case.q, case.kv, case.k_rope))
+
+    def gradients(**options):
+        k_nope, v = kv.split([NOPE, VALUE], -1)
+        out, _ = ops.mla_attention(q, k_nope, k_rope, v, *case.cu, *case.longest, softmax_scale=SCALE, **options)
+        return torch.autograd.grad(out, (q, kv, k_rope), case.dout)
+
+    found = gradients(deterministic=deterministic)
+    check(found, case)
+    if deterministic:
+        try:
+            torch.use_deterministic_algorithms(True)
+            again = gradients()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("scale", [4.0, 30.0])
