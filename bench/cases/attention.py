@@ -1,5 +1,5 @@
-"""csrc/attention: attention of whole sequences and its gradients; decoding over the paged latent cache, its schedule, what stores
-a token in the cache, in bf16 and FP8, and a whole layer.
+"""csrc/attention: attention of whole sequences and its gradients; decoding over the paged latent cache, its schedule, what
+stores a token in the cache, in bf16 and FP8, and a whole layer.
 
 The shapes of decoding are those of FlashMLA's published figures and of tensor-parallel ranks. A schedule (FlashMLA: its
 metadata) is made once a step and shared by all layers, so it is prepared outside the timed part, and timed by itself.
