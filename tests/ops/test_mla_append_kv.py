@@ -118,6 +118,29 @@ def test_unpacked_rows_are_codes_times_scales(device):
     assert relative_error(unpacked, latents) < 2.0**-5
 
 
+@pytest.mark.parametrize("heads", [4, 128])
+def test_every_code_and_scale_decodes_exactly(heads, device):
+    """Sequences of one key, which is their result bit for bit: every code with small and large scales; a NaN, code or
+    scale, makes its sequence NaN and no other. What lies behind the key is all NaN."""
+    codes = (torch.arange(RANK) + 5 * torch.arange(64)[:, None]) % 256
+    codes[codes % 128 == 127] = 0
+    exponents = torch.tensor([-126, -30, -22, -9, -1, 0, 3, 7, 8, 20, 60, 118])
+    scales = exponents[torch.arange(256).view(64, 4) % 12].float().exp2()
+    codes[5, 300], codes[6, 17], scales[7, 2] = 127, 255, float("nan")
+    codes = codes.to(FP8)
+    exact = codes.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, -1)
+    exact[5:8] = float("nan")
+    cache = torch.full((64, 16, 1, FP8_WIDTH), 0xFF, dtype=FP8)
+    cache[:, 0, 0] = torch.cat([codes, scales.view(FP8), torch.randn(64, ROPE).to(BF16).view(FP8)], -1)
+    queries = torch.zeros(64, 1, heads, WIDTH, dtype=BF16)
+    integers = torch.arange(64).int()[:, None], torch.ones(64).int()
+    out, lse = ops.mla_decode(*(t.to(device) for t in (queries, cache, *integers)), softmax_scale=1.0)
+    expected = exact.to(BF16)[:, None].expand(-1, heads, -1)
+    torch.testing.assert_close(out.cpu()[:, 0], expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(lse.cpu()[:, :, 0].isnan(), expected[..., 0].isnan())
+    assert not lse.nan_to_num().any()
+
+
 @pytest.mark.cuda
 def test_the_same_bits_as_rmsnorm():
     """So that prefill, which normalises by itself, sees the latents that decoding finds in the cache."""

@@ -93,9 +93,6 @@ def varied(batch, s_k, s_q):
 
 
 # ---- the formula, and the limits ----
-FACTOR = {"bf16": 1, "fp8": 2}  # of an FP8 cache against the values that it holds
-
-
 def plain(case, causal=True):
     """out fp32 [B, S, H, 512] and lse [B, H, S]."""
     steps, keys = case.q.shape[1], case.keys
@@ -108,8 +105,9 @@ def plain(case, causal=True):
     return torch.einsum("bhsk,bkd->bshd", weights, keys[..., :LATENT]), lse
 
 
-def check(found, exact, factor=1):
-    """FlashMLA's limits, times a factor."""
+def check(found, exact, kv="bf16"):
+    """FlashMLA's limits, twice as wide where the keys came out of FP8."""
+    factor = 2 if kv == "fp8" else 1
     (out, lse), (exact_out, exact_lse) = found, exact
     assert (out.dtype, out.shape) == (BF16, exact_out.shape)
     assert (lse.dtype, lse.shape) == (torch.float32, exact_lse.shape)
@@ -150,8 +148,8 @@ def same(a, b):
 def test_small(lengths, s_q, heads, page, kv, causal, device):
     case = make(lengths, s_q, heads, device, page=page, kv=kv)
     exact = plain(case, causal)
-    check(case(causal=causal), exact, FACTOR[kv])
-    check(case(causal=causal, batch_invariant=True), exact, FACTOR[kv])
+    check(case(causal=causal), exact, kv)
+    check(case(causal=causal, batch_invariant=True), exact, kv)
 
 
 @pytest.mark.cuda
@@ -165,7 +163,7 @@ def test_matrix(heads, s_q, causal, kv):
             page = (16, 32, 64, 128)[(i + j + heads) % 4]
             for lengths in ([s_k] * batch, varied(batch, s_k, s_q)):
                 case = make(lengths, s_q, heads, "cuda", page=page, kv=kv)
-                check(case(causal=causal), plain(case, causal), FACTOR[kv])
+                check(case(causal=causal), plain(case, causal), kv)
 
 
 @pytest.mark.cuda
@@ -178,8 +176,8 @@ def test_pages_and_ends(s_q, heads, page, kv):
     case = make([0 if n == 0 else max(n, s_q) for n in ends], s_q, heads, "cuda", page=page, kv=kv)
     for causal in (True, False):
         exact = plain(case, causal)
-        check(case(causal=causal), exact, FACTOR[kv])
-        check(case(causal=causal, batch_invariant=True), exact, FACTOR[kv])
+        check(case(causal=causal), exact, kv)
+        check(case(causal=causal, batch_invariant=True), exact, kv)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
@@ -193,31 +191,6 @@ def test_large_scores(kv, device):
     exact_out, exact_lse = plain(case)
     torch.testing.assert_close(out.float(), exact_out, rtol=2.0**-7, atol=8e-4)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("heads", [4, 128])
-def test_every_fp8_code_and_scale(heads, device):
-    """Sequences of one key, which is their result bit for bit: every code with small and large scales; a NaN, code or
-    scale, makes its sequence NaN and no other."""
-    rows = 64
-    codes = (torch.arange(512, device=device) + 5 * torch.arange(rows, device=device)[:, None]) % 256
-    codes[codes % 128 == 127] = 0
-    exponents = torch.tensor([-126, -30, -22, -9, -1, 0, 3, 7, 8, 20, 60, 118], device=device)
-    scales = exponents[torch.arange(4 * rows, device=device).view(rows, 4) % 12].float().exp2()
-    codes[5, 300], codes[6, 17], scales[7, 2] = 127, 255, NAN
-    parts = codes.to(torch.uint8), scales.view(torch.uint8), small(rows, 64, device=device).view(torch.uint8)
-    packed = torch.cat(parts, -1)
-    q = torch.zeros(rows, 1, heads, WIDTH, dtype=BF16, device=device)
-    table = torch.randperm(rows, device=device).int()[:, None]
-    cache = torch.full((rows, 16, 1, FP8_WIDTH), 0xFF, dtype=torch.uint8, device=device)
-    cache[table[:, 0].long(), 0, 0] = packed
-    ones = torch.ones(rows, dtype=torch.int32, device=device)
-    out, lse = Case(q, cache, table, ones, packed)()
-    exact = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, -1)
-    exact[5:8], bad = NAN, torch.arange(rows, device=device).sub(6).abs() <= 1
-    torch.testing.assert_close(out[:, 0], exact.to(BF16)[:, None].expand(-1, heads, -1), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(lse[:, :, 0].isnan(), bad[:, None].expand(-1, heads))
-    assert not lse[~bad].any()
 
 
 # ---- what must not matter ----
@@ -340,7 +313,7 @@ def test_graph(s_q, heads, batch_invariant, kv):
         for t in captured:
             t.fill_(7.0)
         graph.replay()
-        check(captured[:2], plain(case), FACTOR[kv])
+        check(captured[:2], plain(case), kv)
         assert same(captured, layers())
 
 
@@ -384,7 +357,7 @@ def test_a_million_tokens_in_a_pool_of_more_than_2_to_31_elements(heads, s_q, kv
     case = Case(q, cache, ends[chosen][None].int(), seq_lens, keys)
     exact = plain(case)
     for settings in ({}, {"batch_invariant": True}):
-        check(case(**settings), exact, FACTOR[kv])
+        check(case(**settings), exact, kv)
 
 
 # ---- bad input ----
