@@ -26,6 +26,7 @@ class _Stub(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
+        self.layers = torch.nn.ModuleList()
         self.config = small_config(num_nextn_predict_layers=depth)
         self.embed = nn.Embedding(64, 32)
         self.mtp = [lambda h, tokens, ctx, cache: (self.embed(tokens) + h, None) for _ in range(depth)]

@@ -182,14 +182,16 @@ def test_nothing_leaks_from_rows_of_no_sequence(device):
 
 
 @pytest.mark.cuda
-def test_rows_of_no_sequence_are_not_written():
+@pytest.mark.parametrize(("spare", "heads"), [(100, 2), (24, 16), (3000, 128)])
+def test_rows_of_no_sequence(spare, heads):
+    """Of queries they are not written, of keys they get zeros; and the others their gradients."""
     device = torch.device("cuda")
-    case = Case([70], [90], 2, device, spare=100)
+    case = Case([70], [90], heads, device, spare=spare)
     outputs = [torch.full_like(x, 7.0) for x in (case.q, case.kv, case.k_rope)]
     backward._launch(tuple(outputs), *case.args())
-    for x, n in zip(outputs, (70, 90, 90), strict=True):
-        assert bool((x[n:] == 7.0).all())
-        assert not bool((x[:n] == 7.0).all())
+    for x, n, value in zip(outputs, (70, 90, 90), (7.0, 0.0, 0.0), strict=True):
+        assert bool((x[n:] == value).all())
+    check(case(), case)
 
 
 @pytest.mark.parametrize("causal", [True, False])

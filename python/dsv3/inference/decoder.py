@@ -28,6 +28,7 @@ from dsv3.inference.graphs import Graphs, addresses
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
 from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
+from dsv3.model.few import fits
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
@@ -163,17 +164,18 @@ class Decoder:
 
     def launch(self, batch: int, width: int, mode: int) -> Pending:
         """Like `round`, without waiting for it."""
-        if self._graphs is None:
-            self.round(batch, width, mode)
-        else:
-            self._graphs.run((batch, width, mode), lambda: self.round(batch, width, mode))
-        result = self.result[:batch]
         if not self._fetched:
-            return Pending(result, None)
-        self._fetched.reverse()
-        fetched = self._fetched[0][:batch].copy_(result, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+            self.round(batch, width, mode)
+            return Pending(self.result[:batch], None)
+        with torch.cuda.device(self.device):  # captures and events are of the current one
+            if self._graphs is None:
+                self.round(batch, width, mode)
+            else:
+                self._graphs.run((batch, width, mode), lambda: self.round(batch, width, mode))
+            self._fetched.reverse()
+            fetched = self._fetched[0][:batch].copy_(self.result[:batch], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         return Pending(fetched, done)
 
     def round(self, batch: int, width: int, mode: int) -> Tensor:
@@ -250,14 +252,10 @@ class Decoder:
         table = self.block_table[:batch]
         settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
         positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
-        few = batch * steps <= ops.FEW_TOKENS and ops.attends_few(steps * heads, width)
-        return AttentionContext(
-            positions,
-            block_table=table[:, :width],
-            seq_lens=seq_lens,
-            slot_mapping=slots,
-            schedule=None if few else ops.mla_schedule(seq_lens, steps, heads),
-        )
+        ctx = AttentionContext(positions, block_table=table[:, :width], seq_lens=seq_lens, slot_mapping=slots)
+        if ops.attends_few(steps * heads, width) and all(fits(x, ctx, batch * steps) for x in self.model.layers):
+            return ctx
+        return dataclasses.replace(ctx, schedule=ops.mla_schedule(seq_lens, steps, heads))
 
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:
         """fp32 probabilities of logits [B, ..., V] of the rows."""

@@ -15,12 +15,12 @@ from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
 from dsv3.model import DeepSeekV3
-from dsv3.ops.registry import is_hopper
+from dsv3.model.moe import MoE
+from dsv3.ops.registry import why_no_kernels
 
 OnToken = Callable[[int, list[int], str], None]
-MIN_WIDTH = (
-    64  # pages of a block table as a graph sees it at least: more cost nothing, since a kernel looks at the lengths
-)
+# Pages of a block table as a graph sees it at least: more cost nothing, since a kernel looks at the lengths.
+MIN_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Engine:
             Weights may be changed in place between calls of `generate`, and replaced.
 
     Raises:
-        ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model on a Hopper GPU (elsewhere references
-            ask the device), or sizes that cannot work.
+        ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU
+            (elsewhere references ask the device), or sizes that cannot work.
     """
 
     def __init__(
@@ -104,7 +104,12 @@ class Engine:
     ) -> None:
         config = model.config
         weight = model.embed.weight
-        capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and is_hopper(weight.device)
+        capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
+        moes = [module for module in model.modules() if isinstance(module, MoE)]
+        if any(moe.buffer.transport != "local" for moe in moes):  # the host reads how many rows come
+            if cuda_graphs:
+                raise ValueError("cuda_graphs=True needs all experts on one rank, but this model's are split")
+            capturable = False
         if cuda_graphs and not capturable:
             found = f"{weight.dtype} on {weight.device}".removeprefix("torch.")
             raise ValueError(f"cuda_graphs=True needs a bfloat16 model on a Hopper GPU, got {found}")
@@ -128,6 +133,7 @@ class Engine:
         sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": pages_for(context + 2 * self._depth + 1)}
         graphs = capturable if cuda_graphs is None else cuda_graphs
         self._decoder = Decoder(model, depth=self._depth, cuda_graphs=graphs, **sizes)
+        self._min_width = MIN_WIDTH if graphs else 1
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
 
@@ -245,7 +251,7 @@ class Engine:
         width = pages_for(max(r.cached for r in requests) + unseen + steps)
         if self._ahead:  # few distinct shapes, so that graphs of rounds can be kept
             rows = min(1 << (rows - 1).bit_length(), self._max_batch)
-            width = min(max(1 << (width - 1).bit_length(), MIN_WIDTH), self._decoder.block_table.shape[1])
+            width = min(max(1 << (width - 1).bit_length(), self._min_width), self._decoder.block_table.shape[1])
         return _Round(requests, self._decoder.launch(rows, width, _mode(requests)))
 
     def _settle(self, on_token: OnToken | None) -> None:

@@ -39,8 +39,9 @@ class Graphs:
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # A stream of the current device: torch keeps one for the process. Other threads may use the device meanwhile.
+        stream = torch.cuda.Stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             work()
         # NOTE: one pool serves all graphs because they run one after the other and nothing in it outlives a replay.
         self._pool = graph.pool()

@@ -13,6 +13,7 @@ from dsv3.model.attention import LATENT_NORM_EPS, MLA, AttentionContext
 from dsv3.model.block import Block
 from dsv3.model.layers import Linear, RMSNorm, identity, rope_tables
 from dsv3.model.moe import Experts
+from dsv3.ops import registry
 
 # Weights are written by other frameworks' kernels, and behind those the embedding runs, which is one too.
 STATIC = {"static_weights": True}
@@ -22,6 +23,9 @@ def fits(block: Block, ctx: AttentionContext, tokens: int) -> bool:
     """Whether `run` can stand for the block: decoding without gradients, all heads and experts here, weights not FP8."""
     if ctx.block_table is None or tokens > ops.FEW_TOKENS or torch.is_grad_enabled():
         return False
+    weight = block.attn_norm.weight
+    if weight.is_cuda and (weight.dtype != torch.bfloat16 or registry.why_no_kernels(weight.device)):
+        return False  # their references compute every expert
     if not (block.attention.gather is block.attention.reduce is identity):
         return False
     if block.is_moe and (block.moe.buffer.transport, block.moe.buffer.room) != ("local", None):

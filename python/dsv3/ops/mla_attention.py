@@ -165,9 +165,11 @@ def mla_attention(
         raise ValueError(f"mla_attention: expected cu_seqlens_q and cu_seqlens_k of int32 (n+1,), got {found}")
     settings = *offsets, max_seqlen_q, max_seqlen_k, causal, softmax_scale
     reason = supports_attention(*tensors, *settings)
-    if q.is_cpu or reason:  # differentiated as it is: nothing runs again
-        if q.is_cuda and reason and not torch.compiler.is_compiling():
+    if q.is_cuda and not torch.compiler.is_compiling():
+        if reason:
             registry.note("mla_attention", reason)
+        reason = reason or registry.why_no_kernels(q.device)
+    if q.is_cpu or reason:  # differentiated as it is: nothing runs again
         return reference.mla_attention(*tensors, *settings)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     return apply(_MlaAttention, *tensors, deterministic, *settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsv3.ops import registry
 from dsv3.ops.mla_attention import NOPE, ROPE, by_heads, supports_attention
@@ -37,8 +38,14 @@ def _launch(
     softmax_scale: float,
     deterministic: bool,
 ) -> None:
-    n, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
-    query_tiles, key_tiles = q.shape[0] // QUERY_TILE + n, k_nope.shape[0] // KEY_TILE + n
+    n, heads, keys = cu_seqlens_q.shape[0] - 1, q.shape[1], k_nope.shape[0]
+    if (
+        keys != n * max_seqlen_k
+    ):  # keys behind the last sequence are one more, without queries: the kernel gives each row one
+        cu_seqlens_q = torch.cat([cu_seqlens_q, cu_seqlens_q[-1:]])
+        cu_seqlens_k = pad(cu_seqlens_k, (0, 1), value=keys)
+        n += 1
+    query_tiles, key_tiles = q.shape[0] // QUERY_TILE + n, keys // KEY_TILE + n
     longest = -(-max_seqlen_q // QUERY_TILE) + 1
     # The tiles of four times as many blocks as run at once, and four of the longest sequences: few enough for the L2 cache
     # where sequences are short, enough for no block to wait for a place.

@@ -129,15 +129,17 @@ def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
     raise AssertionError("an op without tensors")
 
 
-def _why_reference(args: tuple[Any, ...], launch: Any, supports: Callable[..., str | None]) -> str | None:
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why nothing runs natively on a CUDA device, or None."""
     if _forced_references:
         return "references are forced"
     if _C is None:
         return NATIVE_ERROR
-    device = _first_tensor(args).device
-    if not is_hopper(device):
-        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
-    return supports(*args)
+    return None if is_hopper(device) else f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
+
+
+def _why_reference(args: tuple[Any, ...], launch: Any, supports: Callable[..., str | None]) -> str | None:
+    return why_no_kernels(_first_tensor(args).device) or supports(*args)
 
 
 class ReferenceOps:
