@@ -36,16 +36,15 @@ def mla_attention(
     max_seqlen_k: int,
     causal: bool,
     softmax_scale: float,
-    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, Hq, Dv] and natural-log lse [Hq, Tq] (fp32 or wider, not differentiable) for q [Tq, Hq, Dn+Dr],
     k_nope [Tk, Hq, Dn], k_rope [Tk, Dr] shared by the heads, v [Tk, Hq, Dv].
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i+1] and the keys cu_seqlens_k[i] to [i+1]; its last query sees
     its last key. A query that sees none, or is no sequence's, has out 0 and lse -inf. Sequences of one length run as a batch;
-    otherwise a loop reads the lengths on the host. Without `with_lse` lse may hold anything.
+    otherwise a loop reads the lengths on the host.
     """
-    settings = causal, softmax_scale, with_lse
+    settings = causal, softmax_scale
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
     tensors = q, k, v
     n = cu_seqlens_q.shape[0] - 1
@@ -75,14 +74,14 @@ def _bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     return numbers
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and its lse [B, H, S] for [B, H, S, D]; causal is bottom-right."""
     rows, columns, value_dim = q.shape[2], k.shape[2], v.shape[3]
     wide = torch.promote_types(q.dtype, torch.float32)
     if rows == 0 or columns == 0:
         return q @ k.mT @ v, q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if causal and rows > columns:  # the first rows see no key
-        out, lse = _attend(q[:, :, rows - columns :], k, v, causal, scale, with_lse)
+        out, lse = _attend(q[:, :, rows - columns :], k, v, causal, scale)
         return pad(out, (0, 0, rows - columns, 0)), pad(lse, (rows - columns, 0), value=-torch.inf)
     mask = None
     if causal and rows != columns:
@@ -93,7 +92,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_ls
     if not q.is_cpu:
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
             out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
-        return out, _log_sum_exp(q, k, causal, scale) if with_lse else q.new_empty(q.shape[:3], dtype=wide)
+        return out, _log_sum_exp(q, k, causal, scale)
     width = max(
         q.shape[3], value_dim
     )  # the fused attention of CPUs, which gives its lse, wants all as wide as each other
