@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "comm/peers.h"
 #include "common/device_error.h"
 #include "common/dlpack.h"
 #include "common/tensor.h"
@@ -62,6 +65,20 @@ void define(py::module_& m, const char* name, void (*op)(First, Args...), std::i
 template <class... Args>
 void define(py::module_& m, const char* name, void (*op)(Args...)) {
   define(m, name, op, std::make_index_sequence<sizeof...(Args) - 1>{});
+}
+
+void define_peers(py::module_& m) {
+  using dsv3::Peers;
+  py::class_<Peers>(m, "Peers")
+      .def(py::init<int, int, int, int, int, double>())
+      .def_property_readonly("handle", [](const Peers& peers) { return py::bytes(peers.handle()); })
+      .def_property_readonly("bytes", &Peers::bytes)
+      .def_property_readonly("lost", &Peers::lost)
+      .def("give_up", &Peers::give_up)
+      .def("take_long_wait", &Peers::take_long_wait)
+      .def("connect", &Peers::connect)
+      .def("disconnect", &Peers::disconnect)
+      .def("release", &Peers::release);
 }
 
 }  // namespace
@@ -119,6 +136,10 @@ PYBIND11_MODULE(_C, m) {
   define(m, "combine_norm", dsv3::combine_norm);
   define(m, "decode_positions", dsv3::decode_positions);
   define(m, "greedy_round", dsv3::greedy_round);
+  define_peers(m);
+  define(m, "comm_exchange", dsv3::comm_exchange);
+  define(m, "comm_dispatch", dsv3::comm_dispatch);
+  define(m, "comm_combine", dsv3::comm_combine);
   define(m, "cross_entropy_", dsv3::cross_entropy_);
   define(m, "adamw", dsv3::adamw);
 }

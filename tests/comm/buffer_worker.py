@@ -1,4 +1,5 @@
-"""What the buffer tests start under torchrun: eight processes that leave their results. Argument: a folder."""
+"""What the buffer tests start under torchrun: eight processes that leave their results. Arguments: a folder, and the transport:
+collective between CPUs, or ipc between processes that share a GPU."""
 
 from __future__ import annotations
 
@@ -15,15 +16,16 @@ from dsv3.comm import Dispatched, ExpertBuffer
 from tests.comm.cases import CASES, FP8, Case, arrived, experts, inputs
 
 
-def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
+def run(buffer: ExpertBuffer, case: Case, rank: int, device: str) -> dict[str, Any]:
     """A forward and a backward of dispatch, experts and combine."""
-    x, idx, weights, dout = inputs(case, rank)
+    x, idx, weights, dout = (t.to(device) for t in inputs(case, rank))
     x.requires_grad_()
     weights.requires_grad_()
     handle = buffer.dispatch(x, idx, weights)
     first, end = buffer.layout.num_local_experts * buffer.layout.rank, int(handle.offsets[-1])
-    expert = torch.zeros(handle.num_recv, dtype=torch.int64)
-    expert[:end] = torch.arange(first, first + handle.offsets.numel() - 1).repeat_interleave(handle.offsets.diff())
+    expert = torch.zeros(handle.num_recv, dtype=torch.int64, device=device)
+    held = torch.arange(first, first + handle.offsets.numel() - 1, device=device)
+    expert[:end] = held.repeat_interleave(handle.offsets.diff())
     y = experts(arrived(handle), handle.topk_weights, expert)
     y.register_hook(lambda dy: seen.append(dy[end:]))
     seen = [arrived(handle)[end:], handle.topk_weights[end:], y[end:]]
@@ -35,7 +37,7 @@ def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
     again = buffer.combine(experts(arrived(apart), apart.topk_weights, expert), apart)
     assert torch.equal(again, out), "a handle is its tensors"
     cast = {} if handle.x_sf is None else {"x_sf": handle.x_sf[:end], "strides": torch.tensor(handle.x_sf.stride())}
-    return {
+    results = {
         **cast,
         "x": handle.x.detach()[:end],
         "weights": handle.topk_weights.detach()[:end],
@@ -44,43 +46,46 @@ def run(buffer: ExpertBuffer, case: Case, rank: int) -> dict[str, Any]:
         "dx": x.grad,
         "dweights": weights.grad,
     }
+    return {name: result.cpu() for name, result in results.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def buffer_for(group: dist.ProcessGroup, case: Case) -> ExpertBuffer:
-    return ExpertBuffer(group, **case.settings)
-
-
-def one_rank_alone(group: dist.ProcessGroup) -> None:
+def one_rank_alone(group: dist.ProcessGroup, transport: str, device: str) -> None:
     """The transports agree bit for bit, forward and backward."""
     bf16 = {"dtype": torch.bfloat16}
     plain = [Case(1, 1), Case(1, 1, **bf16), Case(1, 1, wire=torch.float32, **bf16), Case(1, 1, wire=FP8, **bf16)]
     for case in (*plain, *(dataclasses.replace(case, static=True) for case in plain)):
-        made = [ExpertBuffer(group, transport=transport, **case.settings) for transport in ("local", "collective")]
-        local, collective = (run(buffer, case, 0) for buffer in made)
-        assert same(local, collective)
+        made = [ExpertBuffer(group, transport=name, **case.settings) for name in ("local", transport)]
+        local, other = (run(buffer, case, 0, device) for buffer in made)
+        assert same(local, other)
+        made[1].close()
     assert ExpertBuffer(group, num_experts=16).transport == "local"
 
 
-def two_groups_at_once(group: dist.ProcessGroup, rank: int) -> None:
+def two_groups_at_once(groups: list[dist.ProcessGroup], rank: int, transport: str, device: str) -> None:
     """Buffers do not disturb each other: their calls may be nested."""
-    case = Case(4, 4)
-    buffers = [ExpertBuffer(group, num_experts=16, ranks_per_node=n) for n in (4, 2)]
-    x, idx, weights, _ = inputs(case, rank)
+    buffers = [
+        ExpertBuffer(group, num_experts=16, ranks_per_node=n, transport=transport)
+        for group, n in zip(groups, (4, 2, 2), strict=True)
+    ]
+    x, idx, weights, _ = (t.to(device) for t in inputs(Case(4, 4), rank))
     handles = [buffer.dispatch(x, idx, weights) for buffer in buffers]
     nested = [b.combine(h.x, h) for b, h in reversed(list(zip(buffers, handles, strict=True)))]
     apart = [b.combine(h.x, h) for b, h in ((b, b.dispatch(x, idx, weights)) for b in reversed(buffers))]
     assert all(torch.equal(a, b) for a, b in zip(nested, apart, strict=True))
+    for buffer in buffers:
+        buffer.close()
 
 
-def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
+def errors(group: dist.ProcessGroup, rank: int, transport: str, device: str) -> dict[str, str]:
     """What two ranks say to mistakes of the second; afterwards the buffer works as before."""
     said: dict[str, str] = {}
-    buffer = ExpertBuffer(group, num_experts=8)
+    buffer = ExpertBuffer(group, num_experts=8, transport=transport)
     x, idx, weights = torch.randn(3, 8), torch.tensor([[0, 7], [1, 2], [3, 4]]), torch.rand(3, 2)
+    x, idx, weights = (t.to(device) for t in (x, idx, weights))
     bad = {
         "hidden": (x[:, :4], idx, weights),
         "dtype": (x.bfloat16(), idx, weights),
@@ -110,17 +115,20 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
     }
     for name, setting in settings.items():
         try:
-            ExpertBuffer(group, **setting)
+            ExpertBuffer(group, **{"transport": transport, **setting})
         except ValueError as error:
             said[name] = str(error)
-    small = ExpertBuffer(group, num_experts=8, max_recv=4, max_tokens=3)
-    for name, arguments in {"full": (x, idx, weights), "long": (x[[0] * 4], idx[[0] * 4], weights[[0] * 4])}.items():
+    small = ExpertBuffer(group, num_experts=8, max_recv=4, max_tokens=3, transport=transport)
+    full = {} if device == "cuda" else {"full": (x, idx, weights)}  # a GPU says it later: see ipc_worker.py
+    for name, arguments in {**full, "long": (x[[0] * 4], idx[[0] * 4], weights[[0] * 4])}.items():
         try:
             small.dispatch(*arguments)
         except (RuntimeError, ValueError) as error:
             said[name] = str(error)
     handle = small.dispatch(x[:1], idx[:1], weights[:1])
     torch.testing.assert_close(small.combine(handle.rows, handle), 2 * x[:1])
+    for made in (buffer, small):
+        made.close()
     return said
 
 
@@ -128,20 +136,25 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     dist.init_process_group("gloo")
-    rank, out = dist.get_rank(), Path(sys.argv[1])
+    rank, out, transport = dist.get_rank(), Path(sys.argv[1]), sys.argv[2]
+    device = "cuda" if transport == "ipc" else "cpu"
     groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}
     results: dict[str, Any] = {}
     for case in CASES:
         if rank < case.ranks:
-            buffer = buffer_for(groups[case.ranks], case)
-            results[case.name] = run(buffer, case, rank)
-            assert same(results[case.name], run(buffer, case, rank)), f"{case.name}: other bits the second time"
+            buffer = ExpertBuffer(groups[case.ranks], transport=transport, timeout=20, **case.settings)
+            assert buffer.transport == transport
+            results[case.name] = run(buffer, case, rank, device)
+            again = run(buffer, case, rank, device)
+            assert same(results[case.name], again), f"{case.name}: other bits the second time"
+            buffer.close()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     if rank < 1:
-        one_rank_alone(groups[1])
+        one_rank_alone(groups[1], transport, device)
     if rank < 2:
-        results["errors"] = errors(groups[2], rank)
+        results["errors"] = errors(groups[2], rank, transport, device)
     if rank < 4:
-        two_groups_at_once(groups[4], rank)
+        two_groups_at_once([groups[4], groups[4], pairs[rank // 2]], rank, transport, device)
     torch.save(results, out / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -83,7 +83,7 @@ def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def experts(x: Tensor, weights: Tensor, expert: Tensor) -> Tensor:
     """What expert [R] makes of the rows x [R, H] with their weights [R]; elementwise, so the same bits in any batch."""
-    matrix = torch.randn(64, x.shape[1], generator=torch.Generator().manual_seed(7))
+    matrix = torch.randn(64, x.shape[1], generator=torch.Generator().manual_seed(7)).to(x.device)
     return (x * matrix[expert] * weights[:, None]).to(x.dtype)
 
 

@@ -1,4 +1,5 @@
-"""What the tests of dead ranks start in every process: one dies in the middle of a step. Arguments: rank that dies, moment."""
+"""What the tests of dead ranks start in every process: one dies in the middle of a step. Arguments: rank that dies, moment,
+transport."""
 
 from __future__ import annotations
 
@@ -15,20 +16,21 @@ from dsv3.comm import ExpertBuffer, RankLost
 
 def main() -> None:
     torch.set_num_threads(1)
-    dead, moment = int(sys.argv[1]), sys.argv[2]
+    dead, moment, transport = int(sys.argv[1]), *sys.argv[2:]
+    device = "cuda" if transport == "ipc" else "cpu"
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    buffer = ExpertBuffer(num_experts=2 * ranks, ranks_per_node=2)
+    buffer = ExpertBuffer(num_experts=2 * ranks, ranks_per_node=2, transport=transport)
 
     def here(name: str) -> None:
         if rank == dead and moment == name:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    x = torch.randn(5, 8, requires_grad=True)
-    idx = torch.arange(10).view(5, 2) % (2 * ranks)
+    x = torch.randn(5, 8, device=device, requires_grad=True)
+    idx, weights = torch.arange(10, device=device).view(5, 2) % (2 * ranks), torch.rand(5, 2, device=device)
     try:
         for step in range(3):
-            handle = buffer.dispatch(x, idx, torch.rand(5, 2))
+            handle = buffer.dispatch(x, idx, weights)
             if step == 1:
                 here("combine")
             out = buffer.combine(handle.x, handle)

@@ -46,6 +46,7 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
     ]
 
 
+@pytest.mark.parametrize("transport", ["collective", pytest.param("ipc", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(
     ("dead", "moment", "why"),
     [
@@ -54,8 +55,9 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
         (0, "combine", "the store of the process group, which rank 0 holds, does not answer"),
     ],
 )
-def test_the_others_name_the_rank_that_died_and_leave(dead: int, moment: str, why: str) -> None:
-    processes = start(str(dead), moment)
+def test_the_others_name_the_rank_that_died_and_leave(dead: int, moment: str, why: str, transport: str) -> None:
+    """On a GPU without MPS, whose processes must not be killed."""
+    processes = start(str(dead), moment, transport)
     assert processes[dead].wait(60) == -9
     died = time.monotonic()
     said = [process.communicate(timeout=60) for process in processes]
@@ -64,7 +66,7 @@ def test_the_others_name_the_rank_that_died_and_leave(dead: int, moment: str, wh
         if rank != dead:
             assert out == f"rank {rank}: lost rank {dead}: {why}\n", err[-3000:]
             assert process.returncode == 0, err[-3000:]
-    assert seconds < SILENT_SECONDS + 10, "far below the group's own 30 seconds"
+    assert seconds < SILENT_SECONDS + 15, "far below the group's own 30 seconds"
 
 
 @pytest.fixture

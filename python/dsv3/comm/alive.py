@@ -53,7 +53,7 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         if not (from_torch and dist.is_initialized()):
             raise
         try:
-            lost = _lost_ranks(dist.get_process_group_ranks(group))
+            lost = lost_ranks(dist.get_process_group_ranks(group), dist.group.WORLD.get_group_store())
         except dist.DistError:  # of the store
             holder = "torchrun" if dist.is_torchelastic_launched() else "rank 0"
             raise RankLost([0], f"the store of the process group, which {holder} holds, does not answer") from error
@@ -62,9 +62,8 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         raise
 
 
-def _lost_ranks(ranks: list[int]) -> list[int]:
+def lost_ranks(ranks: list[int], store: dist.Store) -> list[int]:
     """Those of `ranks` whose beat has stopped; or what another rank has found out before, as it may have left since."""
-    store = dist.group.WORLD.get_group_store()
     silent = {rank: beats for rank, beats in _beats(store, ranks).items() if beats}
     end = time.monotonic() + SILENT_SECONDS
     while silent and time.monotonic() < end and not store.check([_LOST]):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import counts
+from dsv3.comm import counts, ipc
 from dsv3.comm.alive import Heartbeat
 from dsv3.comm.fp8 import add_up_cast, spread_cast
 from dsv3.comm.room import Room
@@ -34,7 +34,7 @@ from dsv3.comm.steps import (
     spread,
 )
 
-TRANSPORTS = ("auto", "local", "collective")
+TRANSPORTS = ("auto", "local", "collective", "ipc")
 WIRES = (None, torch.float32, torch.float8_e4m3fn)
 FP8 = torch.float8_e4m3fn
 
@@ -45,8 +45,9 @@ class Dispatched(tuple[Tensor, ...]):
     """What a dispatch gives the G local experts: a flat tuple of tensors, R rows sorted by local expert.
 
     Behind the first five come the two of `cast`, where the wire is FP8, and from every exchange between ranks its source,
-    position and splits (see comm/steps.py). T is the number of tokens that reached this rank. In static mode R is max_recv,
-    T counts tokens that could have come, and rows from offsets[G] on hold anything.
+    position and splits (see comm/steps.py), or over ipc what makes the `way`. T is the number of tokens that reached this
+    rank. In static mode R is max_recv, T counts tokens that could have come, and rows from offsets[G] on hold anything.
+    Over ipc T is ranks times the most tokens of a rank, position also has numbers beyond R for none, and source is empty.
     """
 
     def __new__(cls, *tensors: Tensor) -> Dispatched:
@@ -63,7 +64,7 @@ class Dispatched(tuple[Tensor, ...]):
     @property
     def cast(self) -> tuple[Tensor, ...]:
         """Over FP8 what arrived, e4m3 [R, H] and fp32 [R, ceil(H/128)], as per_token_cast lays it out; otherwise empty."""
-        return self[5 : 5 + (len(self) - 5) % 3]
+        return self[5:7] if len(self) > 5 and self[5].dtype == FP8 else ()
 
     @property
     def x(self) -> Tensor:
@@ -79,6 +80,11 @@ class Dispatched(tuple[Tensor, ...]):
     def num_recv(self) -> int:
         """R, known without asking the device."""
         return self.rows.shape[0]
+
+    @property
+    def way(self) -> ipc.Way:
+        """How the rows came over ipc."""
+        return ipc.Way(*self[5 + len(self.cast) :])
 
     def steps(self, group: dist.ProcessGroup | None, *, fixed: bool = False) -> list[Step]:
         """The way that the rows came; fixed: in static mode."""
@@ -103,7 +109,9 @@ class ExpertBuffer:
         group: the ranks that share the experts; None: the default process group, or with "local" this rank on its own.
         num_experts: E, over all ranks.
         transport: "local", one rank that holds all experts, no communication; "collective", torch.distributed's
-            all_to_all_single (gloo or NCCL); "auto", local for one rank and collective for more.
+            all_to_all_single (gloo or NCCL); "ipc", kernels that write into the memory of the other ranks, which are on one
+            machine and may share its Hopper GPUs; "auto", local for one rank, and for more ipc on a GPU, otherwise collective.
+            Where ranks cannot reach each other over ipc, all say so in one line and use collective.
         ranks_per_node: consecutive ranks that are a node; None: all of them.
         wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's; torch.float32; or
             torch.float8_e4m3fn on the way there (dispatch, and combine's backward), cast once by the sender in tiles of
@@ -112,9 +120,20 @@ class ExpertBuffer:
             count is read on the host. Where more come, a CPU raises on all ranks at once; a GPU fills what it gives with NaN,
             and every later call raises.
         max_tokens: of a rank in one dispatch; wanted in static mode alone.
+        device: where x will be. None: this process's GPU where the transport is ipc or the group's backend NCCL, otherwise
+            the CPU.
+        num_sms: multiprocessors that ipc takes; None: 20, or fewer where ranks share a GPU. Ranks that share one leave 4 of it
+            free, or a kernel that others wait for might never start.
+        timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
+            and the next call raises.
 
-    In static mode the first dispatch logs, as "dsv3", what memory it takes (see Room.line). Its exchanges have room for
-    ranks x max_tokens tokens and move all of it, and what must be the same on all ranks is not compared.
+    In static mode the first dispatch logs, as "dsv3", what memory it takes (see Room.line). The exchanges of collective have
+    room for ranks x max_tokens tokens and move all of it, and what must be the same on all ranks is not compared.
+
+    Over ipc dispatch and combine launch kernels that wait for the other ranks' on the device: all ranks call a buffer in the
+    same order, and buffers that are used at once share the multiprocessors of num_sms. In static mode calls can be captured
+    in a CUDA graph once one has run. Replays and calls must follow each other on the device; after replays `check` tells of
+    ranks that were waited for in vain.
 
     Raises:
         ValueError: a transport that is unknown or does not fit the group, a group without this process, numbers that are
@@ -131,10 +150,13 @@ class ExpertBuffer:
         wire_dtype: torch.dtype | None = None,
         max_recv: int | None = None,
         max_tokens: int | None = None,
+        device: torch.device | None = None,
+        num_sms: int | None = None,
+        timeout: float = 600.0,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-        sizes = {"ranks_per_node": ranks_per_node, "max_recv": max_recv, "max_tokens": max_tokens}
+        sizes = {"ranks_per_node": ranks_per_node, "max_recv": max_recv, "max_tokens": max_tokens, "num_sms": num_sms}
         for name, number in {"num_experts": num_experts, **sizes}.items():
             if type(number) is not int and (number is not None or name == "num_experts"):
                 raise ValueError(f"{name} must be an int, got {number!r}")
@@ -142,9 +164,9 @@ class ExpertBuffer:
             raise ValueError(f"max_recv and max_tokens go together and are at least 0, got {max_recv} and {max_tokens}")
         if wire_dtype not in WIRES:
             raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRES))}, got {wire_dtype}")
-        if transport == "collective" and not dist.is_initialized():
+        if transport in ("collective", "ipc") and not dist.is_initialized():
             raise ValueError(
-                "transport collective needs a process group: torch.distributed.init_process_group comes first"
+                f"transport {transport} needs a process group: torch.distributed.init_process_group comes first"
             )
         alone = not dist.is_initialized() or (transport == "local" and group is None)
         ranks, rank = (1, 0) if alone else (dist.get_world_size(group), dist.get_rank(group))
@@ -154,8 +176,11 @@ class ExpertBuffer:
             raise ValueError(f"transport local is for one rank, and the group has {ranks}")
         width = ranks if ranks_per_node is None else ranks_per_node
         self.group, self.num_experts, self.wire_dtype = group, num_experts, wire_dtype
-        self.transport = transport if transport != "auto" else "local" if ranks == 1 else "collective"
-        if self.transport == "collective":
+        self.transport = transport
+        if transport == "auto":
+            on_gpu = ranks > 1 and _device(group, device).type == "cuda"
+            self.transport = "local" if ranks == 1 else "ipc" if on_gpu else "collective"
+        if self.transport != "local":
             self._heartbeat = Heartbeat()
             self._agree({"num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
         if num_experts < 1 or num_experts % ranks:
@@ -167,38 +192,49 @@ class ExpertBuffer:
         self.layout = counts.Layout(num_experts, ranks, width, rank)
         self.room = None if max_recv is None else Room(self.layout, max_tokens, max_recv)
         self._told = False  # whether the memory has been logged
+        self._link = None
+        if self.transport == "ipc":
+            self._open(_device(group, device, "cuda"), num_sms, timeout)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends every token to its experts; differentiable in x (through the handle's `rows`) and topk_weights.
 
-        In exact mode "collective" reads all ranks' counts once on the host. "local", and static mode on a GPU, never wait for
-        the device, so they do not look at the expert ids.
+        In exact mode "collective" and "ipc" read all ranks' counts once on the host. "local", and static mode on a GPU, never
+        wait for the device, so they do not look at the expert ids.
 
         Args:
-            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16. Ranks may differ in T, and have
-                T = 0.
-            topk_idx: int64 [T, k], experts in 0..E-1.
-            topk_weights: fp32 [T, k]; of another float dtype, so are the handle's.
+            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16; over ipc bf16 or fp32, in rows of
+                whole 16 bytes. Ranks may differ in T, and have T = 0.
+            topk_idx: int64 [T, k], experts in 0..E-1; over ipc k at most 16.
+            topk_weights: fp32 [T, k]; of another float dtype, so are the handle's, but not over ipc.
 
         Raises:
-            ValueError: shapes, dtypes or (exact "collective" only) expert ids that do not fit; exact "collective" raises on
+            ValueError: shapes, dtypes or (exact mode between ranks only) expert ids that do not fit; exact mode raises on
                 every rank if they do not on one, or if H, k or a dtype differ. In static mode also T > max_tokens.
-            RuntimeError: static mode, more rows than max_recv.
+            RuntimeError: static mode, more rows than max_recv; over ipc, a rank that was waited for in vain (see RankLost).
         """
         cast = self.wire_dtype == FP8
         found = counts.problem(x, topk_idx, topk_weights, cast)
-        traffic = None
+        if self._link is not None:
+            self._link.raise_lost()
+            found = found or self._link.problem(x, topk_idx, topk_weights)
         if self.room is not None:
             self.room.raise_noted()
             if found is None and x.shape[0] > self.room.max_tokens:
                 found = f"{x.shape[0]} tokens are more than max_tokens {self.room.max_tokens}"
-        elif self.transport == "collective":
+        traffic: counts.Counts | ipc.Told | None = None
+        if self.room is None and self._link is not None:
+            traffic = self._link.agree(x, topk_idx, topk_weights, found)
+        elif self.room is None and self.transport == "collective":
             traffic = counts.exchange(self.layout, self.group, x, topk_idx, topk_weights, found)
         if found is not None:
             raise ValueError(f"dispatch: {found}")
         if self.room is not None and not self._told:
             self._told = True
-            log.info("%s", self.room.line(x.shape[1], topk_idx.shape[1], self.wire_dtype or x.dtype))
+            dtype, exchanged = self.wire_dtype or x.dtype, self.transport == "collective"
+            log.info("%s", self.room.line(x.shape[1], topk_idx.shape[1], dtype, exchanged=exchanged))
+        if self._link is not None:
+            return self._dispatch_over(self._link, x, topk_idx, topk_weights, traffic)
         exchanges, copies, offsets = self._route(topk_idx, traffic)
         spoiled = None
         if self.room is not None:
@@ -226,10 +262,46 @@ class ExpertBuffer:
             raise ValueError(f"combine: y must be {expected} like handle.rows, got {got}")
         if self.room is not None:
             self.room.raise_noted()
+        if self._link is not None:
+            self._link.raise_lost()
+            return ipc.add_up(y, self._link, handle.way, handle.position, handle.offsets, self.wire_dtype)
         steps = handle.steps(self.group, fixed=self.room is not None)
         if self.wire_dtype == FP8:
             return add_up_cast(y, steps)
         return add_up(y.to(self.wire_dtype or y.dtype), steps).to(y.dtype)
+
+    def check(self) -> None:
+        """Raises what an earlier call has found out on the device since, without waiting for it: too many rows; over ipc, ranks
+        that were waited for in vain."""
+        if self.room is not None:
+            self.room.raise_noted()
+        if self._link is not None:
+            self._link.raise_lost()
+
+    def close(self) -> None:
+        """Frees what ipc holds, as the end of the process does; all ranks call it together, and nothing after it."""
+        if self._link is not None:
+            self._link.close()
+
+    def _open(self, device: torch.device, num_sms: int | None, timeout: float) -> None:
+        """Connects the ranks over ipc, or leaves them to collective."""
+        try:
+            self._link = ipc.Link(self.group, self.layout, device, num_sms=num_sms, timeout=timeout)
+        except ipc.Unreachable as reason:
+            self.transport = "collective"
+            if self.layout.rank == 0:
+                log.warning("experts are exchanged through torch.distributed instead of ipc: %s", reason)
+
+    def _dispatch_over(
+        self, link: ipc.Link, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, told: ipc.Told | None
+    ) -> Dispatched:
+        """told: None in static mode."""
+        if self.room is not None:
+            told = link.tell(topk_idx, self.room.max_recv, self.room.max_tokens)
+        assert told is not None
+        offsets = told.offsets if self.room is None else self._fit(told.offsets)[0]
+        rows, weights, position, *cast = ipc.spread(x, topk_weights, link, told, self.wire_dtype)
+        return Dispatched(rows, weights, offsets, position.new_empty(0), position, *cast, *told.way)
 
     def _route(
         self, slots: Tensor, traffic: counts.Counts | None
@@ -273,3 +345,12 @@ class ExpertBuffer:
                     raise ValueError(
                         f"{name} must be the same on all ranks, got {everyone[0][name]} on rank 0 and {value} on rank {rank}"
                     )
+
+
+def _device(group: dist.ProcessGroup | None, device: torch.device | None, kind: str = "cpu") -> torch.device:
+    """device, or what it stands for: a GPU if `kind` or the backend says so."""
+    if device is None:
+        device = torch.device("cuda" if kind == "cuda" or dist.get_backend(group) == "nccl" else "cpu")
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -115,10 +115,8 @@ def exchange(
     Raises ValueError, on all ranks, where the arguments of any do not fit, or differ in what must be the same.
     """
     head, counts = torch.zeros(5, dtype=torch.int64), torch.zeros(2 * layout.ranks + layout.nodes, dtype=torch.int64)
-    head[0] = found is not None
+    head[:] = torch.tensor(head_of(x, topk_idx, topk_weights, found))
     if found is None:
-        codes = [DTYPES.index(t.dtype) for t in (x, topk_weights)]
-        head[1:] = torch.tensor([x.shape[1], topk_idx.shape[1], *codes])
         outside = ((topk_idx < 0) | (topk_idx >= layout.num_experts)).any()
         head, counts = torch.cat([outside.view(1) * 2, head[1:].to(x.device)]), _count(topk_idx, layout)
     mine = torch.cat([head, counts]).to(x.device)
@@ -126,10 +124,17 @@ def exchange(
     with naming_lost_ranks(group):
         dist.all_gather(everyone, mine, group=group)
         rows = torch.stack(everyone).tolist()
-    _compare([row[:5] for row in rows], found, layout)
+    compare([row[:5] for row in rows], found, layout)
     ends = 5 + layout.ranks, 5 + 2 * layout.ranks
     pairs, to_rank = [row[5 : ends[0]] for row in rows], [row[ends[0] : ends[1]] for row in rows]
     return Counts(layout, pairs, to_rank, [row[ends[1] :] for row in rows])
+
+
+def head_of(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, found: str | None) -> list[int]:
+    """What `compare` compares, the values of the expert ids aside."""
+    if found is not None:
+        return [1, 0, 0, 0, 0]
+    return [0, x.shape[1], topk_idx.shape[1], *(DTYPES.index(t.dtype) for t in (x, topk_weights))]
 
 
 def _count(topk_idx: Tensor, layout: Layout) -> Tensor:
@@ -152,7 +157,8 @@ def _histogram(values: Tensor, bins: int) -> Tensor:
     ]
 
 
-def _compare(heads: list[list[int]], found: str | None, layout: Layout) -> None:
+def compare(heads: list[list[int]], found: str | None, layout: Layout) -> None:
+    """heads: every rank's trouble, hidden size, topk and the places of its dtypes in DTYPES. Raises as `exchange` does."""
     if found is not None:
         raise ValueError(f"dispatch: {found}")
     for rank, (trouble, *_) in enumerate(heads):

@@ -24,15 +24,15 @@ class Room:
         """What could arrive: ranks x max_tokens x min(topk, local experts) rows."""
         return self.layout.ranks * self.max_tokens * min(topk, self.layout.num_local_experts)
 
-    def line(self, hidden: int, topk: int, dtype: torch.dtype) -> str:
-        """A sentence about the memory that a dispatch takes on a rank."""
+    def line(self, hidden: int, topk: int, dtype: torch.dtype, *, exchanged: bool = True) -> str:
+        """A sentence about the memory that a dispatch takes on a rank; exchanged: tokens arrive in memory of their own."""
         ranks, experts = self.layout.ranks, min(topk, self.layout.num_local_experts)
         scales = 4 * -(-hidden // 128) if dtype == torch.float8_e4m3fn else 0
         row = hidden * dtype.itemsize + scales
         held, most, tokens = (f"{n * row / 1e9:.3g} GB" for n in (self.max_recv, self.most_rows(topk), self._arrivals))
-        exchanged = f"; {tokens} for {self._arrivals} tokens that arrive" if ranks > 1 else ""
+        passing = f"; {tokens} for {self._arrivals} tokens that arrive" if exchanged and ranks > 1 else ""
         return (
-            f"dispatch takes {held} for {self.max_recv} rows of {hidden} {str(dtype).removeprefix('torch.')}{exchanged}. "
+            f"dispatch takes {held} for {self.max_recv} rows of {hidden} {str(dtype).removeprefix('torch.')}{passing}. "
             f"Never too small: {self.most_rows(topk)} rows = {ranks} ranks x {self.max_tokens} tokens x {experts} experts, "
             f"{most}"
         )

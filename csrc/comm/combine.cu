@@ -1,0 +1,307 @@
+// The way back: every rank sums a token's rows, the token's own rank sums what the ranks send.
+//
+//   out[t] = sum over nodes of (sum over their ranks of (sum over the token's rows there))
+//
+// each in fp32, ascending, with one rounding to the dtype of the sums. Most of a block's warps read a token's rows
+// and write their sum to a slot of its rank's ring; the others wait for a token's slots of all its ranks and add them.
+// All of them take the tokens of a channel in the same order, so the first token that is not finished always can be.
+//
+// Bytes that count: every row read once, out written once; between them each (token, rank) passes a slot in the L2 cache.
+#include "../ops.h"
+#include "peers.cuh"
+
+namespace dsv3 {
+namespace {
+
+constexpr int kProducers = 12, kOwners = 4;  // warps
+constexpr int kThreads = (kProducers + kOwners) * kWarpSize;
+constexpr int kWarpBytes = 14 * 1024;  // of shared memory, for rows on their way
+
+struct CombineParams {
+  OwnTokens own;
+  void* out;                 // [T, H]
+  float* weights;            // [T, k], or null: what row_weights hold of the own pairs
+  const void* rows;          // [R, H]
+  const float* row_weights;  // [R]
+  const int64_t*
+      position;  // [N * max_tokens, k]: rows ascending; R first for a token that did not come, beyond R for none
+  int num_rows, max_tokens;
+  int hidden, piece, pieces;  // columns
+  int ranks_per_node;
+};
+
+// A lane takes kRun consecutive columns, kBatch times a warp's width apart; its loads run ahead through memory of its own.
+constexpr int kRun = 8, kBatch = 4;
+constexpr int kTurn = kBatch * kWarpSize * kRun;  // columns of a warp and turn
+template <class T>
+struct Ahead {
+  static constexpr int kWords = kRun * sizeof(T) / 16;
+  static constexpr int kStages = kWarpBytes / (kTurn * static_cast<int>(sizeof(T)));
+  uint4* const words;  // [kStages][kBatch][kWords][lane]: this lane's first
+
+  __device__ __forceinline__ uint4* at(int load, int b, int i) const {
+    return words + ((load % kStages * kBatch + b) * kWords + i) * kWarpSize;
+  }
+  __device__ __forceinline__ void ask(int load, const T* row, int first, int columns) const {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int column = first + b * kWarpSize * kRun;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(at(load, b, i)));
+        const T* const source = row + column + i * (kRun / kWords);
+        if (column < columns) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source));
+      }
+    }
+  }
+  // Every turn commits, also where it asks for nothing: so the oldest of kStages loads is there.
+  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;"); }
+  __device__ __forceinline__ void wait_oldest() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[kBatch][kRun], int load) const {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint4 raw = *at(load, b, i);
+        float x[kRun / kWords];
+        unpack(reinterpret_cast<const Vec<T>&>(raw), x);
+#pragma unroll
+        for (int j = 0; j < kRun / kWords; ++j) sum[b][i * (kRun / kWords) + j] += x[j];
+      }
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void store_sums(T* row, int first, int columns, const float (&sum)[kBatch][kRun]) {
+  constexpr int kStep = Vec<T>::kSize;
+#pragma unroll
+  for (int b = 0; b < kBatch; ++b) {
+    const int column = first + b * kWarpSize * kRun;
+#pragma unroll
+    for (int i = 0; i < kRun / kStep; ++i) {
+      float x[kStep];
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) x[j] = sum[b][i * kStep + j];
+      Vec<T> vec;
+      pack(x, vec);
+      if (column < columns) store(row + column + i * kStep, vec);
+    }
+  }
+}
+
+// out = the sum of `count` rows in their order, of which lane i knows the i-th. Where `ends` has bit i, rows up to the i-th
+// make a sum of their own, rounded to S, to which later ones are added.
+template <class In, class S, class Out>
+__device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
+                                         uint4* memory) {
+  const int lane = threadIdx.x % kWarpSize;
+  const Ahead<In> ahead{memory + lane};
+  const int turns = ceil_div(columns, kTurn), loads = turns * count;
+  int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
+  const auto ask = [&] {
+    const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
+    if (asked < loads) ahead.ask(asked, reinterpret_cast<const In*>(from), next_turn * kTurn + lane * kRun, columns);
+    ahead.commit();
+    ++asked;
+    if (++next_row >= count) next_row = 0, ++next_turn;
+  };
+#pragma unroll 1
+  for (int i = 0; i < Ahead<In>::kStages - 1; ++i) ask();
+  int load = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    float total[kBatch][kRun] = {}, sum[kBatch][kRun] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, ++load) {
+      ask();
+      ahead.wait_oldest();
+      ahead.add_to(sum, load);
+      if (!(ends >> i & 1)) continue;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          total[b][j] += to_float(from_float<S>(sum[b][j]));
+          sum[b][j] = 0.f;
+        }
+      }
+    }
+    store_sums(out, turn * kTurn + lane * kRun, columns, total);
+  }
+}
+
+// A token's rows, which lanes hold, in pieces to the ring of its rank.
+template <class Y, class S>
+__device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p, int source, int token, int piece,
+                                         uint32_t item, uint4* memory) {
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
+  const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk + lane;
+  const int64_t found = lane < p.own.topk ? p.position[at] : p.num_rows;
+  const bool live = found < p.num_rows;
+  const int count = __popc(__ballot_sync(kAllLanes, live));
+  const int begin = piece * p.piece;
+  const Y* const row = static_cast<const Y*>(p.rows) + (live ? found : 0) * p.hidden + begin;
+  if (!warp_wait(r, true, done_flag(r, r.rank, source, channel, item), item + 1 - r.slots, source)) return false;
+  Slot* const slot = ring_slot(r, source, r.rank, channel, item);
+  if (p.row_weights != nullptr && piece == 0 && lane < p.own.topk) {
+    slot->meta.weights[lane] = live ? p.row_weights[found] : __uint_as_float(0x7fffffffu);
+  }
+  sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 1u << max(count - 1, 0),
+                 memory);
+  __syncwarp();
+  if (lane == 0) store_release(ready_flag(r, source, r.rank, channel, item), item + 1);
+  return true;
+}
+
+// Lane s counts the ring to rank s from `next` on; returns the count at the end.
+template <class Y, class S>
+__device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams& p, int warp, uint32_t next,
+                                            uint4* memory) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int first = blockIdx.x; first < p.max_tokens; first += kWarpSize * r.channels) {
+    const int token = first + lane * r.channels;
+    unsigned came = 0;  // of the 32 tokens of rank `lane`
+    for (int source = 0; source < r.ranks; ++source) {
+      const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk;
+      const bool here = token < p.max_tokens && p.position[at] != p.num_rows;
+      const unsigned of_source = __ballot_sync(kAllLanes, here);
+      if (lane == source) came = of_source;
+    }
+    for (int i = warp; i < kWarpSize; i += kProducers) {
+      const uint32_t item = next + __popc(came & ((1u << i) - 1)) * p.pieces;
+      for (int piece = 0; piece < p.pieces; ++piece) {
+        for (int turn = 0; turn < r.ranks; ++turn) {
+          const int source = (r.rank + turn) % r.ranks;
+          if (!(__shfl_sync(kAllLanes, came, source) >> i & 1)) continue;
+          const uint32_t of_source = __shfl_sync(kAllLanes, item, source) + piece;
+          if (!send_sum<Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return next;
+        }
+      }
+    }
+    next += __popc(came) * p.pieces;
+  }
+  return next;
+}
+
+// The slots of the ranks in `mask` as sum_rows wants them: in lane i that of the i-th.
+struct Parts {
+  const Slot* slot;
+  unsigned ends;
+};
+__device__ __forceinline__ Parts parts_of(const Rings& r, const CombineParams& p, unsigned mask, const Slot* slot) {
+  const int lane = threadIdx.x % kWarpSize;
+  Parts parts{slot, 0};
+  int place = 0;
+  for (unsigned left = mask; left != 0; left &= left - 1, ++place) {
+    const int rank = __ffs(left) - 1, next = __ffs(left & (left - 1)) - 1;
+    const auto of_rank = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank);
+    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_rank);
+    if (next < 0 || next / p.ranks_per_node != rank / p.ranks_per_node) parts.ends |= 1u << place;
+  }
+  return parts;
+}
+
+// What row_weights hold of the token's pairs: each from its rank's slot, where they stand by expert.
+__device__ __forceinline__ void take_weights(const CombineParams& p, int64_t token, const Slot* slot) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t at = token * p.own.topk + lane;
+  const int expert = lane < p.own.topk ? static_cast<int>(p.own.topk_idx[at]) : -1;
+  const int rank = expert >= 0 ? expert / p.own.local_experts : 0;
+  int place = 0;
+  for (int j = 0; j < p.own.topk; ++j) {
+    const int other = __shfl_sync(kAllLanes, expert, j);
+    if (other / p.own.local_experts == rank && (other < expert || (other == expert && j < lane))) ++place;
+  }
+  const Slot* const from =
+      reinterpret_cast<const Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank));
+  if (expert >= 0) p.weights[at] = __ldcg(&from->meta.weights[place]);
+}
+
+template <class Y, class S>
+__device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, int warp, uint32_t next,
+                                        uint4* memory) {
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
+  return for_own_tokens(r, p.own, p.pieces, next, warp, kOwners, [&](int token, unsigned mask, uint32_t item) {
+    const bool used = mask >> lane & 1;
+    for (int piece = 0; piece < p.pieces; ++piece, ++item) {
+      if (!warp_wait(r, used, ready_flag(r, r.rank, lane, channel, item), item + 1, lane)) return false;
+      const Slot* const slot = used ? ring_slot(r, r.rank, lane, channel, item) : nullptr;
+      const int begin = piece * p.piece;
+      Y* const out = static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin;
+      const Parts parts = parts_of(r, p, mask, slot);
+      const S* const part = reinterpret_cast<const S*>(parts.slot->data);
+      sum_rows<S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
+      if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);
+      __syncwarp();
+      if (used) store_release(done_flag(r, lane, r.rank, channel, item), item + 1);
+    }
+    return true;
+  });
+}
+
+template <class Y, class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    combine_kernel(const __grid_constant__ Rings r, const __grid_constant__ CombineParams p) {
+  extern __shared__ uint4 memory[];  // [warp][kWarpBytes / 16]
+  wait_for_inputs();
+  Local* const local = local_of(r, r.rank);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (local->failed) return;
+  const bool produces = warp < kProducers;
+  uint32_t* const counters =
+      produces ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
+  uint32_t next = lane < r.ranks ? *counters : 0;
+  uint4* const mine = memory + warp * (kWarpBytes / 16);
+  next = produces ? produce<Y, S>(r, p, warp, next, mine) : own<Y, S>(r, p, warp - kProducers, next, mine);
+  __syncthreads();
+  if (lane < r.ranks && (warp == 0 || warp == kProducers)) *counters = next;
+}
+
+}  // namespace
+
+void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::optional<Tensor> row_weights,
+                  Tensor topk_idx, Tensor position, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
+                  const Peers& peers, cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  DSV3_CHECK(out.dim() == 2 && rows.dim() == 2 && topk_idx.dim() == 2 && position.dim() == 2,
+             "out and rows must be (tokens, hidden), got ", out, " and ", rows);
+  const int64_t tokens = out.size(0), hidden = out.size(1), topk = topk_idx.size(1), num_rows = rows.size(0);
+  DSV3_CHECK(topk >= 1 && topk <= kMaxTopk, "topk must be in 1..", kMaxTopk, ", got ", topk);
+  DSV3_CHECK(position.size(0) % r.ranks == 0, "position must have as many rows for every rank, got ", position);
+  check_operand("out", out, out.dtype());
+  check_operand("rows", rows, out.dtype(), num_rows, hidden);
+  check_operand("topk_idx", topk_idx, Dtype::kInt64, tokens, topk);
+  check_operand("position", position, Dtype::kInt64, position.size(0), topk);
+  DSV3_CHECK(weights.has_value() == row_weights.has_value(), "weights and row_weights go together");
+  if (weights) check_operand("weights", *weights, Dtype::kFloat32, tokens, topk);
+  if (row_weights) check_operand("row_weights", *row_weights, Dtype::kFloat32, num_rows);
+  const DeviceGuard guard(out);
+  CombineParams p{.own = {.topk_idx = topk_idx.data<int64_t>(),
+                          .tokens = static_cast<int>(tokens),
+                          .topk = static_cast<int>(topk),
+                          .local_experts = static_cast<int>(num_experts / r.ranks)},
+                  .out = out.data<void>(),
+                  .weights = weights ? weights->data<float>() : nullptr,
+                  .rows = rows.data<void>(),
+                  .row_weights = row_weights ? row_weights->data<float>() : nullptr,
+                  .position = position.data<int64_t>(),
+                  .num_rows = static_cast<int>(num_rows),
+                  .max_tokens = static_cast<int>(position.size(0) / r.ranks),
+                  .hidden = static_cast<int>(hidden),
+                  .ranks_per_node = static_cast<int>(ranks_per_node)};
+  visit_float("out", out.dtype(), [&](auto zero) {
+    using Y = decltype(zero);
+    DSV3_CHECK(hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", hidden);
+    const bool narrow = sizeof(Y) == 2 && !fp32_sums;
+    p.piece = piece_columns(hidden, narrow ? 2 : 4);
+    p.pieces = static_cast<int>(ceil_div(hidden, p.piece));
+    const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = kThreads / kWarpSize * kWarpBytes};
+    narrow ? launch("comm_combine", combine_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
+           : launch("comm_combine", combine_kernel<Y, float>, shape, stream, r, p);
+  });
+}
+
+}  // namespace dsv3

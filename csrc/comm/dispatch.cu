@@ -1,0 +1,344 @@
+// Tokens to the rows of their experts on the ranks of a node.
+//
+// Half of a block's warps send: one reads a piece of a token once, casts it where the wire is FP8, and writes it to a slot
+// of the ring of every rank that needs it, together with its rows there. The others receive: one takes a slot and writes
+// the piece to all these rows. A receiver serves one source alone and takes whatever comes, so rings always drain.
+//
+// Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot, of which all that
+// are in use fit the L2 cache. Memory-bound.
+#include "../common/e4m3.cuh"
+#include "../ops.h"
+#include "peers.cuh"
+
+namespace dsv3 {
+namespace {
+
+constexpr int kSenders = 8, kReceivers = 16;  // warps; receivers write twice as much as senders read and write
+constexpr int kThreads = (kSenders + kReceivers) * kWarpSize;
+constexpr int kBatch = 4;  // vectors a lane and turn
+static_assert(kReceivers >= kMaxRanks);
+
+struct DispatchParams {
+  OwnTokens own;
+  const void* x;         // [T, H]
+  const int64_t* pairs;  // [T, k]: each pair's place in the own order by expert
+  const int* shift;      // [E]
+  const float* weights;  // [T, k], or null
+  void* rows;            // [R, H]
+  RowCasts casts;        // where rows stay FP8
+  float* row_weights;    // [R], or null
+  int64_t* position;     // [N * max_tokens, k], or null
+  const int* arrivals;   // [N, C]
+  const int* total;      // rows that there are; where they are more than R, all of them become NaN
+  int num_rows, max_tokens;
+  int hidden, piece, pieces;  // columns
+  ScaleRule rule;
+};
+
+// How values travel: as they are (words), or as codes with scales. X: of x and, where they are dequantised, of the rows.
+struct Words {
+  using X = uint4;
+  static constexpr int kColumns = 1;  // a vector: "columns" are words of 16 bytes
+  static constexpr bool kCast = false, kDecode = false;
+};
+template <class T, bool kDecoded>
+struct Codes {
+  using X = T;
+  static constexpr int kColumns = Pack<T>::kSize;
+  static constexpr bool kCast = true, kDecode = kDecoded;
+};
+
+// The lanes of a tile cast their pack; returns the scale.
+template <class X>
+__device__ __forceinline__ float cast_pack(const Pack<X>& pack, ScaleRule rule, uint32_t (&words)[Pack<X>::kSize / 4]) {
+  float amax = abs_max(pack);
+#pragma unroll
+  for (int offset = kTile / Pack<X>::kSize / 2; offset > 0; offset /= 2) {
+    amax = MaxNan{}(amax, __shfl_xor_sync(kAllLanes, amax, offset));
+  }
+  const float sf = tile_scale(amax, rule), inverse = __frcp_rn(sf);
+#pragma unroll
+  for (int c = 0; c < Pack<X>::kSize / 4; ++c) {
+    float v[4];
+    unpack(pack, c, v);
+    words[c] = encode(v, inverse);
+  }
+  return sf;
+}
+
+// Writes columns [begin, begin + count) of a row to the slots of the ranks in `mask`; slot: in lane r that of rank r.
+template <class Way>
+__device__ __forceinline__ void send_piece(const DispatchParams& p, int64_t token, int begin, int count, unsigned mask,
+                                           Slot* slot) {
+  using X = typename Way::X;
+  const int lane = threadIdx.x % kWarpSize, vectors = count / Way::kColumns;
+  const X* const x = static_cast<const X*>(p.x) + token * p.hidden + begin;
+  for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
+    uint4 raw[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int v = first + b * kWarpSize + lane;
+      raw[b] = v < vectors ? *reinterpret_cast<const uint4*>(x + v * Way::kColumns) : make_uint4(0, 0, 0, 0);
+    }
+    if constexpr (Way::kCast) {
+      constexpr int kWords = Pack<X>::kSize / 4, kLanes = kTile / Pack<X>::kSize;
+      uint32_t words[kBatch][kWords];
+      float sf[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        sf[b] = cast_pack(Pack<X>{raw[b].x, raw[b].y, raw[b].z, raw[b].w}, p.rule, words[b]);
+      }
+      for (unsigned left = mask; left != 0; left &= left - 1) {
+        Slot* const to = reinterpret_cast<Slot*>(
+            __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int v = first + b * kWarpSize + lane;
+          if (v >= vectors) continue;
+          store_words(reinterpret_cast<uint8_t*>(to->data) + v * Pack<X>::kSize, words[b]);
+          if (v % kLanes == 0) to->sf[v / kLanes] = sf[b];
+        }
+      }
+    } else {
+      for (unsigned left = mask; left != 0; left &= left - 1) {
+        Slot* const to = reinterpret_cast<Slot*>(
+            __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int v = first + b * kWarpSize + lane;
+          if (v < vectors) to->data[v] = raw[b];
+        }
+      }
+    }
+  }
+}
+
+// Lane j has pair j of a token: its expert's rank, and its place among the token's rows there.
+struct Pair {
+  int rank, place, row;
+  float weight;
+};
+__device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) {
+  const int lane = threadIdx.x % kWarpSize;
+  Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
+  int row = 0;
+  if (lane < p.own.topk) {
+    const int64_t at = token * p.own.topk + lane;
+    const int expert = static_cast<int>(p.own.topk_idx[at]);
+    pair.rank = expert / p.own.local_experts;
+    row = pair.row = static_cast<int>(p.pairs[at]) + p.shift[expert];
+    if (p.weights != nullptr) pair.weight = p.weights[at];
+  }
+  for (int j = 0; j < p.own.topk; ++j) {
+    const int rank = __shfl_sync(kAllLanes, pair.rank, j), other = __shfl_sync(kAllLanes, row, j);
+    if (rank == pair.rank && other < row) ++pair.place;
+  }
+  return pair;
+}
+
+template <class Way>
+__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, int warp, uint32_t next) {
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
+  return for_own_tokens(r, p.own, p.pieces, next, warp, kSenders, [&](int token, unsigned mask, uint32_t item) {
+    const Pair pair = pair_of(p, token);
+    int count = 0;  // of the token's rows at rank `lane`
+    for (int j = 0; j < p.own.topk; ++j) count += __shfl_sync(kAllLanes, pair.rank, j) == lane;
+    const bool used = mask >> lane & 1;
+    for (int piece = 0; piece < p.pieces; ++piece, ++item) {
+      const uint32_t* const done = done_flag(r, r.rank, lane, channel, item);
+      if (!warp_wait(r, used, done, item + 1 - r.slots, lane)) return false;
+      Slot* const slot = used ? ring_slot(r, lane, r.rank, channel, item) : nullptr;
+      Slot* const to = reinterpret_cast<Slot*>(
+          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), max(pair.rank, 0)));
+      if (pair.rank >= 0) {
+        to->meta.rows[pair.place] = pair.row;
+        to->meta.weights[pair.place] = pair.weight;
+      }
+      if (used) {
+        slot->meta.token = token;
+        slot->meta.count = count;
+      }
+      const int begin = piece * p.piece;
+      send_piece<Way>(p, token, begin, min(p.piece, p.hidden - begin), mask, slot);
+      __syncwarp();
+      if (used) store_release(ready_flag(r, lane, r.rank, channel, item), item + 1);
+    }
+    return true;
+  });
+}
+
+// Codes of a vector as values of T.
+template <class T>
+__device__ __forceinline__ void decode(const uint4& codes, float sf, T* out) {
+  const Pack<E4M3> packed{codes.x, codes.y, codes.z, codes.w};
+  constexpr int kSize = Vec<T>::kSize;
+#pragma unroll
+  for (int i = 0; i < 16 / kSize; ++i) {
+    float values[kSize];
+#pragma unroll
+    for (int c = 0; c < kSize / 4; ++c) {
+      float v[4];
+      unpack(packed, i * (kSize / 4) + c, v);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[4 * c + j] = __fmul_rn(v[j], sf);
+    }
+    Vec<T> vec;
+    pack(values, vec);
+    store(out + i * kSize, vec);
+  }
+}
+
+// Writes a slot's columns to `count` rows, which lanes hold; rows beyond the last there is are left out.
+template <class Way>
+__device__ __forceinline__ void write_rows(const DispatchParams& p, const Slot* slot, int begin, int columns, int row,
+                                           int count, bool spoiled) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int vectors = Way::kCast ? ceil_div(columns, 16) : columns;
+  constexpr uint32_t kNan = 0x7fff7fffu;  // in bf16 and in fp32
+  for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
+    uint4 raw[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int v = first + b * kWarpSize + lane;
+      if (v < vectors) raw[b] = __ldcg(&slot->data[v]);
+      if (!Way::kCast && spoiled) raw[b] = make_uint4(kNan, kNan, kNan, kNan);
+    }
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = __shfl_sync(kAllLanes, row, i);
+      if (at >= p.num_rows) continue;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int v = first + b * kWarpSize + lane;
+        if (v >= vectors) continue;
+        if constexpr (Way::kDecode) {
+          using X = typename Way::X;
+          decode(raw[b], __ldcg(&slot->sf[v / 8]), static_cast<X*>(p.rows) + at * p.hidden + begin + v * 16);
+        } else if constexpr (Way::kCast) {
+          *reinterpret_cast<uint4*>(p.casts.out + at * p.hidden + begin + v * 16) = raw[b];
+        } else {
+          static_cast<uint4*>(p.rows)[at * p.hidden + begin + v] = raw[b];
+        }
+      }
+    }
+  }
+  if constexpr (Way::kCast && !Way::kDecode) {
+    const int tiles = ceil_div(columns, kTile);
+    for (int first = 0; first < tiles; first += kWarpSize) {
+      const int tile = first + lane;
+      const float sf = spoiled ? __uint_as_float(kNan) : tile < tiles ? __ldcg(&slot->sf[tile]) : 0.f;
+      float* const to = p.casts.sf + static_cast<int64_t>(begin / kTile + tile) * p.casts.sf_stride;
+      for (int i = 0; i < count; ++i) {
+        const int at = __shfl_sync(kAllLanes, row, i);
+        if (at < p.num_rows && tile < tiles) to[at] = sf;
+      }
+    }
+  }
+}
+
+template <class Way>
+__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp) {
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
+  const int sharing = kReceivers / r.ranks, source = warp / sharing;  // warps that serve a source
+  if (source >= r.ranks) return;
+  const int items = p.arrivals[source * r.channels + channel] * p.pieces;
+  const uint32_t begin = local_of(r, r.rank)->received[source][channel];
+  const bool spoiled = *p.total > p.num_rows;
+  for (int i = warp % sharing; i < items; i += sharing) {
+    const uint32_t item = begin + i;
+    if (!warp_wait(r, true, ready_flag(r, r.rank, source, channel, item), item + 1, source)) return;
+    const Slot* const slot = ring_slot(r, r.rank, source, channel, item);
+    const int piece = i % p.pieces, count = __ldcg(&slot->meta.count);
+    const int row = lane < count ? __ldcg(&slot->meta.rows[lane]) : 0;
+    if (piece == 0 && lane < count && p.position != nullptr) {
+      const int64_t token = static_cast<int64_t>(source) * p.max_tokens + __ldcg(&slot->meta.token);
+      p.position[token * p.own.topk + lane] = row < p.num_rows ? row : row + 1;
+      if (row < p.num_rows) p.row_weights[row] = __ldcg(&slot->meta.weights[lane]);
+    }
+    const int first = piece * p.piece;
+    write_rows<Way>(p, slot, first, min(p.piece, p.hidden - first), row, count, spoiled);
+    __syncwarp();
+    if (lane == 0) store_release(done_flag(r, source, r.rank, channel, item), item + 1);
+  }
+}
+
+template <class Way>
+__global__ void __launch_bounds__(kThreads, 1)
+    dispatch_kernel(const __grid_constant__ Rings r, const __grid_constant__ DispatchParams p) {
+  wait_for_inputs();
+  Local* const local = local_of(r, r.rank);
+  const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
+  if (local->failed) return;
+  uint32_t next = threadIdx.x % kWarpSize < r.ranks ? local->sent[threadIdx.x % kWarpSize][blockIdx.x] : 0;
+  if (warp < kSenders) {
+    next = send<Way>(r, p, warp, next);
+  } else {
+    receive<Way>(r, p, warp - kSenders);
+  }
+  __syncthreads();
+  if (rank < r.ranks) {
+    local->sent[rank][blockIdx.x] = next;
+    local->received[rank][blockIdx.x] += p.arrivals[rank * r.channels + blockIdx.x] * p.pieces;
+  }
+}
+
+template <class Way>
+void start(const Rings& r, DispatchParams& p, int64_t bytes_of_column, cudaStream_t stream) {
+  p.piece = piece_columns(p.hidden, static_cast<int>(bytes_of_column));
+  p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
+  launch("comm_dispatch", dispatch_kernel<Way>, {.grid = dim3(r.channels), .block = dim3(kThreads)}, stream, r, p);
+}
+
+}  // namespace
+
+void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> row_weights,
+                   std::optional<Tensor> position, Tensor x, std::optional<Tensor> weights, Tensor topk_idx,
+                   Tensor pairs, Tensor shift, Tensor arrivals, Tensor total, int64_t max_tokens, bool cast,
+                   double amax_floor, const Peers& peers, cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  DSV3_CHECK(x.dim() == 2 && rows.dim() == 2 && topk_idx.dim() == 2, "x and rows must be (tokens, hidden), got ", x,
+             " and ", rows);
+  const int64_t tokens = x.size(0), hidden = x.size(1), topk = topk_idx.size(1), num_rows = rows.size(0);
+  const int64_t size = x.dtype() == Dtype::kFloat32 ? 4 : 2;
+  DSV3_CHECK(hidden * size % 16 == 0 && (!cast || hidden % 16 == 0),
+             "hidden does not fill vectors of 16 bytes: ", hidden);
+  DSV3_CHECK(topk >= 1 && topk <= kMaxTopk, "topk must be in 1..", kMaxTopk, ", got ", topk);
+  check_operand("x", x, x.dtype());
+  check_operand("rows", rows, sf ? Dtype::kE4M3 : x.dtype(), num_rows, hidden);
+  check_operand("topk_idx", topk_idx, Dtype::kInt64, tokens, topk);
+  check_operand("pairs", pairs, Dtype::kInt64, tokens, topk);
+  check_operand("shift", shift, Dtype::kInt32);
+  check_operand("arrivals", arrivals, Dtype::kInt32, r.ranks, r.channels);
+  check_operand("total", total, Dtype::kInt32);
+  if (row_weights) check_operand("row_weights", *row_weights, Dtype::kFloat32, num_rows);
+  if (position) check_operand("position", *position, Dtype::kInt64, r.ranks * max_tokens, topk);
+  if (weights) check_operand("weights", *weights, Dtype::kFloat32, tokens, topk);
+  const DeviceGuard guard(x);
+  DispatchParams p{.own = {.topk_idx = topk_idx.data<int64_t>(),
+                           .tokens = static_cast<int>(tokens),
+                           .topk = static_cast<int>(topk),
+                           .local_experts = static_cast<int>(shift.numel() / r.ranks)},
+                   .x = x.data<void>(),
+                   .pairs = pairs.data<int64_t>(),
+                   .shift = shift.data<int>(),
+                   .weights = weights ? weights->data<float>() : nullptr,
+                   .rows = rows.data<void>(),
+                   .row_weights = row_weights ? row_weights->data<float>() : nullptr,
+                   .position = position ? position->data<int64_t>() : nullptr,
+                   .arrivals = arrivals.data<int>(),
+                   .total = total.data<int>() + total.numel() - 1,
+                   .num_rows = static_cast<int>(num_rows),
+                   .max_tokens = static_cast<int>(max_tokens),
+                   .hidden = static_cast<int>(hidden),
+                   .rule = scale_rule(amax_floor, true)};
+  if (!cast) {
+    p.hidden = static_cast<int>(hidden * size / 16);
+    return start<Words>(r, p, 16, stream);
+  }
+  if (sf) p.casts = row_casts("rows", rows, "sf", *sf, num_rows, hidden, p.rule);
+  visit_float("x", x.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    sf ? start<Codes<T, false>>(r, p, 1, stream) : start<Codes<T, true>>(r, p, 1, stream);
+  });
+}
+
+}  // namespace dsv3

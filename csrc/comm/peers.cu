@@ -1,0 +1,99 @@
+// Allocation and mapping of the ranks' memory: see peers.h.
+#include "peers.h"
+
+#include <cstring>
+
+#include "../common/launch.cuh"
+#include "peers.cuh"
+
+namespace dsv3 {
+namespace {
+
+// Makes a device current; the host functions of kernels have a tensor to take it from.
+class Current {
+ public:
+  explicit Current(int device) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~Current() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+}  // namespace
+
+Peers::Peers(int device, int rank, int ranks, int channels, int slots, double timeout_seconds) : device_(device) {
+  DSV3_CHECK(ranks >= 1 && ranks <= kMaxRanks && rank >= 0 && rank < ranks, "ranks must be 1..", kMaxRanks, ", got ",
+             ranks);
+  DSV3_CHECK(channels >= 1 && channels <= kMaxChannels && slots >= 1, "channels must be 1..", kMaxChannels, ", got ",
+             channels);
+  const Current guard(device);
+  rings_.rank = rank;
+  rings_.ranks = ranks;
+  rings_.channels = channels;
+  rings_.slots = slots;
+  rings_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
+  bytes_ = ring_bytes(rings_);
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, bytes_), "cudaMalloc of the rings");
+  rings_.base[rank] = static_cast<char*>(memory);
+  check_cuda(cudaMemset(memory, 0, bytes_), "cudaMemset of the rings");
+  check_cuda(cudaDeviceSynchronize(), "cudaMemset of the rings");  // before a peer can write
+  void* waiting = nullptr;
+  check_cuda(cudaHostAlloc(&waiting, sizeof(Waiting), cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+  rings_.waiting = new (waiting) Waiting{};
+  cudaIpcMemHandle_t handle;
+  check_cuda(cudaIpcGetMemHandle(&handle, memory), "cudaIpcGetMemHandle");
+  handle_.assign(reinterpret_cast<const char*>(&handle), sizeof(handle));
+}
+
+void Peers::connect(const std::vector<std::string>& handles) {
+  DSV3_CHECK(static_cast<int>(handles.size()) == rings_.ranks, "handles must be those of ", rings_.ranks, " ranks");
+  const Current guard(device_);
+  for (int peer = 0; peer < rings_.ranks; ++peer) {
+    if (peer == rings_.rank) continue;
+    cudaIpcMemHandle_t handle;
+    DSV3_CHECK(handles[peer].size() == sizeof(handle), "a handle must have ", sizeof(handle), " bytes");
+    std::memcpy(&handle, handles[peer].data(), sizeof(handle));
+    void* memory = nullptr;
+    check_cuda(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
+    rings_.base[peer] = static_cast<char*>(memory);
+  }
+}
+
+void Peers::disconnect() {
+  for (int peer = 0; peer < rings_.ranks; ++peer) {
+    if (peer == rings_.rank || rings_.base[peer] == nullptr) continue;
+    cudaIpcCloseMemHandle(rings_.base[peer]);
+    rings_.base[peer] = nullptr;
+  }
+}
+
+void Peers::release() {
+  if (rings_.base[rings_.rank] == nullptr) return;
+  cudaFree(rings_.base[rings_.rank]);
+  cudaFreeHost(rings_.waiting);
+  rings_.base[rings_.rank] = nullptr;
+  rings_.waiting = nullptr;
+}
+
+int Peers::lost() const {
+  if (rings_.waiting == nullptr) return -1;
+  return static_cast<int>(static_cast<volatile Waiting*>(rings_.waiting)->lost) - 1;
+}
+
+void Peers::give_up(int rank) {
+  if (rings_.waiting != nullptr) static_cast<volatile Waiting*>(rings_.waiting)->lost = rank + 1;
+}
+
+bool Peers::take_long_wait() {
+  if (rings_.waiting == nullptr) return false;
+  volatile Waiting* const waiting = rings_.waiting;
+  const bool seen = waiting->long_wait != 0;
+  waiting->long_wait = 0;
+  return seen;
+}
+
+}  // namespace dsv3

@@ -1,0 +1,167 @@
+// What lies in a rank's memory, and how ranks wait for each other.
+//
+// A ring is a queue of slots of one piece of a row each: the sender fills slot n % slots with item n and then sets its
+// `ready` flag, in the receiver's memory, to n + 1; the receiver takes it and then sets the `done` flag, in the sender's
+// memory, to n + 1. Both count on from call to call, in device memory, so that a graph can be replayed; nobody reads
+// another's memory, and every wait is on one's own. Numbers may wrap.
+//
+// All ranks have the same number of blocks, one a channel, and token t travels on channel t % channels, in the order of
+// the tokens. All blocks of a rank must be resident at once.
+#pragma once
+
+#include "../common/launch.cuh"
+#include "../common/vector.cuh"
+#include "peers.h"
+
+namespace dsv3 {
+
+constexpr int kMaxChannels = 132;
+constexpr int kMaxTopk = 16;
+constexpr int kMaxCommExperts = 1024;
+constexpr int kPieceBytes = 8192;               // of a row in a slot
+constexpr int kPieceTiles = kPieceBytes / 128;  // scales of a piece in FP8
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// What travels with a piece: the rows at the receiver, ascending, and a number for each.
+struct Meta {
+  int token, count;
+  int rows[kMaxTopk];
+  float weights[kMaxTopk];
+};
+
+struct alignas(128) Slot {
+  uint4 data[kPieceBytes / 16];
+  float sf[kPieceTiles];
+  Meta meta;
+};
+
+// What a rank tells all others before a dispatch.
+struct Notice {
+  int head[8];
+  int counts[kMaxCommExperts];  // pairs for every expert
+  int arrivals[kMaxChannels];   // tokens for the reader of this notice
+};
+constexpr int kHeadInts = 8;
+
+// A rank's memory: `Local`, then flags and slots of the rings, each [rank of the other side][channel][slot].
+struct Local {
+  uint32_t failed;                             // a wait was given up: nothing is to be waited for any more
+  uint32_t epoch;                              // exchanges so far
+  uint32_t sent[kMaxRanks][kMaxChannels];      // items so far, to every rank
+  uint32_t received[kMaxRanks][kMaxChannels];  // and from every rank
+  uint32_t noticed[2][kMaxRanks];              // flags of the notices
+  alignas(16) Notice notices[2][kMaxRanks];    // of even and odd exchanges
+};
+
+__host__ __device__ inline int64_t ring_flags(const Rings& r) {
+  return static_cast<int64_t>(r.ranks) * r.channels * r.slots;
+}
+__host__ __device__ inline int64_t slots_begin(const Rings& r) {
+  const int64_t end = sizeof(Local) + 2 * ring_flags(r) * sizeof(uint32_t);
+  return (end + alignof(Slot) - 1) / alignof(Slot) * alignof(Slot);
+}
+inline int64_t ring_bytes(const Rings& r) { return slots_begin(r) + ring_flags(r) * sizeof(Slot); }
+
+__device__ __forceinline__ Local* local_of(const Rings& r, int rank) { return reinterpret_cast<Local*>(r.base[rank]); }
+__device__ __forceinline__ int64_t ring_index(const Rings& r, int other, int channel, uint32_t item) {
+  return (static_cast<int64_t>(other) * r.channels + channel) * r.slots + item % r.slots;
+}
+// In the memory of `owner`, for its rings from (ready, slot) or to (done) `other`.
+__device__ __forceinline__ uint32_t* ready_flag(const Rings& r, int owner, int other, int channel, uint32_t item) {
+  return reinterpret_cast<uint32_t*>(r.base[owner] + sizeof(Local)) + ring_index(r, other, channel, item);
+}
+__device__ __forceinline__ uint32_t* done_flag(const Rings& r, int owner, int other, int channel, uint32_t item) {
+  return ready_flag(r, owner, other, channel, item) + ring_flags(r);
+}
+__device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int other, int channel, uint32_t item) {
+  return reinterpret_cast<Slot*>(r.base[owner] + slots_begin(r)) + ring_index(r, other, channel, item);
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t now_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// A lane has waited for `ns`, if `late` for `peer`: tells the host after a second, and whether to give up, which then holds for
+// this and all later kernels.
+inline __device__ __noinline__ bool wait_longer(const Rings& r, bool late, uint64_t ns, int peer) {
+  constexpr uint64_t kLong = 1000000000;
+  uint32_t* const failed = &local_of(r, r.rank)->failed;
+  if (late && ns > kLong) {
+    volatile Waiting* const waiting = r.waiting;
+    waiting->long_wait = 1;
+    if (ns > r.timeout_ns && waiting->lost == 0) waiting->lost = peer + 1;
+    if (waiting->lost != 0) atomicExch(failed, 1u);
+  }
+  return *static_cast<volatile uint32_t*>(failed) == 0;
+}
+
+// Lanes that have `wants` wait until their flag has reached `value`; false, for the whole warp, where one gave up.
+// After it the warp sees what the peers wrote before.
+__device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint32_t* flag, uint32_t value, int peer) {
+  constexpr int kPolls = 256;  // between two looks at the clock
+  uint64_t start = 0;
+  for (int polls = 1;; ++polls) {
+    const bool there = !wants || static_cast<int32_t>(load_acquire(flag) - value) >= 0;
+    if (__all_sync(kAllLanes, there)) return true;
+    if (polls % kPolls != 0) continue;
+    const uint64_t now = now_ns();
+    if (start == 0) start = now;
+    if (!__all_sync(kAllLanes, wait_longer(r, !there, now - start, peer))) return false;
+  }
+}
+
+// Where a rank's own tokens go. Ranks hold equal runs of experts.
+struct OwnTokens {
+  const int64_t* topk_idx;  // [tokens, topk]
+  int tokens, topk, local_experts;
+};
+
+// Calls f(token, mask of the ranks that it needs, item) with this warp's share of the channel's tokens in their order, a
+// token's turn being that of its place among them; in lane r, item counts the ring of rank r from `next` on, `pieces` a
+// token. Returns the count after all tokens, whosever they are.
+template <class F>
+__device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnTokens& own, int pieces, uint32_t next,
+                                                   int warp, int warps, F&& f) {
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
+  for (int first = channel; first < own.tokens; first += kWarpSize * r.channels) {
+    const int token = first + lane * r.channels;
+    unsigned ranks = 0;
+    if (token < own.tokens) {
+      for (int j = 0; j < own.topk; ++j) {
+        const unsigned rank = static_cast<unsigned>(own.topk_idx[static_cast<int64_t>(token) * own.topk + j]) /
+                              static_cast<unsigned>(own.local_experts);
+        if (rank < static_cast<unsigned>(r.ranks)) ranks |= 1u << rank;
+      }
+    }
+    unsigned users = 0;  // of the ring of rank `lane` among the 32 tokens
+    for (int rank = 0; rank < r.ranks; ++rank) {
+      const unsigned users_of_rank = __ballot_sync(kAllLanes, ranks >> rank & 1);
+      if (lane == rank) users = users_of_rank;
+    }
+    for (int i = warp; i < kWarpSize && first + i * r.channels < own.tokens; i += warps) {
+      const unsigned mask = __shfl_sync(kAllLanes, ranks, i);
+      if (!f(first + i * r.channels, mask, next + __popc(users & ((1u << i) - 1)) * pieces)) return next;
+    }
+    next += __popc(users) * pieces;
+  }
+  return next;
+}
+
+// A row of `columns` values of `size` bytes in pieces that fit a slot: as many columns in each but the last, a multiple of
+// 128 where there are several.
+inline int piece_columns(int64_t columns, int size) {
+  const int64_t pieces = ceil_div(columns * size, kPieceBytes);
+  return static_cast<int>(pieces <= 1 ? columns : ceil_div(ceil_div(columns, pieces), 128) * 128);
+}
+
+}  // namespace dsv3

@@ -1,0 +1,59 @@
+// The memory through which the ranks of a node exchange rows: every rank has one piece of its GPU's memory, which the
+// others map (CUDA IPC). What lies in it: peers.cuh.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dsv3 {
+
+constexpr int kMaxRanks = 16;  // of a node
+
+// What kernels and the host tell each other without a synchronisation, in pinned memory.
+struct Waiting {
+  uint32_t lost;  // 0, or 1 + the rank that is no longer waited for: set by a kernel whose time is over, or by the host
+  uint32_t long_wait;  // set by kernels that have waited for a second
+};
+
+// A ring of slots leads from every rank to every rank on each channel. It lies in the receiver's memory.
+struct Rings {
+  char* base[kMaxRanks];  // the ranks' memory
+  Waiting* waiting;
+  uint64_t timeout_ns;
+  int rank, ranks, channels, slots;
+};
+
+// Owns this rank's memory and the mappings of the others'. The ranks make it, tell each other `handle` and `connect`.
+class Peers {
+ public:
+  Peers(int device, int rank, int ranks, int channels, int slots, double timeout_seconds);
+  ~Peers() { disconnect(); }
+  Peers(const Peers&) = delete;
+  Peers& operator=(const Peers&) = delete;
+
+  const std::string& handle() const { return handle_; }
+  int64_t bytes() const { return bytes_; }
+  // handles: of all ranks in their order. Throws std::runtime_error where one cannot be mapped.
+  void connect(const std::vector<std::string>& handles);
+  // Unmaps the others' memory; release frees this rank's. In between all ranks meet: no kernel of theirs may still write.
+  void disconnect();
+  void release();
+  // The rank that was waited for in vain, or -1.
+  int lost() const;
+  // Kernels wait no longer: `rank` is lost.
+  void give_up(int rank);
+  // Whether a kernel has waited long since the last call.
+  bool take_long_wait();
+
+  const Rings& rings() const { return rings_; }
+  int device() const { return device_; }
+
+ private:
+  Rings rings_{};
+  int device_;
+  int64_t bytes_ = 0;
+  std::string handle_;
+};
+
+}  // namespace dsv3

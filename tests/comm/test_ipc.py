@@ -1,0 +1,83 @@
+"""Transport ipc: between four processes that share a GPU (see ipc_worker.py); and what it does on the host, anywhere."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from bench.shared_gpu import shared_gpu
+from dsv3.comm import ExpertBuffer, ipc
+from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat
+from dsv3.ops import registry
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.cuda
+def test_four_processes_on_one_gpu() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    with shared_gpu() as env:
+        done = subprocess.run(
+            [*torchrun, "-m", "tests.comm.ipc_worker", "6"],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, is_master=True), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_what_cannot_be_reached_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(registry, "NATIVE_ERROR", "dsv3 was installed without native code")
+    with caplog.at_level(logging.WARNING, logger="dsv3"):
+        buffer = ExpertBuffer(num_experts=8, transport="ipc")
+    assert buffer.transport == "collective"
+    buffer.check()
+    buffer.close()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "experts are exchanged through torch.distributed instead of ipc: dsv3 was installed without native code (rank 0)"
+    )
+
+
+class Kernels:
+    """Stands for the kernels of a rank that wait, and for what they are told."""
+
+    def __init__(self) -> None:
+        self.long_wait, self.told = False, []
+
+    def take_long_wait(self) -> bool:
+        return self.long_wait
+
+    def give_up(self, rank: int) -> None:
+        self.told.append(rank)
+
+
+@pytest.mark.usefixtures("group")
+def test_kernels_wait_for_the_living_alone() -> None:
+    """While nothing waits long nobody's beat is looked at; a rank that beats is waited for, one that has stopped is not."""
+    kernels, stopped, heartbeat = Kernels(), threading.Event(), Heartbeat()
+    watch = threading.Thread(target=ipc._watch, args=(kernels, [0], stopped))
+    watch.start()
+    time.sleep(BEAT_SECONDS)
+    kernels.long_wait = True
+    time.sleep(2 * BEAT_SECONDS)
+    assert watch.is_alive()
+    assert kernels.told == []
+    heartbeat.stop()
+    watch.join(SILENT_SECONDS + 5)
+    assert not watch.is_alive()
+    assert kernels.told == [0]
