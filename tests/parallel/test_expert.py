@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.shared_gpu import shared_gpu
 from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import is_expert_param
@@ -23,7 +24,7 @@ from dsv3.parallel.data import DataParallel
 from dsv3.parallel.expert import ranks_per_node
 from dsv3.train import checkpoint, launch
 from tests.parallel.expert_worker import first_step, fp8_config, resumed_config, run_config, trainer_of
-from tests.train.common import MODEL, Recorder, make_tokens, micro
+from tests.train.common import MODEL, Recorder, make_tokens, micro, same_losses
 from tests.train.test_resume import tensors
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,25 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
     )
     assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.cuda
+def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path) -> None:
+    """The command with four processes that share a GPU: over ipc, with the losses of one process on a CPU."""
+    config = same_losses(tokens, tmp_path / "run", device="cuda", ep=4, micro_batch=2, max_steps=6)
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    with shared_gpu() as env:
+        done = subprocess.run(
+            [*TORCHRUN, "4", "-m", "dsv3", "train", str(tmp_path / "run.json")],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "instead of ipc" not in done.stderr
+    recorder = Recorder()
+    alone = same_losses(tokens, tmp_path / "alone", max_steps=6)
+    assert train.run(alone, callbacks=[recorder]) == 0
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert losses == pytest.approx(recorder.losses, rel=1e-4)
 
 
 def test_dsv3_train_names_a_rank_that_dies(tokens: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -52,17 +53,21 @@ class DataParallel:
         """Joins the process group that torchrun announced (NCCL on CUDA devices, gloo otherwise), or stays alone.
 
         A process group that exists already is used as it is.
-        device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the device of the local rank.
+        device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the device of the local rank. Where a machine has
+        more ranks than GPUs they share them, over gloo: NCCL refuses two ranks on a device.
         """
         kind = find_device(device)
         if not (dist.is_initialized() or dist.is_torchelastic_launched()):
             return cls(device=kind)
+        joins, backend = not dist.is_initialized(), "gloo"
         if kind.type == "cuda":
-            kind = torch.device("cuda", dist.get_node_local_rank())
+            gpus = torch.cuda.device_count()
+            kind = torch.device("cuda", dist.get_node_local_rank() % gpus)
             torch.cuda.set_device(kind)
-        joins = not dist.is_initialized()
+            if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus:  # torchrun says how many ranks are here
+                backend = "nccl"
         if joins:
-            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         return cls(dist.get_rank(), dist.get_world_size(), kind, joins, Heartbeat())
 
     def stop(self) -> None:

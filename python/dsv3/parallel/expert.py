@@ -57,6 +57,7 @@ class ExpertParallel(DataParallel):
             num_experts=num_experts,
             ranks_per_node=ranks_per_node(local_ranks, ep),
             wire_dtype=wire_dtype,
+            device=parallel.device,
         )
         return cls(parallel.rank, parallel.world, parallel.device, parallel.joined, mesh=mesh, buffer=buffer)
 
