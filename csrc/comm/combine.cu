@@ -133,10 +133,10 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
   }
 }
 
-// A token's rows, which lanes hold, in pieces to the ring of its rank.
+// The sum of a token's rows into the slot of an item.
 template <class Y, class S>
-__device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p, int source, int token, int piece,
-                                         uint32_t item, uint4* memory) {
+__device__ __forceinline__ bool fill_slot(const Rings& r, const CombineParams& p, int source, int token, int piece,
+                                          uint32_t item, uint4* memory) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk + lane;
   const int64_t found = lane < p.own.topk ? p.position[at] : p.num_rows;
@@ -151,8 +151,6 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
   }
   sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 1u << max(count - 1, 0),
                  memory);
-  __syncwarp();
-  if (lane == 0) store_release(ready_flag(r, source, r.rank, channel, item), item + 1);
   return true;
 }
 
@@ -177,8 +175,11 @@ __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams&
           const int source = (r.rank + turn) % r.ranks;
           if (!(__shfl_sync(kAllLanes, came, source) >> i & 1)) continue;
           const uint32_t of_source = __shfl_sync(kAllLanes, item, source) + piece;
-          if (!send_sum<Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return next;
+          if (!fill_slot<Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return next;
         }
+        __syncwarp();  // one release for all ranks: it waits for every store of the warp, and warps queue for it
+        const uint32_t mine = item + piece;
+        if (came >> i & 1) store_release(ready_flag(r, lane, r.rank, blockIdx.x, mine), mine + 1);
       }
     }
     next += __popc(came) * p.pieces;
@@ -236,7 +237,7 @@ __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, 
       sum_rows<S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
       if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);
       __syncwarp();
-      if (used) store_release(done_flag(r, lane, r.rank, channel, item), item + 1);
+      if (used) store_relaxed(done_flag(r, lane, r.rank, channel, item), item + 1);
     }
     return true;
   });

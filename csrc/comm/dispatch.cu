@@ -257,7 +257,7 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
     const int first = piece * p.piece;
     write_rows<Way>(p, slot, first, min(p.piece, p.hidden - first), row, count, spoiled);
     __syncwarp();
-    if (lane == 0) store_release(done_flag(r, source, r.rank, channel, item), item + 1);
+    if (lane == 0) store_relaxed(done_flag(r, source, r.rank, channel, item), item + 1);
   }
 }
 

@@ -85,6 +85,11 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+// For `done` flags: what was loaded from a slot is in registers by then, which no later store can overtake, and nothing that was
+// written has to be seen with the flag. A release waits for all stores of the warp, which here are the rows themselves.
+__device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
 __device__ __forceinline__ uint64_t now_ns() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
