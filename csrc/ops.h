@@ -171,13 +171,14 @@ void greedy_round(Tensor result, Tensor tokens, Tensor lengths, Tensor logits, T
 void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, Tensor topk_idx, Tensor own_offsets,
                    std::vector<int64_t> head, int64_t ranks_per_node, const Peers& peers, cudaStream_t stream);
 // comm/dispatch.cu. x float [T, H], pairs int64 [T, k]: the pairs' places in the own order; rows like x [R, H], or with
-// sf fp32 [R, ceil(H / 128)] e4m3, as per_token_cast makes them; weights fp32 [T, k] come as row_weights fp32 [R]. position
+// sf fp32 [R, ceil(H / 128)] e4m3, as per_token_cast makes them (sf_rows, contiguous, is workspace); weights fp32 [T, k] come as row_weights fp32 [R]. position
 // int64 [N * max_tokens, k], filled with R by the caller: rows of every rank's tokens, ascending. total int32 [...]: its
 // last number is how many rows there should be; where they are more than R, all become NaN. cast: values travel as e4m3.
-void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> row_weights,
-                   std::optional<Tensor> position, Tensor x, std::optional<Tensor> weights, Tensor topk_idx,
-                   Tensor pairs, Tensor shift, Tensor arrivals, Tensor total, int64_t max_tokens, bool cast,
-                   double amax_floor, const Peers& peers, cudaStream_t stream);
+void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
+                   std::optional<Tensor> row_weights, std::optional<Tensor> position, Tensor x,
+                   std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift, Tensor arrivals,
+                   Tensor total, int64_t max_tokens, bool cast, double amax_floor, const Peers& peers,
+                   cudaStream_t stream);
 // comm/combine.cu. rows float [R, H] -> out [T, H], row_weights fp32 [R] -> weights fp32 [T, k]; position as
 // comm_dispatch left it. fp32_sums: sums of a rank and of a node in fp32, else in out's dtype.
 void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::optional<Tensor> row_weights,

@@ -13,7 +13,7 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kProducers = 12, kOwners = 4;  // warps
+constexpr int kProducers = 10, kOwners = 6;  // warps
 constexpr int kThreads = (kProducers + kOwners) * kWarpSize;
 constexpr int kWarpBytes = 14 * 1024;  // of shared memory, for rows on their way
 
@@ -48,9 +48,7 @@ struct Ahead {
       const int column = first + b * kWarpSize * kRun;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(at(load, b, i)));
-        const T* const source = row + column + i * (kRun / kWords);
-        if (column < columns) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source));
+        if (column < columns) copy_ahead(at(load, b, i), row + column + i * (kRun / kWords));
       }
     }
   }
@@ -133,10 +131,10 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
   }
 }
 
-// The sum of a token's rows into the slot of an item.
+// A token's rows, which lanes hold, in pieces to the ring of its rank.
 template <class Y, class S>
-__device__ __forceinline__ bool fill_slot(const Rings& r, const CombineParams& p, int source, int token, int piece,
-                                          uint32_t item, uint4* memory) {
+__device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p, int source, int token, int piece,
+                                         uint32_t item, uint4* memory) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk + lane;
   const int64_t found = lane < p.own.topk ? p.position[at] : p.num_rows;
@@ -151,6 +149,8 @@ __device__ __forceinline__ bool fill_slot(const Rings& r, const CombineParams& p
   }
   sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 1u << max(count - 1, 0),
                  memory);
+  __syncwarp();
+  if (lane == 0) store_release(ready_flag(r, source, r.rank, channel, item), item + 1);
   return true;
 }
 
@@ -159,6 +159,7 @@ template <class Y, class S>
 __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams& p, int warp, uint32_t next,
                                             uint4* memory) {
   const int lane = threadIdx.x % kWarpSize;
+  int items = 0;  // of all rings, in turn one a warp
   for (int first = blockIdx.x; first < p.max_tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
     unsigned came = 0;  // of the 32 tokens of rank `lane`
@@ -168,18 +169,17 @@ __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams&
       const unsigned of_source = __ballot_sync(kAllLanes, here);
       if (lane == source) came = of_source;
     }
-    for (int i = warp; i < kWarpSize; i += kProducers) {
+    for (int i = 0; i < kWarpSize; ++i) {
+      const unsigned sources = __ballot_sync(kAllLanes, came >> i & 1);
+      const unsigned turned = sources >> r.rank | sources << (r.ranks - r.rank);  // not all ranks begin with the same
       const uint32_t item = next + __popc(came & ((1u << i) - 1)) * p.pieces;
       for (int piece = 0; piece < p.pieces; ++piece) {
-        for (int turn = 0; turn < r.ranks; ++turn) {
-          const int source = (r.rank + turn) % r.ranks;
-          if (!(__shfl_sync(kAllLanes, came, source) >> i & 1)) continue;
+        for (unsigned left = turned & ((1u << r.ranks) - 1); left != 0; left &= left - 1) {
+          if (items++ % kProducers != warp) continue;
+          const int source = (__ffs(left) - 1 + r.rank) % r.ranks;
           const uint32_t of_source = __shfl_sync(kAllLanes, item, source) + piece;
-          if (!fill_slot<Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return next;
+          if (!send_sum<Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return next;
         }
-        __syncwarp();  // one release for all ranks: it waits for every store of the warp, and warps queue for it
-        const uint32_t mine = item + piece;
-        if (came >> i & 1) store_release(ready_flag(r, lane, r.rank, blockIdx.x, mine), mine + 1);
       }
     }
     next += __popc(came) * p.pieces;

@@ -1,8 +1,9 @@
 // Tokens to the rows of their experts on the ranks of a node.
 //
-// Half of a block's warps send: one reads a piece of a token once, casts it where the wire is FP8, and writes it to a slot
+// A third of a block's warps send: one reads a piece of a token once, casts it where the wire is FP8, and writes it to a slot
 // of the ring of every rank that needs it, together with its rows there. The others receive: one takes a slot and writes
-// the piece to all these rows. A receiver serves one source alone and takes whatever comes, so rings always drain.
+// the piece to all these rows. A receiver serves one source alone and takes whatever comes, so rings always drain. Each
+// warp has a slot of shared memory: its loads are all on their way at once, and a ring's slot is free once it lies there.
 //
 // Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot, of which all that
 // are in use fit the L2 cache. Memory-bound.
@@ -16,6 +17,7 @@ namespace {
 constexpr int kSenders = 8, kReceivers = 16;  // warps; receivers write twice as much as senders read and write
 constexpr int kThreads = (kSenders + kReceivers) * kWarpSize;
 constexpr int kBatch = 4;  // vectors a lane and turn
+constexpr int kStageVectors = kPieceBytes / 16;
 static_assert(kReceivers >= kMaxRanks);
 
 struct DispatchParams {
@@ -25,7 +27,8 @@ struct DispatchParams {
   const int* shift;      // [E]
   const float* weights;  // [T, k], or null
   void* rows;            // [R, H]
-  RowCasts casts;        // where rows stay FP8
+  uint8_t* codes;        // [R, H], where rows stay FP8
+  float* sf;             // [R, tiles]
   float* row_weights;    // [R], or null
   int64_t* position;     // [N * max_tokens, k], or null
   const int* arrivals;   // [N, C]
@@ -66,47 +69,51 @@ __device__ __forceinline__ float cast_pack(const Pack<X>& pack, ScaleRule rule, 
   return sf;
 }
 
-// Writes columns [begin, begin + count) of a row to the slots of the ranks in `mask`; slot: in lane r that of rank r.
+// Asks for this lane's vectors of a part of a row, from `first` on: as many as the stage holds.
+__device__ __forceinline__ void ask(Slot* stage, const uint4* row, int first, int vectors) {
+  const int count = min(vectors - first, kStageVectors);
+  for (int v = threadIdx.x % kWarpSize; v < count; v += kWarpSize) copy_ahead(&stage->data[v], row + first + v);
+}
+
+// Writes a piece of a row, of which the stage has the first part, to the slots of the ranks in `mask`; slot: in lane r that
+// of rank r.
 template <class Way>
-__device__ __forceinline__ void send_piece(const DispatchParams& p, int64_t token, int begin, int count, unsigned mask,
-                                           Slot* slot) {
+__device__ __forceinline__ void send_piece(const DispatchParams& p, const uint4* row, int vectors, unsigned mask,
+                                           Slot* slot, Slot* stage) {
   using X = typename Way::X;
-  const int lane = threadIdx.x % kWarpSize, vectors = count / Way::kColumns;
-  const X* const x = static_cast<const X*>(p.x) + token * p.hidden + begin;
+  const int lane = threadIdx.x % kWarpSize;
   for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
+    if (first % kStageVectors == 0) {
+      if (first != 0) ask(stage, row, first, vectors);
+      wait_for_copies();  // a lane's own vectors: no other reads them
+    }
     uint4 raw[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int v = first + b * kWarpSize + lane;
-      raw[b] = v < vectors ? *reinterpret_cast<const uint4*>(x + v * Way::kColumns) : make_uint4(0, 0, 0, 0);
+      raw[b] = v < vectors ? stage->data[v % kStageVectors] : make_uint4(0, 0, 0, 0);
     }
+    constexpr int kWords = Way::kCast ? Pack<X>::kSize / 4 : 1, kLanes = Way::kCast ? kTile / Pack<X>::kSize : 1;
+    [[maybe_unused]] uint32_t words[kBatch][kWords];
     if constexpr (Way::kCast) {
-      constexpr int kWords = Pack<X>::kSize / 4, kLanes = kTile / Pack<X>::kSize;
-      uint32_t words[kBatch][kWords];
-      float sf[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        sf[b] = cast_pack(Pack<X>{raw[b].x, raw[b].y, raw[b].z, raw[b].w}, p.rule, words[b]);
+        const float sf = cast_pack(Pack<X>{raw[b].x, raw[b].y, raw[b].z, raw[b].w}, p.rule, words[b]);
+        const int v = first + b * kWarpSize + lane;
+        if (v < vectors && v % kLanes == 0) stage->sf[v / kLanes] = sf;
       }
-      for (unsigned left = mask; left != 0; left &= left - 1) {
-        Slot* const to = reinterpret_cast<Slot*>(
-            __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
+    }
+    for (unsigned left = mask; left != 0; left &= left - 1) {
+      Slot* const to =
+          reinterpret_cast<Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int v = first + b * kWarpSize + lane;
-          if (v >= vectors) continue;
+      for (int b = 0; b < kBatch; ++b) {
+        const int v = first + b * kWarpSize + lane;
+        if (v >= vectors) continue;
+        if constexpr (Way::kCast) {
           store_words(reinterpret_cast<uint8_t*>(to->data) + v * Pack<X>::kSize, words[b]);
-          if (v % kLanes == 0) to->sf[v / kLanes] = sf[b];
-        }
-      }
-    } else {
-      for (unsigned left = mask; left != 0; left &= left - 1) {
-        Slot* const to = reinterpret_cast<Slot*>(
-            __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int v = first + b * kWarpSize + lane;
-          if (v < vectors) to->data[v] = raw[b];
+        } else {
+          to->data[v] = raw[b];
         }
       }
     }
@@ -136,31 +143,51 @@ __device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) 
   return pair;
 }
 
+constexpr int kRestVectors = (sizeof(Slot) - offsetof(Slot, sf)) / 16;  // scales and meta
+static_assert(kRestVectors <= kWarpSize && offsetof(Slot, sf) % 16 == 0);
+__device__ __forceinline__ uint4* rest_of(Slot* slot) { return reinterpret_cast<uint4*>(slot->sf); }
+
+// What is no data, from the stage, where the scales lie, to the slots: as whole vectors, since the L2 cache takes its time
+// over parts of a sector.
+__device__ __forceinline__ void send_meta(const Pair& pair, int token, unsigned mask, Slot* slot, Slot* stage) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    const int rank = __ffs(left) - 1;
+    const int count = __popc(__ballot_sync(kAllLanes, pair.rank == rank));
+    if (pair.rank == rank) {
+      stage->meta.rows[pair.place] = pair.row;
+      stage->meta.weights[pair.place] = pair.weight;
+    }
+    if (lane == 0) {
+      stage->meta.token = token;
+      stage->meta.count = count;
+    }
+    Slot* const to = reinterpret_cast<Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank));
+    __syncwarp();
+    if (lane < kRestVectors) rest_of(to)[lane] = rest_of(stage)[lane];
+    __syncwarp();
+  }
+}
+
 template <class Way>
-__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, int warp, uint32_t next) {
+__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, int warp, uint32_t next,
+                                         Slot* stage) {
+  using X = typename Way::X;
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   return for_own_tokens(r, p.own, p.pieces, next, warp, kSenders, [&](int token, unsigned mask, uint32_t item) {
-    const Pair pair = pair_of(p, token);
-    int count = 0;  // of the token's rows at rank `lane`
-    for (int j = 0; j < p.own.topk; ++j) count += __shfl_sync(kAllLanes, pair.rank, j) == lane;
+    const X* const x = static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
     const bool used = mask >> lane & 1;
+    Pair pair;
     for (int piece = 0; piece < p.pieces; ++piece, ++item) {
+      const int begin = piece * p.piece, vectors = min(p.piece, p.hidden - begin) / Way::kColumns;
+      const uint4* const row = reinterpret_cast<const uint4*>(x + begin);
+      ask(stage, row, 0, vectors);
+      if (piece == 0) pair = pair_of(p, token);
       const uint32_t* const done = done_flag(r, r.rank, lane, channel, item);
       if (!warp_wait(r, used, done, item + 1 - r.slots, lane)) return false;
       Slot* const slot = used ? ring_slot(r, lane, r.rank, channel, item) : nullptr;
-      Slot* const to = reinterpret_cast<Slot*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), max(pair.rank, 0)));
-      if (pair.rank >= 0) {
-        to->meta.rows[pair.place] = pair.row;
-        to->meta.weights[pair.place] = pair.weight;
-      }
-      if (used) {
-        slot->meta.token = token;
-        slot->meta.count = count;
-      }
-      const int begin = piece * p.piece;
-      send_piece<Way>(p, token, begin, min(p.piece, p.hidden - begin), mask, slot);
-      __syncwarp();
+      send_piece<Way>(p, row, vectors, mask, slot, stage);
+      send_meta(pair, token, mask, slot, stage);
       if (used) store_release(ready_flag(r, lane, r.rank, channel, item), item + 1);
     }
     return true;
@@ -188,19 +215,20 @@ __device__ __forceinline__ void decode(const uint4& codes, float sf, T* out) {
   }
 }
 
-// Writes a slot's columns to `count` rows, which lanes hold; rows beyond the last there is are left out.
+// Writes a slot's columns to its rows, of which lane i holds the i-th; rows beyond the last there is are left out.
 template <class Way>
 __device__ __forceinline__ void write_rows(const DispatchParams& p, const Slot* slot, int begin, int columns, int row,
-                                           int count, bool spoiled) {
+                                           bool spoiled) {
   const int lane = threadIdx.x % kWarpSize;
   const int vectors = Way::kCast ? ceil_div(columns, 16) : columns;
   constexpr uint32_t kNan = 0x7fff7fffu;  // in bf16 and in fp32
+  const int count = slot->meta.count;
   for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
     uint4 raw[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int v = first + b * kWarpSize + lane;
-      if (v < vectors) raw[b] = __ldcg(&slot->data[v]);
+      if (v < vectors) raw[b] = slot->data[v];
       if (!Way::kCast && spoiled) raw[b] = make_uint4(kNan, kNan, kNan, kNan);
     }
     for (int i = 0; i < count; ++i) {
@@ -212,9 +240,9 @@ __device__ __forceinline__ void write_rows(const DispatchParams& p, const Slot* 
         if (v >= vectors) continue;
         if constexpr (Way::kDecode) {
           using X = typename Way::X;
-          decode(raw[b], __ldcg(&slot->sf[v / 8]), static_cast<X*>(p.rows) + at * p.hidden + begin + v * 16);
+          decode(raw[b], slot->sf[v / 8], static_cast<X*>(p.rows) + at * p.hidden + begin + v * 16);
         } else if constexpr (Way::kCast) {
-          *reinterpret_cast<uint4*>(p.casts.out + at * p.hidden + begin + v * 16) = raw[b];
+          *reinterpret_cast<uint4*>(p.codes + at * p.hidden + begin + v * 16) = raw[b];
         } else {
           static_cast<uint4*>(p.rows)[at * p.hidden + begin + v] = raw[b];
         }
@@ -223,20 +251,28 @@ __device__ __forceinline__ void write_rows(const DispatchParams& p, const Slot* 
   }
   if constexpr (Way::kCast && !Way::kDecode) {
     const int tiles = ceil_div(columns, kTile);
-    for (int first = 0; first < tiles; first += kWarpSize) {
-      const int tile = first + lane;
-      const float sf = spoiled ? __uint_as_float(kNan) : tile < tiles ? __ldcg(&slot->sf[tile]) : 0.f;
-      float* const to = p.casts.sf + static_cast<int64_t>(begin / kTile + tile) * p.casts.sf_stride;
-      for (int i = 0; i < count; ++i) {
-        const int at = __shfl_sync(kAllLanes, row, i);
-        if (at < p.num_rows && tile < tiles) to[at] = sf;
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = __shfl_sync(kAllLanes, row, i);
+      if (at >= p.num_rows) continue;
+      float* const to = p.sf + at * ceil_div(p.hidden, kTile) + begin / kTile;
+      for (int tile = lane; tile < tiles; tile += kWarpSize) {
+        to[tile] = spoiled ? __uint_as_float(kNan) : slot->sf[tile];
       }
     }
   }
 }
 
+// Brings a slot, of whose data so many vectors are in use, to shared memory, for the whole warp.
+__device__ __forceinline__ void take(Slot* stage, const Slot* slot, int vectors) {
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane < kRestVectors) copy_ahead(rest_of(stage) + lane, reinterpret_cast<const uint4*>(slot->sf) + lane);
+  ask(stage, slot->data, 0, vectors);
+  wait_for_copies();
+  __syncwarp();
+}
+
 template <class Way>
-__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp) {
+__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, Slot* stage) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int sharing = kReceivers / r.ranks, source = warp / sharing;  // warps that serve a source
   if (source >= r.ranks) return;
@@ -245,34 +281,36 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
   const bool spoiled = *p.total > p.num_rows;
   for (int i = warp % sharing; i < items; i += sharing) {
     const uint32_t item = begin + i;
+    const int piece = i % p.pieces, first = piece * p.piece, columns = min(p.piece, p.hidden - first);
     if (!warp_wait(r, true, ready_flag(r, r.rank, source, channel, item), item + 1, source)) return;
-    const Slot* const slot = ring_slot(r, r.rank, source, channel, item);
-    const int piece = i % p.pieces, count = __ldcg(&slot->meta.count);
-    const int row = lane < count ? __ldcg(&slot->meta.rows[lane]) : 0;
-    if (piece == 0 && lane < count && p.position != nullptr) {
-      const int64_t token = static_cast<int64_t>(source) * p.max_tokens + __ldcg(&slot->meta.token);
-      p.position[token * p.own.topk + lane] = row < p.num_rows ? row : row + 1;
-      if (row < p.num_rows) p.row_weights[row] = __ldcg(&slot->meta.weights[lane]);
-    }
-    const int first = piece * p.piece;
-    write_rows<Way>(p, slot, first, min(p.piece, p.hidden - first), row, count, spoiled);
-    __syncwarp();
+    take(stage, ring_slot(r, r.rank, source, channel, item), Way::kCast ? ceil_div(columns, 16) : columns);
     if (lane == 0) store_relaxed(done_flag(r, source, r.rank, channel, item), item + 1);
+    const Meta& meta = stage->meta;
+    const int row = lane < meta.count ? meta.rows[lane] : 0;
+    if (piece == 0 && lane < meta.count && p.position != nullptr) {
+      const int64_t token = static_cast<int64_t>(source) * p.max_tokens + meta.token;
+      p.position[token * p.own.topk + lane] = row < p.num_rows ? row : row + 1;
+      if (row < p.num_rows) p.row_weights[row] = meta.weights[lane];
+    }
+    write_rows<Way>(p, stage, first, columns, row, spoiled);
+    __syncwarp();
   }
 }
 
 template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ Rings r, const __grid_constant__ DispatchParams p) {
+  extern __shared__ __align__(128) char memory[];  // a slot for every warp
   wait_for_inputs();
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
+  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
   if (local->failed) return;
   uint32_t next = threadIdx.x % kWarpSize < r.ranks ? local->sent[threadIdx.x % kWarpSize][blockIdx.x] : 0;
   if (warp < kSenders) {
-    next = send<Way>(r, p, warp, next);
+    next = send<Way>(r, p, warp, next, stage);
   } else {
-    receive<Way>(r, p, warp - kSenders);
+    receive<Way>(r, p, warp - kSenders, stage);
   }
   __syncthreads();
   if (rank < r.ranks) {
@@ -281,19 +319,42 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// x_sf[row, tile] = sf[row, tile] with strides (1, sf_stride): written row by row each scale would fill a sector of its own.
+constexpr int kScaleRows = 64;
+__global__ void __launch_bounds__(256)
+    order_scales_kernel(float* x_sf, int64_t sf_stride, const float* sf, const int* total, int num_rows, int tiles) {
+  extern __shared__ float block[];  // [tiles][kScaleRows + 1]
+  wait_for_inputs();
+  const int rows = min(*total, num_rows);
+  for (int first = blockIdx.x * kScaleRows; first < rows; first += gridDim.x * kScaleRows) {
+    const int count = min(kScaleRows, rows - first);
+    for (int i = threadIdx.x; i < count * tiles; i += blockDim.x) {
+      block[i % tiles * (kScaleRows + 1) + i / tiles] = sf[static_cast<int64_t>(first) * tiles + i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kScaleRows * tiles; i += blockDim.x) {
+      const int row = i % kScaleRows, tile = i / kScaleRows;
+      if (row < count) x_sf[tile * sf_stride + first + row] = block[tile * (kScaleRows + 1) + row];
+    }
+    __syncthreads();
+  }
+}
+
 template <class Way>
 void start(const Rings& r, DispatchParams& p, int64_t bytes_of_column, cudaStream_t stream) {
   p.piece = piece_columns(p.hidden, static_cast<int>(bytes_of_column));
   p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
-  launch("comm_dispatch", dispatch_kernel<Way>, {.grid = dim3(r.channels), .block = dim3(kThreads)}, stream, r, p);
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = kThreads / kWarpSize * sizeof(Slot)};
+  launch("comm_dispatch", dispatch_kernel<Way>, shape, stream, r, p);
 }
 
 }  // namespace
 
-void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> row_weights,
-                   std::optional<Tensor> position, Tensor x, std::optional<Tensor> weights, Tensor topk_idx,
-                   Tensor pairs, Tensor shift, Tensor arrivals, Tensor total, int64_t max_tokens, bool cast,
-                   double amax_floor, const Peers& peers, cudaStream_t stream) {
+void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
+                   std::optional<Tensor> row_weights, std::optional<Tensor> position, Tensor x,
+                   std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift, Tensor arrivals,
+                   Tensor total, int64_t max_tokens, bool cast, double amax_floor, const Peers& peers,
+                   cudaStream_t stream) {
   const Rings& r = peers.rings();
   DSV3_CHECK(x.dim() == 2 && rows.dim() == 2 && topk_idx.dim() == 2, "x and rows must be (tokens, hidden), got ", x,
              " and ", rows);
@@ -334,11 +395,23 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
     p.hidden = static_cast<int>(hidden * size / 16);
     return start<Words>(r, p, 16, stream);
   }
-  if (sf) p.casts = row_casts("rows", rows, "sf", *sf, num_rows, hidden, p.rule);
+  const int tiles = static_cast<int>(ceil_div(hidden, kTile));
+  DSV3_CHECK(sf.has_value() == sf_rows.has_value(), "sf and sf_rows go together");
+  RowCasts casts{};
+  if (sf) {
+    casts = row_casts("rows", rows, "sf", *sf, num_rows, hidden, p.rule);
+    check_operand("sf_rows", *sf_rows, Dtype::kFloat32, num_rows, tiles);
+    p.codes = casts.out;
+    p.sf = sf_rows->data<float>();
+  }
   visit_float("x", x.dtype(), [&](auto zero) {
     using T = decltype(zero);
     sf ? start<Codes<T, false>>(r, p, 1, stream) : start<Codes<T, true>>(r, p, 1, stream);
   });
+  if (!sf) return;
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(256), .smem = tiles * (kScaleRows + 1) * sizeof(float)};
+  launch("comm_dispatch", order_scales_kernel, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.sf, p.total,
+         p.num_rows, tiles);
 }
 
 }  // namespace dsv3

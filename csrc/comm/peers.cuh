@@ -77,6 +77,11 @@ __device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int other,
   return reinterpret_cast<Slot*>(r.base[owner] + slots_begin(r)) + ring_index(r, other, channel, item);
 }
 
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
@@ -85,11 +90,16 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
-// For `done` flags: what was loaded from a slot is in registers by then, which no later store can overtake, and nothing that was
-// written has to be seen with the flag. A release waits for all stores of the warp, which here are the rows themselves.
+// For `done` flags: what was loaded from a slot has arrived by then, and nothing that was written has to be seen with them.
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+// 16 bytes on their way into shared memory; wait_for_copies waits for this thread's.
+__device__ __forceinline__ void copy_ahead(void* shared, const void* source) {
+  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ uint64_t now_ns() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
@@ -116,8 +126,11 @@ __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint
   constexpr int kPolls = 256;  // between two looks at the clock
   uint64_t start = 0;
   for (int polls = 1;; ++polls) {
-    const bool there = !wants || static_cast<int32_t>(load_acquire(flag) - value) >= 0;
-    if (__all_sync(kAllLanes, there)) return true;
+    const bool there = !wants || static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
+    if (__all_sync(kAllLanes, there)) {
+      if (wants) load_acquire(flag);  // once: each empties the L1 cache
+      return true;
+    }
     if (polls % kPolls != 0) continue;
     const uint64_t now = now_ns();
     if (start == 0) start = now;

@@ -260,8 +260,6 @@ class ExpertBuffer:
         if (y.shape, y.dtype) != (handle.rows.shape, handle.rows.dtype):
             expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (handle.rows, y))
             raise ValueError(f"combine: y must be {expected} like handle.rows, got {got}")
-        if self.room is not None:
-            self.room.raise_noted()
         if self._link is not None:
             self._link.raise_lost()
             return ipc.add_up(y, self._link, handle.way, handle.position, handle.offsets, self.wire_dtype)

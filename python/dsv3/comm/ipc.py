@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
-SLOTS = 4  # of a ring
+SLOTS = 16  # of a ring
 FLOOR = 1e-4  # smallest amax of a cast tile, as of per_token_cast
 
 log = logging.getLogger("dsv3")
@@ -215,8 +215,8 @@ class Link:
         row_weights = weights.new_empty(rows)
         position = way.topk_idx.new_full((self.layout.ranks * told.max_tokens, way.topk_idx.shape[1]), rows)
         registry.native().comm_dispatch(
-            data, sf[0] if cast else None, row_weights, position, x, weights, *way, told.offsets, told.max_tokens, cast,
-            FLOOR, self._peers,
+            data, *((sf[0], torch.empty_like(sf[0], memory_format=torch.contiguous_format)) if cast else (None, None)),
+            row_weights, position, x, weights, *way, told.offsets, told.max_tokens, cast, FLOOR, self._peers,
         )  # fmt: skip
         return data, row_weights, position, *sf
 
@@ -225,7 +225,7 @@ class Link:
         rows = x.new_empty(num_rows, x.shape[1])
         self._keep_order()
         registry.native().comm_dispatch(
-            rows, None, None, None, x, None, *way, offsets, 0, cast, GRADIENT_FLOOR, self._peers
+            rows, None, None, None, None, x, None, *way, offsets, 0, cast, GRADIENT_FLOOR, self._peers
         )
         return rows
 
