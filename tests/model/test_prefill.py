@@ -195,4 +195,6 @@ def test_a_page_that_there_is_not(device):
         with pytest.raises(RuntimeError, match=r"among the 64 rows of the cache, got slots\[16\] = 112"):
             mla(x, ctx, cache)
     else:
-        assert mla(x, ctx, cache).isnan().all(1).tolist() == [False] * 4 + [True] * 4
+        out = mla(x, ctx, cache)
+        assert out[:4].isfinite().all()
+        assert out[4:].isnan().all()
