@@ -89,8 +89,8 @@ class AttentionContext:
         without a look at the device; not for training, since the cache is a constant.
 
         Args:
-            lengths: n numbers of new tokens, packed; 0 is one.
-            cached: n numbers of tokens in the cache, which is where positions go on; 0 is one.
+            lengths: n numbers of new tokens, which come packed; may be 0.
+            cached: n numbers of tokens in the cache, where positions go on; may be 0.
             block_table: int32 [n, W], the pages of each sequence; entries past the new tokens are not used.
             page: tokens a page.
             chunk: cached tokens, of all sequences together, whose keys and values exist at a time.
