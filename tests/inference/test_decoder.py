@@ -11,10 +11,11 @@ from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder
 from tests.inference.small import random_model, random_prompts, small_config
 
 PARAMS = SamplingParams(temperature=0.8, top_p=0.9)
+SIZES = {"max_batch": 8, "num_pages": 40, "max_pages": 5, "max_prefill_tokens": 1000}
 
 
 def _decoder(model: DeepSeekV3, prompts: list[list[int]], mode: int) -> Decoder:
-    decoder = Decoder(model, depth=len(model.mtp), max_batch=8, num_pages=40, max_pages=5)
+    decoder = Decoder(model, depth=len(model.mtp), **SIZES)
     pages = [[1 + 2 * i, 2 + 2 * i] for i in range(len(prompts))]
     decoder.assign(0, pages, [PARAMS] * len(prompts), list(range(len(prompts))))
     decoder.prefill(0, prompts, mode)
@@ -43,7 +44,7 @@ class _Stub(nn.Module):
 @torch.no_grad()
 def test_a_round_reads_nothing_on_the_host(depth, mode):
     """On the meta device there are no values: what the host reads, and shapes that depend on values, are errors there."""
-    decoder = Decoder(_Stub(depth).to("meta"), depth=depth, max_batch=8, num_pages=40, max_pages=5)
+    decoder = Decoder(_Stub(depth).to("meta"), depth=depth, **SIZES)
     state = [id(t) for t in vars(decoder).values()]
     result = decoder.round(4, 2, mode)
     assert result.shape == (4, depth + 2)

@@ -62,12 +62,12 @@ def test_speculative_greedy_with_dense_layers_and_without_query_compression():
 
 
 def test_greedy_in_bf16_differs_only_where_two_tokens_tie(device):
-    """Where speculative and plain output part, and wherever a token is not the best of a full pass (naive attention, no
-    cache), the logits are as close as bf16 rounding puts them; most places are far clearer than that."""
+    """Where plain output and speculative (of prompts prefilled in pieces) part, and wherever a token is not the best of a full
+    pass (naive attention, no cache), the logits are as close as bf16 rounding puts them; most places are far clearer."""
     model = random_model(small_config(dtype="bfloat16"), device)
     prompts = random_prompts(32)
     plain = _tokens(dsv3.generate(model, prompts, GREEDY, speculative=False))
-    speculative = _tokens(dsv3.generate(model, prompts, GREEDY))
+    speculative = _tokens(Engine(model, max_prefill_tokens=16).generate(prompts, GREEDY))
     partings, deficits, gaps = [], [], []
     for prompt, a, b in zip(prompts, plain, speculative, strict=True):
         logits = full_logits(model, prompt + b)[len(prompt) - 1 : -1].float().cpu()
@@ -85,14 +85,15 @@ def test_greedy_in_bf16_differs_only_where_two_tokens_tie(device):
 
 # ---- the drafter ----
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("length", [1, 2, 70])
-def test_drafts_are_those_of_mtp_over_the_whole_sequence(depth, length):
-    """After the prefill and after every round, the distributions of the drafts equal a pass without a cache."""
+@pytest.mark.parametrize(("length", "piece"), [(1, 100), (2, 100), (70, 100), (70, 3), (70, 10), (70, 69)])
+def test_drafts_are_those_of_mtp_over_the_whole_sequence(depth, length, piece):
+    """After the prefill, in one piece or many, and after every round, the distributions of the drafts equal a pass without a
+    cache."""
     model = random_model(small_config(num_nextn_predict_layers=depth), noise=1.0)
     sequence = random_prompts(1)[0] * length
     del sequence[length:]
     prompt, sizes, max_tokens = list(sequence), [], 40
-    engine = Engine(model, max_batch=2)
+    engine = Engine(model, max_batch=2, max_prefill_tokens=piece)
     decoder = engine._decoder
 
     def check(index: int, new: list[int], piece: str) -> None:
@@ -140,6 +141,32 @@ def test_speculation_without_mtp_is_refused_or_left_out():
     with pytest.raises(ValueError, match="speculative=True needs an MTP module, but this model's checkpoint has none"):
         dsv3.generate(model, [[1]], GREEDY, speculative=True)
     assert dsv3.generate(model, [[1]], GREEDY)[0].num_drafted == 0
+
+
+# ---- long prompts ----
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("piece", [3, 16, 64, 100])
+def test_a_prompt_in_pieces_is_a_prompt_in_one(device, depth, piece):
+    """Lengths on either side of multiples of a piece, whose ends are at, before and behind those of pages."""
+    model = random_model(small_config(num_nextn_predict_layers=depth), device)
+    lengths = [n * piece + k for n in range(1, 3) for k in range(-1, 4)]
+    prompts = [(prompt * 250)[:n] for n, prompt in zip(lengths, random_prompts(10), strict=True)]
+    params = dataclasses.replace(GREEDY, max_tokens=12)
+    expected = _tokens(Engine(model).generate(prompts, params))
+    engine = Engine(model, max_prefill_tokens=piece)
+    sizes = []
+    hooks = [m.attention.register_forward_hook(lambda _, x, __: sizes.append(len(x[0]))) for m in _blocks(model)]
+    completions = engine.generate(prompts, dataclasses.replace(params, max_tokens=1))
+    for hook in hooks:
+        hook.remove()
+    assert max(sizes) == piece
+    assert sum(sizes) == sum(lengths) * (model.config.num_hidden_layers + depth)
+    assert [c.token_ids for c in completions] == [tokens[:1] for tokens in expected]
+    assert _tokens(engine.generate(prompts, params)) == expected
+
+
+def _blocks(model: DeepSeekV3) -> list[torch.nn.Module]:
+    return [*model.layers, *(module.layer for module in model.mtp)]
 
 
 # ---- batching ----
@@ -311,11 +338,19 @@ def test_bad_prompts(model, prompts, message):
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"max_context": 257}, "max_context must be between 2 and max_position_embeddings 256, got 257"),
         ({"num_pages": 1}, "at least 2 pages, got 1"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_engines(model, options, message):
     with pytest.raises(ValueError, match=message):
         Engine(model, **options)
+
+
+def test_a_piece_holds_what_drafting_starts_from():
+    model = random_model(small_config(num_nextn_predict_layers=3))
+    with pytest.raises(ValueError, match="max_prefill_tokens must be at least 3, got 2"):
+        Engine(model, max_prefill_tokens=2)
+    assert Engine(model, max_prefill_tokens=2, speculative=False).generate([[1] * 9], GREEDY)
 
 
 def test_bad_requests(model):

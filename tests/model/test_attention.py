@@ -21,7 +21,7 @@ def rotate(x, positions, rope: Rope):
     """Pairs (2i, 2i+1) as complex numbers, times e^(i * angle): the released code's form, for x [T, ..., dim]."""
     cos, sin = rope_tables(rope, x.device)
     turn = torch.complex(cos.double(), sin.double())[positions]
-    turn = turn.view(len(positions), *[1] * (x.dim() - 2), -1)
+    turn = turn.view(len(positions), *[1] * (x.dim() - 2), x.shape[-1] // 2)
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
 
@@ -29,9 +29,12 @@ def norm(x, weight):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def plain(mla: MLA, x: torch.Tensor) -> torch.Tensor:
-    """One sequence x [T, H] by the equations of arXiv 2405.04434, section 2.1.2, in fp64."""
-    c, positions = mla.config, torch.arange(x.shape[0])
+def plain(mla: MLA, x: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+    """One sequence x [T, H] by the equations of arXiv 2405.04434, section 2.1.2, in fp64, behind `past` tokens whose latents
+    (normalised) and keys (rotated) are [P, kv_lora_rank + rope]."""
+    c = mla.config
+    past = x.new_zeros(0, c.latent_dim) if past is None else past
+    positions = torch.arange(len(past), len(past) + len(x), device=x.device)
     w = {name: param.double() for name, param in mla.named_parameters()}
     x = x.double()
     q = (
@@ -39,14 +42,16 @@ def plain(mla: MLA, x: torch.Tensor) -> torch.Tensor:
         if c.q_lora_rank
         else x @ w["q.weight"].t()
     )
-    q = q.view(len(x), c.num_attention_heads, -1)
+    q = q.view(len(x), c.num_attention_heads, c.qk_head_dim)
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = (x @ w["kv_a.weight"].t()).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-    kv = (norm(latent, w["kv_a_norm.weight"]) @ w["kv_b.weight"].t()).view(len(x), c.num_attention_heads, -1)
+    past_latent, past_rope = past.double().split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    latent = torch.cat([past_latent, norm(latent, w["kv_a_norm.weight"])])
+    kv = (latent @ w["kv_b.weight"].t()).view(len(latent), c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    q_rope, k_rope = rotate(q_rope, positions, c.rope), rotate(k_rope, positions, c.rope)
+    q_rope, k_rope = rotate(q_rope, positions, c.rope), torch.cat([past_rope, rotate(k_rope, positions, c.rope)])
     scores = torch.einsum("qhd,khd->hqk", q_nope, k_nope) + torch.einsum("qhd,kd->hqk", q_rope, k_rope)
-    future = torch.ones(len(x), len(x)).triu(1).bool()
+    future = torch.ones(len(x), len(latent), device=x.device).triu(1 + len(past)).bool()
     weights = (scores * c.softmax_scale).masked_fill(future, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1) @ w["o.weight"].t()
 

@@ -54,6 +54,8 @@ class Decoder:
         model: the model; depth of speculation is `depth`, at most len(model.mtp), 0 for none.
         num_pages: of the cache, page 0 included, to which rows point where they have no page.
         max_pages: width of the block table.
+        max_prefill_tokens: what a forward pass of a prefill takes at most, of new tokens and again of cached ones at a time; at
+            least 1, and `depth`.
         cuda_graphs: whether `launch` replays CUDA graphs.
     """
 
@@ -65,15 +67,18 @@ class Decoder:
         max_batch: int,
         num_pages: int,
         max_pages: int,
+        max_prefill_tokens: int,
         cuda_graphs: bool = False,
     ) -> None:
         config, weight = model.config, model.embed.weight
         assert 0 <= depth <= len(model.mtp)
+        assert max_prefill_tokens >= max(depth, 1)
         self.model, self.depth = model, depth
         self.device, dtype = weight.device, weight.dtype
         layers = config.num_hidden_layers + depth
         self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
+        self._max_prefill_tokens = max_prefill_tokens
 
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
@@ -137,15 +142,16 @@ class Decoder:
             self._addresses = now
 
     def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
-        """Runs whole prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n]."""
+        """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n].
+
+        They have at most max_prefill_tokens together, or it is one prompt, whose beginning is stored in pieces of so many.
+        """
         rows = slice(first, first + len(prompts))
-        lengths = [len(p) for p in prompts]
-        tokens = self._tensor([token for p in prompts for token in p])
-        count = self._tensor(lengths)
-        row = self._rows[rows].repeat_interleave(count, output_size=len(tokens))
-        last = count.cumsum(0) - 1
-        ctx = AttentionContext.packed(lengths, self.device)
-        ctx = dataclasses.replace(ctx, slot_mapping=self._slots(row, ctx.positions))
+        begin = self._store_beginning(first, prompts[0]) if len(prompts) == 1 else 0
+        tokens = self._tensor([token for p in prompts for token in p[begin:]])
+        count = self._tensor([len(p) for p in prompts])
+        last = (count - begin).cumsum(0) - 1
+        ctx = self._prefill_context(first, [len(p) - begin for p in prompts], begin)
 
         h, _ = self.model.hidden(tokens, ctx, self.cache)
         new, _ = self._sample(h[last], rows, count, DRAW, mode)
@@ -161,6 +167,22 @@ class Decoder:
             self._keep_draft(rows, k, draft, probs)
             following = following.roll(-1).index_copy(0, last, draft)
         return new
+
+    def _store_beginning(self, first: int, prompt: list[int]) -> int:
+        """Stores tokens of row `first`'s prompt, for the model and its modules, until the rest is one piece. Returns how many.
+
+        Modules read up to `depth` tokens behind a position, and the rest starts the drafting: it has `depth` tokens at least.
+        """
+        begin = 0
+        while len(prompt) - begin > self._max_prefill_tokens:
+            length = min(self._max_prefill_tokens, len(prompt) - self.depth - begin)
+            tokens = self._tensor(prompt[begin : begin + length + self.depth])
+            ctx = self._prefill_context(first, [length], begin)
+            h, _ = self.model.hidden(tokens[:length], ctx, self.cache)
+            for k in range(self.depth):
+                h, _ = self.model.mtp[k](h, tokens[1 + k : 1 + k + length], ctx, self.cache)
+            begin += length
+        return begin
 
     def launch(self, batch: int, width: int, mode: int) -> Pending:
         """Like `round`, without waiting for it."""
@@ -237,10 +259,10 @@ class Decoder:
     def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device)
 
-    def _slots(self, row: Tensor, positions: Tensor) -> Tensor:
-        """int64: where the cache keeps `positions` of rows `row` (shapes that broadcast); -1 for negative positions."""
-        slots = self.block_table[row, positions.clamp(min=0) // PAGE].long() * PAGE + positions % PAGE
-        return torch.where(positions < 0, -1, slots)
+    def _prefill_context(self, first: int, lengths: list[int], cached: int) -> AttentionContext:
+        """New tokens of the rows from `first` on, `cached` tokens of each of which are stored."""
+        table = self.block_table[first : first + len(lengths)]
+        return AttentionContext.prefill(lengths, [cached] * len(lengths), table, PAGE, chunk=self._max_prefill_tokens)
 
     def _context(self, lengths: Tensor, first: int, steps: int, width: int) -> AttentionContext:
         """The `steps` positions of each row from lengths [B] + first on.

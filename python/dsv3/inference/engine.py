@@ -81,7 +81,9 @@ class Engine:
         max_batch: sequences that run at a time; more wait.
         max_context: prompt and completion together; None: config.max_position_embeddings.
         num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context.
-        max_prefill_tokens: prompts that are prefilled together hold at most so many tokens, or one prompt.
+        max_prefill_tokens: a forward pass over prompts takes at most so many tokens, which bounds its memory: several prompts
+            together, or a piece of a longer one on top of those before, whose keys and values are made of the cache again, so
+            many at a time. At least 1, and the number of MTP modules that draft.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
 
@@ -127,10 +129,18 @@ class Engine:
         self._depth = 0 if speculative is False else len(model.mtp)
         eos = config.eos_token_id
         self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        least = max(self._depth, 1)
+        if max_prefill_tokens < least:
+            raise ValueError(f"max_prefill_tokens must be at least {least}, got {max_prefill_tokens}")
         num_pages = 1 + max_batch * pages_for(context + self._depth) if num_pages is None else num_pages
         self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         # The table is wide enough for a round behind the one that fills the context: see _step.
-        sizes = {"max_batch": max_batch, "num_pages": num_pages, "max_pages": pages_for(context + 2 * self._depth + 1)}
+        sizes = {
+            "max_batch": max_batch,
+            "num_pages": num_pages,
+            "max_pages": pages_for(context + 2 * self._depth + 1),
+            "max_prefill_tokens": max_prefill_tokens,
+        }
         graphs = capturable if cuda_graphs is None else cuda_graphs
         self._decoder = Decoder(model, depth=self._depth, cuda_graphs=graphs, **sizes)
         self._min_width = MIN_WIDTH if graphs else 1

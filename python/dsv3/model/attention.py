@@ -1,9 +1,11 @@
-"""Multi-head latent attention: naive over whole sequences, absorbed over the paged latent cache (arXiv 2405.04434, 2.1)."""
+"""Multi-head latent attention (arXiv 2405.04434, 2.1): naive over whole sequences, and over what a paged latent cache holds
+before them, chunk by chunk; absorbed over the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,10 +27,20 @@ LATENT_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps say
 
 
 @dataclass(frozen=True)
+class CachedChunk:
+    """K cached tokens that n sequences of a prefill attend to: those of a sequence beside each other, maybe not all it has."""
+
+    slots: Tensor  # int64 [K], rows of the cache
+    cu_seqlens: Tensor  # int32 [n+1]
+    max_seqlen: int
+
+
+@dataclass(frozen=True)
 class AttentionContext:
     """Where each of the T packed tokens stands. Training and prefill have cu_seqlens; decoding has block_table and seq_lens.
 
     With `slot_mapping` and a cache the tokens' latents are stored. A decode step has T = B * S tokens, S a sequence.
+    cu_seqlens_k counts the new tokens alone: what a prefill finds in the cache before them is in `cached`.
     """
 
     positions: Tensor  # int64 [T]
@@ -42,6 +54,7 @@ class AttentionContext:
     schedule: Tensor | None = (
         None  # of ops.mla_schedule, for all layers of a decode step; None: each layer makes its own
     )
+    cached: tuple[CachedChunk, ...] = ()
 
     @staticmethod
     def batch(batch: int, seq_len: int, device: torch.device | str = "cpu") -> AttentionContext:
@@ -69,11 +82,58 @@ class AttentionContext:
         return AttentionContext(index - start, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
 
     @staticmethod
+    def prefill(
+        lengths: Sequence[int], cached: Sequence[int], block_table: Tensor, page: int, *, chunk: int
+    ) -> AttentionContext:
+        """New tokens of n sequences, to be stored behind the tokens that the cache holds of each. Made once, for all layers,
+        without a look at the device; not for training, since the cache is a constant.
+
+        Args:
+            lengths: n numbers of new tokens, which come packed; may be 0.
+            cached: n numbers of tokens in the cache, where positions go on; may be 0.
+            block_table: int32 [n, W], the pages of each sequence; entries past the new tokens are not used.
+            page: tokens a page.
+            chunk: cached tokens, of all sequences together, whose keys and values exist at a time.
+
+        Raises:
+            ValueError: counts that differ or are negative, no sequence, more tokens than the table has places, no chunk.
+        """
+        places = block_table.shape[1] * page
+        if not 0 < len(lengths) == len(cached) == len(block_table) or min(*lengths, *cached) < 0:
+            found = f"{list(lengths)}, {list(cached)} and {tuple(block_table.shape)}"
+            raise ValueError(
+                f"expected lengths and cached tokens of the n sequences of block_table (n, W), got {found}"
+            )
+        ends = [n + m for n, m in zip(cached, lengths, strict=True)]
+        if max(ends) > places:
+            raise ValueError(f"expected at most the {places} tokens of a row of block_table, got {max(ends)}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        positions, slots = _places(cached, ends, block_table, page)
+        _, past = _places([0] * len(cached), cached, block_table, page)
+        chunks, cu_cached = [], [0, *accumulate(cached)]
+        for begin in range(0, len(past), chunk):
+            cu_seqlens = [min(max(n - begin, 0), chunk) for n in cu_cached]
+            longest = max(b - a for a, b in pairwise(cu_seqlens))
+            offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(block_table.device)
+            chunks.append(CachedChunk(past[begin : begin + chunk], offsets, longest))
+        new = AttentionContext.packed(lengths, block_table.device, slot_mapping=slots)
+        return replace(new, positions=positions, cached=tuple(chunks))
+
+    @staticmethod
     def decode(block_table: Tensor, seq_lens: Tensor, slot_mapping: Tensor, steps: int = 1) -> AttentionContext:
         """`steps` new tokens for each of B sequences; seq_lens int32 [B] counts them."""
         back = torch.arange(-steps, 0, device=seq_lens.device)
         positions = (seq_lens.long()[:, None] + back).clamp(min=0).flatten()
         return AttentionContext(positions, block_table=block_table, seq_lens=seq_lens, slot_mapping=slot_mapping)
+
+
+def _places(begins: Sequence[int], ends: Sequence[int], block_table: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """int64 [T]: positions begins[i] to ends[i] - 1 of every sequence i, packed, and the rows of the cache that hold them."""
+    spans = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    row = torch.cat([torch.full_like(span, i) for i, span in enumerate(spans)]).to(block_table.device)
+    positions = torch.cat(spans).to(block_table.device)
+    return positions, block_table[row, positions // page].long() * page + positions % page
 
 
 def segment_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -123,7 +183,8 @@ class MLA(nn.Module):
     def forward(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
     ) -> Tensor:
-        """x [T, H] -> [T, H]; `cache` [pages, page, 1, kv_lora_rank + rope] is this layer's, written where ctx says."""
+        """x [T, H] -> [T, H]; `cache` [pages, page, 1, kv_lora_rank + rope], or the FP8 form of mla_append_kv, is this layer's,
+        written and read where ctx says."""
         c = self.config
         x = self.gather(x)
         q_down = self.q_a(x, wgrad) if c.q_lora_rank else x
@@ -136,10 +197,10 @@ class MLA(nn.Module):
         elif self.recompute and torch.is_grad_enabled():
             options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_attention}
             # A view has no recipe: the region keeps its inputs as they are.
-            out = checkpoint(self._naive, q_down.view_as(q_down), kv_a, ctx, wgrad, **options)
+            out = checkpoint(self._naive, q_down.view_as(q_down), kv_a, ctx, cache, wgrad, **options)
         else:
-            out = self._naive(q_down, kv_a, ctx, wgrad)
-        return self.reduce(self.o(out.reshape(x.shape[0], -1), wgrad, shared_input=True))
+            out = self._naive(q_down, kv_a, ctx, cache, wgrad)
+        return self.reduce(self.o(out.flatten(1), wgrad, shared_input=True))
 
     def _query(self, q_down: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
         c = self.config
@@ -147,7 +208,9 @@ class MLA(nn.Module):
         q = ops.rope_(q, *rope_tables(self.rope, q.device), ctx.positions, head_dim=c.qk_head_dim)
         return q.view(-1, self.num_heads, c.qk_head_dim)
 
-    def _naive(self, q_down: Tensor, kv_a: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
+    def _naive(
+        self, q_down: Tensor, kv_a: Tensor, ctx: AttentionContext, cache: Tensor | None, wgrad: ops.WgradQueue | None
+    ) -> Tensor:
         """Keys and values of every head are made from the latents: the form for many queries a sequence."""
         c = self.config
         assert ctx.cu_seqlens_q is not None
@@ -156,11 +219,38 @@ class MLA(nn.Module):
         latent, k_rope = kv_a.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         tables = rope_tables(self.rope, q.device)
         k_rope = ops.rope_(k_rope.clone(), *tables, ctx.positions, head_dim=c.qk_rope_head_dim)
-        kv = self.kv_b(self.kv_a_norm(latent), wgrad).view(q.shape[0], self.num_heads, -1)
-        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         lengths = ctx.cu_seqlens_q, ctx.cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k
-        out, _ = ops.mla_attention(q, k_nope, k_rope, v, *lengths, softmax_scale=self.softmax_scale)
+        out, lse = self._attend(q, self.kv_a_norm(latent), k_rope, lengths, wgrad=wgrad)
+        for chunk in ctx.cached:
+            out, lse = ops.mla_merge(out, lse, *self._attend_cached(q, ctx, chunk, cache))
         return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        lengths: tuple[Tensor, Tensor, int, int],
+        *,
+        causal: bool = True,
+        wgrad: ops.WgradQueue | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """mla_attention of q [Tq, heads, D] to the latents [Tk, kv_lora_rank] after their norm and keys [Tk, rope] rotated."""
+        c = self.config
+        widths = [c.qk_nope_head_dim, c.v_head_dim]
+        k_nope, v = self.kv_b(latent, wgrad).view(-1, self.num_heads, sum(widths)).split(widths, -1)
+        return ops.mla_attention(q, k_nope, k_rope, v, *lengths, causal=causal, softmax_scale=self.softmax_scale)
+
+    @torch.no_grad()
+    def _attend_cached(
+        self, q: Tensor, ctx: AttentionContext, chunk: CachedChunk, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a chunk of the cache, which holds latents normalised and keys rotated; all lie before the queries."""
+        c = self.config
+        assert cache is not None
+        rows = ops.mla_cached_rows(cache, chunk.slots).to(q.dtype)
+        lengths = ctx.cu_seqlens_q, chunk.cu_seqlens, ctx.max_seqlen_q, chunk.max_seqlen
+        return self._attend(q, *rows.split([c.kv_lora_rank, c.qk_rope_head_dim], -1), lengths, causal=False)
 
     @torch.no_grad()
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
 
 import dsv3.ops.mla_attention_backward  # noqa: F401  (registers the primitive)
-from dsv3.ops.attention import mla_append_kv, mla_decode, mla_schedule
+from dsv3.ops.attention import mla_append_kv, mla_cached_rows, mla_decode, mla_schedule
 from dsv3.ops.decode import (
     FEW_TOKENS,
     attends_few,
@@ -69,6 +69,7 @@ __all__ = [
     "mla_absorb",
     "mla_append_kv",
     "mla_attention",
+    "mla_cached_rows",
     "mla_decode",
     "mla_merge",
     "mla_schedule",

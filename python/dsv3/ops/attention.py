@@ -330,3 +330,38 @@ def mla_append_kv(
     torch.ops.dsv3.mla_append_kv(
         kv_a.detach(), norm_weight.detach(), cos.contiguous(), sin.contiguous(), *integers, cache, eps
     )
+
+
+def mla_cached_rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """Latent rows as `mla_append_kv` stored them; not differentiable.
+
+    Args:
+        cache: [pages, page, 1, D] of floats, or uint8 [pages, page, 1, 656]; contiguous.
+        slots: int64 [T], rows of the cache seen as [pages*page, D].
+
+    Returns:
+        [T, D] of the cache's dtype; bf16 [T, 576] from an FP8 cache, exactly what its codes and scales mean.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a cache that is not contiguous.
+        RuntimeError: a slot that the cache does not have, on a CPU; on a GPU it gives a row of NaN, and nothing is read for it.
+    """
+    fp8 = cache.dtype == torch.uint8
+    if cache.dim() != 4 or cache.shape[2] != 1 or (fp8 and cache.shape[3] != reference.FP8_ROW):
+        wanted = f"cache (pages,page,1,D), or uint8 (pages,page,1,{reference.FP8_ROW})"
+        raise ValueError(f"mla_cached_rows: expected {wanted}, got {cache.dtype} {tuple(cache.shape)}")
+    if slots.dim() != 1 or slots.dtype != torch.int64:
+        raise ValueError(f"mla_cached_rows: expected slots int64 (T,), got {slots.dtype} {tuple(slots.shape)}")
+    if not cache.is_contiguous():
+        found = f"strides {cache.stride()} of {tuple(cache.shape)}"
+        raise ValueError(f"mla_cached_rows: expected a contiguous cache, got {found}")
+    rows = cache.detach().view(-1, cache.shape[3])
+    known = (slots >= 0) & (slots < len(rows))
+    if known.is_cpu and not known.all():
+        token = int((~known).nonzero()[0])
+        raise RuntimeError(
+            f"slots must be among the {len(rows)} rows of the cache, got slots[{token}] = {int(slots[token])}"
+        )
+    found = rows.index_select(0, torch.where(known, slots, 0))
+    found = reference.unpack_fp8_cache(found) if fp8 else found
+    return found.masked_fill_(~known[:, None], torch.nan)
