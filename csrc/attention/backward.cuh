@@ -91,7 +91,7 @@ struct BackwardWork {
     const int first_head = number / (group * room) * group, heads = min(group, p.heads - first_head);
     head = first_head + (number - first_head * room) % heads;
     tile = (number - first_head * room) / heads;
-    real = tile < tiles;
+    real = number < room * p.heads && tile < tiles;  // rows of no sequence are behind the last one's tiles
     if (descending) tile = tiles - 1 - tile;
     packed_queries = query / kQueryTile + s;
     packed_keys = packed + tile;

@@ -369,6 +369,20 @@ struct KeyBlock {
   }
 };
 
+// What offsets without sense give.
+inline __device__ __noinline__ void poison(const BackwardParams& p) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const auto fill = [&](__nv_bfloat16* x, int64_t count) {
+    for (int64_t i = first; i < count / 8; i += step) {
+      reinterpret_cast<uint4*>(x)[i] = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
+    }
+  };
+  fill(p.dq, p.rows_q * p.heads * kQueryColumns);
+  fill(p.dkv, p.rows_k * p.heads * (kNopeColumns + kValueColumns));
+  fill(p.dk_rope, p.rows_k * kRopeColumns);
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
   static_assert(sizeof(DqWriter::Shared) <= sizeof(BackwardShared<C>));
@@ -378,7 +392,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_kernel(const __grid_c
   release_dependents();
   const int bad = *p.work.bad;  // asked for together with the offsets
   const BackwardWork work(p, blockIdx.x, C::kDeterministic);
-  if (bad != 0 || !work.real) return;
+  if (bad != 0) return poison(p);
+  if (!work.real) return;
   KeyBlock<C> block(p, s, work);
   if (threadIdx.x == 0) {
     using cutlass::arch::ClusterBarrier;

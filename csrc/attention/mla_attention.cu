@@ -13,13 +13,10 @@
 
 namespace dsv3 {
 
-struct AttentionConfig {
-  static constexpr bool kTurns = true;  // of the warpgroups, in issuing products
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-};
+constexpr int kAttentionThreads = (kConsumers + 1) * kWarpgroup;
 
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) mla_attention_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(kAttentionThreads, 1)
+    mla_attention_kernel(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& s = *reinterpret_cast<AttentionShared*>(raw);
   if (threadIdx.x == 0) {
@@ -37,7 +34,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) mla_attention_kernel(const __g
     if (uniform_warp() % kWarpgroupWarps == 0) Loader(p, s).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    Attender<C>(p, s, warpgroup).run();
+    Attender(p, s, warpgroup).run();
   }
 }
 
@@ -115,8 +112,8 @@ void mla_attention(Tensor out, Tensor lse, Tensor q, Tensor k_nope, Tensor k_rop
   p.causal = causal;
   static_assert(sizeof(AttentionShared) <= 227 * 1024, "queries, keys and values do not fit");
   const int blocks = static_cast<int>(std::min<int64_t>(sm_count(), tiles * heads));
-  const Launch shape{dim3(blocks), dim3(AttentionConfig::kThreads), sizeof(AttentionShared)};
-  launch("mla_attention", mla_attention_kernel<AttentionConfig>, shape, stream, p);
+  const Launch shape{dim3(blocks), dim3(kAttentionThreads), sizeof(AttentionShared)};
+  launch("mla_attention", mla_attention_kernel, shape, stream, p);
 }
 
 }  // namespace dsv3

@@ -8,7 +8,6 @@ namespace dsv3 {
 // Named barriers, one a warpgroup each: whose turn it is to issue products, and its own threads.
 enum : int { kTurn = 1, kAlone = 3 };
 
-template <class C>
 class Attender {
  public:
   __device__ __forceinline__ Attender(const AttentionParams& params, AttentionShared& shared, int warpgroup)
@@ -24,7 +23,7 @@ class Attender {
 
   __device__ __forceinline__ void run() {
     const uint32_t full = shared_address(&s.queries_full[warpgroup_]);
-    if (C::kTurns && warpgroup_ == 1) named_arrive(kTurn, kConsumers * kWarpgroup);
+    if (warpgroup_ == 1) named_arrive(kTurn, kConsumers * kWarpgroup);
     for (uint32_t phase = 0;; phase ^= 1) {
       wait_barrier(full, phase);
       const QueryTile tile = s.tile[warpgroup_];
@@ -80,12 +79,8 @@ class Attender {
     finish_values(out, true);
   }
 
-  __device__ __forceinline__ void take_turn() const {
-    if (C::kTurns) named_sync(kTurn + warpgroup_, kConsumers * kWarpgroup);
-  }
-  __device__ __forceinline__ void pass_turn() const {
-    if (C::kTurns) named_arrive(kTurn + (warpgroup_ ^ 1), kConsumers * kWarpgroup);
-  }
+  __device__ __forceinline__ void take_turn() const { named_sync(kTurn + warpgroup_, kConsumers * kWarpgroup); }
+  __device__ __forceinline__ void pass_turn() const { named_arrive(kTurn + (warpgroup_ ^ 1), kConsumers * kWarpgroup); }
   // By a whole warp.
   __device__ __forceinline__ void release(uint32_t empty) const {
     if (lane_ == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty) : "memory");

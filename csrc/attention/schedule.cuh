@@ -1,8 +1,9 @@
 // What mla_schedule writes and mla_decode reads: which worker (a cluster of blocks) attends to which tiles of which
 // sequences. A sequence here is one of the batch or, where its steps times heads exceed the rows of a cluster, one group
 // of its rows; all first groups come before all second ones, so that workers which take the same keys do so at about the
-// same time and all but one find them in the L2 cache. A worker takes what lies between its begin and the next worker's; what it takes of a sequence is a piece,
-// and the pieces of a sequence that has several leave partial results, which are then combined in their order.
+// same time and all but one find them in the L2 cache. A worker takes what lies between its begin and the next worker's;
+// what it takes of a sequence is a piece, and the pieces of a sequence that has several leave partial results, which are
+// then combined in their order.
 #pragma once
 
 #include <cstdint>

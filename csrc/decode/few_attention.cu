@@ -44,7 +44,7 @@ struct Division {
   int length, pages, piece_pages, pieces;
   __device__ __forceinline__ Division(const AttentionParams& p, int sequence) {
     length = max(p.seq_lens[sequence], 0);
-    pages = min(ceil_div(length, kPage), p.width);
+    pages = min(length / kPage + (length % kPage != 0), p.width);
     piece_pages = max(1, ceil_div(pages, kMaxPieces));
     pieces = ceil_div(pages, piece_pages);
   }
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(AttentionPar
   release_dependents();
   const Division d(p, sequence);
   const int begin = blockIdx.x * d.piece_pages, end = min(begin + d.piece_pages, d.pages);
+  bool spoiled = p.width < d.length / kPage + (d.length % kPage != 0);
+  if (spoiled && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
   if (begin >= end) return;
   load_queries(p, shared, sequence);
-  bool spoiled = d.length > p.width * kPage;
-  if (spoiled && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
   float out[kRowTiles][kColumns / 8][4] = {};
   for (int entry = begin; entry < end; ++entry) {
     const int page = p.block_table[sequence * p.table_stride + entry];
@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(AttentionPar
   store_piece(p, shared, out, sequence, d, spoiled);
 }
 
-// out = sum_i 2^(lse_i - lse) partial_i for sequences of several pieces, zeros for those without keys. A block a row.
+// out = sum_i 2^(lse_i - lse) partial_i for sequences of several pieces, zeros for those without keys, NaN where the table
+// has no page. A block a row.
 __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionParams p) {
   wait_for_inputs();
   release_dependents();
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
     sum[0] += weight * values[i].x, sum[1] += weight * values[i].y;
     sum[2] += weight * values[i].z, sum[3] += weight * values[i].w;
   }
-  const float factor = total == 0.f ? 0.f : 1.f / total;
+  const float factor = d.pieces == 0 && d.length > 0 ? NAN : total == 0.f ? 0.f : 1.f / total;
   __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(sum[0] * factor, sum[1] * factor),
                                __floats2bfloat162_rn(sum[2] * factor, sum[3] * factor)};
   bf16* const out = p.out + (static_cast<int64_t>(sequence) * p.rows + row) * kLatent + column;
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
 
 template <int kRowTiles>
 void launch_few_attention(const AttentionParams& p, int batch, cudaStream_t stream) {
-  const Launch shape{.grid = dim3(std::min(p.width, kMaxPieces), batch),
+  const Launch shape{.grid = dim3(std::clamp(p.width, 1, kMaxPieces), batch),
                      .block = dim3(kThreads),
                      .smem = sizeof(AttentionShared<kRowTiles>)};
   launch("few_attention", few_attention_kernel<kRowTiles>, shape, stream, p);
@@ -315,10 +316,8 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
                           .heads = static_cast<int>(heads),
                           .scale = static_cast<float>(softmax_scale * 1.4426950408889634),
                           .error = device_error()};
-  if (p.width > 0) {
-    rows <= 16 ? launch_few_attention<1>(p, static_cast<int>(batch), stream)
-               : launch_few_attention<2>(p, static_cast<int>(batch), stream);
-  }
+  rows <= 16 ? launch_few_attention<1>(p, static_cast<int>(batch), stream)
+             : launch_few_attention<2>(p, static_cast<int>(batch), stream);
   const Launch shape{.grid = dim3(rows, batch), .block = dim3(kLatent / 4)};
   launch("few_attention", combine_pieces_kernel, shape, stream, p);
 }

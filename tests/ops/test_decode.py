@@ -186,6 +186,16 @@ def test_few_attention_reports_pages_that_there_are_not(device):
         ops.few_attention(q, cache, table, lengths, **settings)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("width", "length"), [(0, 5), (2, 129), (2, 2**31 - 1)])
+def test_few_attention_reports_lengths_beyond_the_table(width, length):
+    q, cache, table, lengths = paged([100, 70], 2, 1, 16, torch.device("cuda"))
+    lengths[1] = length
+    assert ops.few_attention(q, cache, table[:, :width], lengths, softmax_scale=0.07)[1].isnan().all()
+    with pytest.raises(RuntimeError, match=r"block_table\[\d, \d\] = -1"):
+        ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
+
+
 # ---- a round ----
 @pytest.mark.parametrize("first", [0, -2])
 @pytest.mark.parametrize("steps", [1, 3])

@@ -279,8 +279,7 @@ def test_wrong_offsets_are_reported(wrong):
     device = torch.device("cuda")
     case = Case([40, 20, 40], [40, 20, 40], 2, device)
     case.cu[1] = torch.tensor(wrong, dtype=torch.int32, device=device)
-    case()
-    torch.cuda.synchronize()
+    assert all(bool(x.isnan().all()) for x in case())
     with pytest.raises(RuntimeError, match="offsets"):
         case()
 
