@@ -398,6 +398,28 @@ BAD = [
     (lambda x, w: ops.few_experts(x, shared_gate_up=w), "few_experts: expected x"),
     (lambda x, w: ops.few_experts(x, shared_gate_up=w, shared_down=w), "few_experts: expected x"),
     (lambda x, w: ops.combine_norm(x, w[None], w[0]), "combine_norm: expected residual"),
+    (lambda x, w: ops.combine_norm(x, x[:, None, :][:, :0], w[0]), "combine_norm: expected residual"),
+    (lambda x, w: ops.few_linear(x, [w.float()]), "few_linear: expected activations and weights of one dtype"),
+    (
+        lambda x, w: ops.combine_norm(x, x[:, None].float(), w[0]),
+        "combine_norm: expected activations and weights of one",
+    ),
+    (
+        lambda x, w: ops.decode_positions(x[:, 0], x[:, 0], x[:, :0], first=0, steps=1, page=64, last_position=9),
+        "decode_positions: expected lengths",
+    ),
+    (
+        lambda x, w: ops.decode_positions(x[:, 0], x[:, 0], x, first=0, steps=1, page=64, last_position=9),
+        "decode_positions: expected tensors of int64",
+    ),
+    (
+        lambda x, w: ops.greedy_round(x[:, :4], x[:, :3], x[:, 0], x[:, :3, None], x[:, 0]),
+        "greedy_round: expected tensors",
+    ),
+    (
+        lambda x, w: ops.greedy_round(x[:, :4], x[:, :3], x[:, 0], x[:2, :3, None], x[:, 0]),
+        "greedy_round: expected result",
+    ),
 ]
 
 

@@ -236,11 +236,12 @@ def few_linear(
         [T, N_i] for each weight.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     if x.dim() != 2 or not weights or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights):
         found = f"{tuple(x.shape)} and {[tuple(w.shape) for w in weights]}"
         raise ValueError(f"few_linear: expected x (T, K) and weights (N, K), got {found}")
+    _check_dtypes("few_linear", x, *weights)
     detached = [w.detach().contiguous() for w in weights]
     return torch.ops.dsv3.few_linear(x.detach().contiguous(), detached, out_dtype or x.dtype, static_weights)
 
@@ -257,12 +258,13 @@ def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Ten
         [T, G, N].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     if x.dim() != 3 or weight.dim() != 3 or (weight.shape[0], weight.shape[2]) != x.shape[1:]:
         raise ValueError(
             f"few_heads: expected x (T, G, K) and weight (G, N, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    _check_dtypes("few_heads", x, weight)
     return torch.ops.dsv3.few_heads(x.detach().contiguous(), _matrices(weight), static_weights)
 
 
@@ -282,7 +284,7 @@ def mla_absorb(
         [T, G, Dc+Dr].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     if (
         q.dim() != 3
@@ -298,6 +300,7 @@ def mla_absorb(
             "mla_absorb: expected q (T, G, Dn+Dr), weight (G, Dn, Dc), cos and sin (P, Dr/2), positions (T,), got "
             + found
         )
+    _check_dtypes("mla_absorb", q, weight)
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
 
 
@@ -394,7 +397,7 @@ def few_gate(
         x + residual and its norm [T, H], topk_idx int64 and topk_weights fp32 [T, k].
 
     Raises:
-        ValueError: shapes or settings that do not fit.
+        ValueError: shapes, dtypes or settings that do not fit.
     """
     good = x.dim() == gate.dim() == 2 and residual.shape == x.shape and norm_weight.shape == x.shape[1:]
     if not good or gate.shape[1] != x.shape[1] or (bias is not None and bias.shape != gate.shape[:1]):
@@ -402,6 +405,7 @@ def few_gate(
         raise ValueError(
             f"few_gate: expected x and residual (T, H), norm_weight (H,), gate (E, H), bias (E,) or None, got {found}"
         )
+    _check_dtypes("few_gate", x, residual, gate)
     settings = num_groups, topk_groups, topk, route_scale, score, group_score
     check_gate("few_gate", gate.shape[0], *settings[:3], score, group_score)
     tensors = x.detach().contiguous(), residual.detach().contiguous(), norm_weight.detach()
@@ -439,7 +443,7 @@ def few_experts(
         [T, k + 1, H], or k where nothing is shared: to be summed over the slots.
 
     Raises:
-        ValueError: shapes that do not fit, or neither routed nor shared experts.
+        ValueError: shapes or dtypes that do not fit, or neither routed nor shared experts.
     """
     routed = topk_idx, topk_weights, gate_up, down
     shared = shared_gate_up, shared_down
@@ -457,6 +461,7 @@ def few_experts(
             "few_experts: expected x (T, H) with topk_idx and topk_weights (T, k), gate_up (E, 2I, H) and down (E, H, I), "
             f"or shared_gate_up (2J, H) and shared_down (H, J), or both, got {tuple(x.shape)} with {shapes}"
         )
+    _check_dtypes("few_experts", x, *(t for t in (gate_up, down, *shared) if t is not None))
     tensors = [None if t is None else t.detach().contiguous() for t in (*routed, *shared)]
     return torch.ops.dsv3.few_experts(x.detach().contiguous(), *tensors, static_weights)
 
@@ -474,12 +479,20 @@ def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e
         (out, rmsnorm(out, weight)) of residual's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
-    if residual.dim() != 2 or y.dim() != 3 or y[:, 0].shape != residual.shape or weight.shape != residual.shape[1:]:
+    good = residual.dim() == 2 and y.dim() == 3 and y.shape[1] > 0 and weight.shape == residual.shape[1:]
+    if not good or (y.shape[0], y.shape[2]) != residual.shape:
         found = f"{tuple(residual.shape)}, {tuple(y.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"combine_norm: expected residual (T, H), y (T, S, H) and weight (H,), got {found}")
+    _check_dtypes("combine_norm", residual, y)
     return torch.ops.dsv3.combine_norm(residual.detach().contiguous(), y.detach().contiguous(), weight.detach(), eps)
+
+
+def _check_dtypes(name: str, x: Tensor, *others: Tensor) -> None:
+    if any(t.dtype != x.dtype for t in others):
+        found = [str(t.dtype).removeprefix("torch.") for t in (x, *others)]
+        raise ValueError(f"{name}: expected activations and weights of one dtype, got {found}")
 
 
 def _matrices(weight: Tensor) -> Tensor:

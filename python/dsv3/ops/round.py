@@ -60,11 +60,13 @@ def decode_positions(
         places behind the table; int32 [B], how many tokens each sequence has with these.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
-    if lengths.dim() != 1 or active.shape != lengths.shape or block_table.shape[:1] != lengths.shape:
+    good = lengths.dim() == 1 and active.shape == lengths.shape and block_table.dim() == 2 and block_table.shape[1] > 0
+    if not good or len(block_table) != len(lengths):
         found = ", ".join(str(tuple(t.shape)) for t in (lengths, active, block_table))
         raise ValueError(f"decode_positions: expected lengths and active (B,) and block_table (B, W), got {found}")
+    _check_integers("decode_positions", lengths, active)
     table = block_table.contiguous()
     return torch.ops.dsv3.decode_positions(lengths, active, table, first, steps, page, last_position)
 
@@ -80,10 +82,20 @@ def greedy_round(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor
         active: int64 [B].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
-    batch, steps = logits.shape[:2]
-    if result.shape != (batch, steps + 1) or tokens.shape != (batch, steps) or lengths.shape != active.shape:
-        found = ", ".join(str(tuple(t.shape)) for t in (result, tokens, lengths, logits))
-        raise ValueError(f"greedy_round: expected (B, S+1), (B, S), (B,) and logits (B, S, V), got {found}")
+    shapes = [tuple(t.shape) for t in (result, tokens, lengths, active)]
+    batch, steps = logits.shape[:2] if logits.dim() == 3 and logits.shape[2] > 0 else (-1, -1)
+    if shapes != [(batch, steps + 1), (batch, steps), (batch,), (batch,)]:
+        raise ValueError(
+            f"greedy_round: expected result (B, S+1), tokens (B, S), lengths and active (B,) and logits (B, S, V), got "
+            f"{shapes} and {tuple(logits.shape)}"
+        )
+    _check_integers("greedy_round", result, tokens, lengths, active)
     torch.ops.dsv3.greedy_round(result, tokens, lengths, logits.contiguous(), active)
+
+
+def _check_integers(name: str, *tensors: Tensor) -> None:
+    if any(t.dtype != torch.int64 for t in tensors):
+        found = [str(t.dtype).removeprefix("torch.") for t in tensors]
+        raise ValueError(f"{name}: expected tensors of int64, got {found}")
