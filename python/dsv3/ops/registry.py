@@ -26,6 +26,9 @@ except ImportError as error:
 
 log = logging.getLogger("dsv3")
 library = torch.library.Library("dsv3", "DEF")
+# Where the native module has a kernel for torch's dispatcher (csrc/torch_ops.cpp), the one in Python, to which it hands on
+# what it does not take.
+python_library = torch.library.Library("dsv3_python", "DEF")
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,22 @@ def define(
         launch(outputs, *args)
         return outputs
 
+    def run_handed_on(*args: Any) -> Any:
+        device = _first_tensor(args).device
+        if is_hopper(device):
+            _C.use_device(device.index)  # from the next call on
+        try:
+            return run_cuda(*args)
+        except Exception as error:
+            _C.keep_error(error)
+            raise
+
     library.impl(name, run_reference, "CPU")
-    library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
+    if launch is not None and _C is not None and _C.register_torch_op(name, "CUDA"):
+        python_library.define(schema)
+        python_library.impl(name, run_handed_on, "CUDA")
+    else:
+        library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
     torch.library.register_fake(f"dsv3::{name}", allocate, lib=library)
     OPS[name] = Op(name, schema, shapes, launch is not None)
 
@@ -146,12 +163,16 @@ class ReferenceOps:
     """Context manager that makes every op run on its reference (also the backward calls made inside it)."""
 
     def __enter__(self) -> None:
-        global _forced_references
-        _forced_references += 1
+        self._count(1)
 
     def __exit__(self, *exc: object) -> None:
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
         global _forced_references
-        _forced_references -= 1
+        _forced_references += change
+        if _C is not None:
+            _C.force_references(_forced_references > 0)
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> str | None:
