@@ -251,7 +251,7 @@ bool register_op(const char* name, const char* dispatch_key) {
   if (!loaded || found == std::end(kOps)) return false;
   // Never deleted: what it registers stays as long as the process.
   torch_abi::LibraryHandle library = nullptr;
-  check(torch.init_library("dsv3", dispatch_key, __FILE__, __LINE__, &library), "making a library");
+  check(torch.init_library("dsv3", dispatch_key, "csrc/torch_ops.cpp", __LINE__, &library), "making a library");
   check(torch.register_kernel(library, name, found->kernel, torch_abi::kVersion), "registering a kernel");
   return true;
 }

@@ -9,7 +9,7 @@ import torch
 
 from dsv3 import ops
 from dsv3.reference.quant import empty_row_scales
-from dsv3.testing import check_compile, check_graph, check_registration
+from dsv3.testing import check_compile, check_graph, check_registration, reference_ops
 from tests.ops.fp8 import (
     BF16,
     FP32,
@@ -401,6 +401,23 @@ def test_bad_arguments(make, changed, match):
         if isinstance(value, torch.Tensor):
             found = f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
             assert re.search(re.escape(found), str(error.value)), found
+
+
+@pytest.mark.cuda
+def test_errors_pass_through_the_dispatcher():
+    """Its kernels hand on what they refuse, and the types of Python's exceptions stay what they were."""
+    a, b = operands(4, 384, 640, "cuda")
+    rest = BF16, False, False
+    assert same(torch.ops.dsv3.fp8_gemm(*a, *b, *rest), ops.fp8_gemm(*a, *b))
+    with pytest.raises(ValueError, match=r"b must be float8_e4m3fn, got \(384, 640\) uint8"):
+        torch.ops.dsv3.fp8_gemm(*a, b[0].view(torch.uint8), b[1], *rest)
+    with pytest.raises(IndexError):
+        torch.ops.dsv3.fp8_gemm(*a, b[0][0, 0], b[1], *rest)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ops.dsv3.fp8_gemm(a[0].new_empty(2**22, 16), a[1], b[0].new_empty(2**20, 16), b[1], *rest)
+    with reference_ops(), pytest.raises(RuntimeError, match="same device"):
+        torch.ops.dsv3.fp8_gemm(*a, b[0].cpu(), b[1].cpu(), *rest)
+    assert same(torch.ops.dsv3.fp8_gemm(*a, *b, *rest), ops.fp8_gemm(*a, *b))
 
 
 @pytest.mark.cuda
