@@ -33,6 +33,8 @@ struct Api {
   int32_t (*delete_tensor)(TensorHandle);
   int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                            int32_t device_type, int32_t device_index, TensorHandle*);
+  int32_t (*alias)(TensorHandle, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset,
+                   TensorHandle*);
   int32_t (*current_stream)(int32_t device_index, void**);
   int32_t (*call)(const char* op, const char* overload, Value* stack, uint64_t version);
   int32_t (*init_library)(const char* name, const char* dispatch_key, const char* file, uint32_t line, LibraryHandle*);
@@ -65,7 +67,7 @@ inline bool load(Api& api) {
          find(api.dtype, "aoti_torch_get_dtype") && find(api.device_type, "aoti_torch_get_device_type") &&
          find(api.device_index, "aoti_torch_get_device_index") &&
          find(api.delete_tensor, "aoti_torch_delete_tensor_object") &&
-         find(api.empty_strided, "aoti_torch_empty_strided") &&
+         find(api.empty_strided, "aoti_torch_empty_strided") && find(api.alias, "aoti_torch__reinterpret_tensor") &&
          find(api.current_stream, "aoti_torch_get_current_cuda_stream") && find(api.call, "torch_call_dispatcher") &&
          find(api.init_library, "aoti_torch_library_init_impl") && find(api.register_kernel, "torch_library_impl") &&
          find(api.cuda, "aoti_torch_device_type_cuda") && find(api.float32, "aoti_torch_dtype_float32") &&

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <initializer_list>
 #include <new>
 #include <stdexcept>
@@ -35,9 +36,14 @@ using torch_abi::Value;
 constexpr int kMaxDevices = 64;
 constexpr int kMaxDtypes = 64;
 constexpr int kMaxDims = 8;
+constexpr int64_t kTile = 128;
+
+// A dtype as torch numbers it.
+enum class ScalarType : int32_t {};
 
 torch_abi::Api torch;
 int32_t cuda_type = 0;
+ScalarType e4m3 = {}, float32 = {};
 std::array<dlpack::DataType, kMaxDtypes> dtypes = {};  // of torch's numbers; one that no op takes has 0 bits
 std::array<std::atomic<bool>, kMaxDevices> usable = {};
 std::atomic<bool> references_forced = false;
@@ -45,6 +51,8 @@ std::atomic<bool> references_forced = false;
 bool load_torch() {
   if (!torch_abi::load(torch)) return false;
   cuda_type = torch.cuda();
+  e4m3 = ScalarType{torch.e4m3()};
+  float32 = ScalarType{torch.float32()};
   const auto name = [](int32_t torch_dtype, dlpack::TypeCode code, uint8_t bits) {
     dtypes.at(torch_dtype) = {code, bits, 1};
   };
@@ -77,9 +85,6 @@ Tensor view(TensorHandle handle) {
   return Tensor(t);
 }
 
-// A dtype as torch numbers it.
-enum class ScalarType : int32_t {};
-
 // A result that is ours until the dispatcher has it.
 class NewTensor {
  public:
@@ -89,11 +94,23 @@ class NewTensor {
     if (handle_ != nullptr) torch.delete_tensor(handle_);
   }
   operator Tensor() const { return view(handle_); }
+  NewTensor alias(const int64_t* sizes, const int64_t* strides, int dim) const {
+    TensorHandle made = nullptr;
+    check(torch.alias(handle_, dim, sizes, strides, 0, &made), "a view");
+    return NewTensor(made);
+  }
   Value release() { return reinterpret_cast<Value>(std::exchange(handle_, nullptr)); }
 
  private:
   TensorHandle handle_;
 };
+
+NewTensor strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int dim, ScalarType dtype) {
+  TensorHandle made = nullptr;
+  const auto number = static_cast<int32_t>(dtype);
+  if (torch.empty_strided(dim, sizes, strides, number, cuda_type, like.device(), &made) != 0) throw std::bad_alloc();
+  return NewTensor(made);
+}
 
 // Row-major, on the device of another tensor.
 NewTensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -103,11 +120,16 @@ NewTensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scalar
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
-  TensorHandle made = nullptr;
-  const int32_t failed =
-      torch.empty_strided(dim, sizes.begin(), strides, static_cast<int32_t>(dtype), cuda_type, like.device(), &made);
-  if (failed != 0) throw std::bad_alloc();
-  return NewTensor(made);
+  return strided(like, sizes.begin(), strides, dim, dtype);
+}
+
+// Scales of rows of tiles, as empty_row_scales of reference/quant.py makes them: the last column too has memory for
+// whole 16 bytes.
+NewTensor empty_row_scales(const Tensor& like, int64_t rows, int64_t tiles) {
+  const int64_t padded = ceil_div(rows, 4) * 4, strides[] = {1, padded};
+  const int64_t sizes[] = {padded, tiles}, part[] = {rows, tiles};
+  NewTensor whole = strided(like, sizes, strides, 2, float32);
+  return padded == rows ? std::move(whole) : whole.alias(part, strides, 2);
 }
 
 // Calls a native op on torch's current stream.
@@ -124,6 +146,8 @@ template <class T>
 T argument(Value value) {
   if constexpr (std::is_same_v<T, Tensor>) {
     return view(reinterpret_cast<TensorHandle>(value));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return std::bit_cast<double>(value);
   } else {
     static_assert(std::is_same_v<T, bool> || std::is_same_v<T, ScalarType>, "an argument of no kernel so far");
     return static_cast<T>(value & (std::is_same_v<T, bool> ? 0xff : 0xffffffff));
@@ -143,7 +167,13 @@ void free_tensors(const Value* stack, std::index_sequence<kIndex...>) {
   ((std::is_same_v<Args, Tensor> ? free_tensor(stack[kIndex]) : void()), ...);
 }
 
-// Calls the op on the arguments on the stack and puts its result, if it has one, in their place. False, with the stack
+void give(NewTensor& result, Value* stack) { stack[0] = result.release(); }
+template <size_t kSize>
+void give(std::array<NewTensor, kSize>& results, Value* stack) {
+  for (size_t i = 0; i < kSize; ++i) stack[i] = results[i].release();
+}
+
+// Calls the op on the arguments on the stack and puts its results, if it has any, in their place. False, with the stack
 // as it was, where references run or the op refused the arguments, which it does before it launches anything.
 template <class Result, class... Args, size_t... kIndex>
 bool run(Result (*op)(Args...), Value* stack, std::index_sequence<kIndex...> all) {
@@ -156,7 +186,7 @@ bool run(Result (*op)(Args...), Value* stack, std::index_sequence<kIndex...> all
     } else {
       Result result = op(argument<Args>(stack[kIndex])...);
       free_tensors<Args...>(stack, all);
-      stack[0] = result.release();
+      give(result, stack);
     }
     return true;
   } catch (const std::invalid_argument&) {  // a shape that the kernel does not take, or a mistake: Python says which
@@ -189,10 +219,27 @@ constexpr Op op() {
   return {kName.text, boxed<kName, kOp>};
 }
 
+// ---- quant ----
+std::array<NewTensor, 2> per_token_cast(Tensor x, bool pow2_scale, double amax_floor) {
+  DSV3_CHECK(x.dim() == 2, "x must be (T, K), got ", x);
+  NewTensor out = empty(x, {x.size(0), x.size(1)}, e4m3);
+  NewTensor sf = empty_row_scales(x, x.size(0), ceil_div(x.size(1), kTile));
+  launch(dsv3::per_token_cast, out, sf, x, pow2_scale, amax_floor);
+  return {std::move(out), std::move(sf)};
+}
+
 // ---- gemm ----
+// NOTE: the rules of ops/gemm.py are asked only about what is refused here or by the native op.
+void check_dense(const Tensor& a, const Tensor& b) {
+  DSV3_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be matrices, got ", a, " and ", b);
+}
+void check_groups(const Tensor& a, int dim, const Tensor& b) {
+  DSV3_CHECK(a.dim() == dim && b.dim() == 3 && b.size(0) > 0, "b must be (G, N, K) with G at least 1, got ", b);
+}
+
 NewTensor fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_dtype, bool batch_invariant,
                    bool static_weights) {
-  DSV3_CHECK(a.dim() == 2 && b.dim() == 2, "a must be (M, K) and b (N, K), got ", a, " and ", b);
+  check_dense(a, b);
   NewTensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
   launch(dsv3::fp8_gemm, out, a, a_sf, b, b_sf, false, batch_invariant, static_weights);
   return out;
@@ -200,12 +247,13 @@ NewTensor fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_
 
 void fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor out, bool accumulate, bool batch_invariant,
                   bool static_weights) {
+  check_dense(a, b);
   launch(dsv3::fp8_gemm, out, a, a_sf, b, b_sf, accumulate, batch_invariant, static_weights);
 }
 
 NewTensor grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, ScalarType out_dtype,
                            bool batch_invariant) {
-  DSV3_CHECK(a.dim() == 2 && b.dim() == 3, "a must be (R, K) and b (G, N, K), got ", a, " and ", b);
+  check_groups(a, 2, b);
   NewTensor out = empty(a, {a.size(0), b.size(1)}, out_dtype);
   launch(dsv3::grouped_fp8_gemm, out, a, a_sf, b, b_sf, offsets, batch_invariant);
   return out;
@@ -213,12 +261,13 @@ NewTensor grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor 
 
 void grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, Tensor out,
                           bool batch_invariant) {
+  check_groups(a, 2, b);
   launch(dsv3::grouped_fp8_gemm, out, a, a_sf, b, b_sf, offsets, batch_invariant);
 }
 
 NewTensor masked_grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, ScalarType out_dtype,
                                   bool batch_invariant) {
-  DSV3_CHECK(a.dim() == 3 && b.dim() == 3, "a must be (G, R, K) and b (G, N, K), got ", a, " and ", b);
+  check_groups(a, 3, b);
   NewTensor out = empty(a, {a.size(0), a.size(1), b.size(1)}, out_dtype);
   launch(dsv3::masked_grouped_fp8_gemm, out, a, a_sf, b, b_sf, counts, batch_invariant);
   return out;
@@ -226,14 +275,20 @@ NewTensor masked_grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, 
 
 void masked_grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, Tensor out,
                                  bool batch_invariant) {
+  check_groups(a, 3, b);
   launch(dsv3::masked_grouped_fp8_gemm, out, a, a_sf, b, b_sf, counts, batch_invariant);
 }
 
 void grouped_fp8_wgrad(Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b_sf, Tensor offsets, Tensor out) {
+  check_dense(a_t, b_t);
+  DSV3_CHECK(a_t.size(0) % 16 == 0 && b_t.size(0) % 16 == 0, "N and K must be multiples of 16, got ", a_t, " and ",
+             b_t);
+  DSV3_CHECK(out.dim() == 3 && out.size(0) > 0, "out must be (G, N, K) with G at least 1, got ", out);
   launch(dsv3::grouped_fp8_wgrad, out, a_t, a_sf, b_t, b_sf, offsets);
 }
 
 constexpr Op kOps[] = {
+    op<"per_token_cast", per_token_cast>(),
     op<"fp8_gemm", fp8_gemm>(),
     op<"fp8_gemm_out", fp8_gemm_out>(),
     op<"grouped_fp8_gemm", grouped_fp8_gemm>(),

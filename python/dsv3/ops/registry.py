@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -76,6 +76,16 @@ def _no_objection(*args: Any) -> str | None:
     return None
 
 
+def _describe(x: torch.Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} strides {tuple(x.stride())} on {x.device}".removeprefix("torch.")
+
+
+def refuse(name: str, broken: str, **arguments: Any) -> NoReturn:
+    """A ValueError that says what the arguments of an op break and what its tensors are."""
+    found = ", ".join(f"{key} {_describe(x)}" for key, x in arguments.items() if isinstance(x, torch.Tensor))
+    raise ValueError(f"{name}: {broken}; got {found}")
+
+
 def define(
     schema: str,
     *,
@@ -84,6 +94,7 @@ def define(
     allocate: Callable[..., Any],
     launch: Callable[..., None] | None = None,
     supports: Callable[..., str | None] = _no_objection,
+    rule: Callable[..., str | None] = _no_objection,
 ) -> None:
     """Registers `dsv3::<schema>`.
 
@@ -94,12 +105,25 @@ def define(
         allocate: returns the empty outputs for the arguments; also the fake kernel. None for ops that only mutate.
         launch: launch(outputs, *args) calls the native op; None where there is no kernel yet.
         supports: returns why the native op can not take these arguments, or None.
+        rule: returns what the arguments break, for a ValueError with their shapes, or None. A native call that C++ takes
+            does not ask it: the native op must refuse whatever breaks the rule.
     """
     name = schema[: schema.index("(")]
     library.define(schema)
+    names = [argument.name for argument in torch._C.parse_schema(f"dsv3::{schema}").arguments]
+
+    def check(args: tuple[Any, ...]) -> None:
+        broken = rule(*args)
+        if broken is not None:
+            refuse(name.removesuffix("_out"), broken, **dict(zip(names, args, strict=True)))
+
+    def fake(*args: Any) -> Any:
+        check(args)
+        return allocate(*args)
 
     @torch.no_grad()
     def run_reference(*args: Any) -> Any:
+        check(args)
         kind = _first_tensor(args).device.type
         if torch.is_autocast_enabled(kind):  # a reference computes in the dtypes that it names
             with torch.autocast(kind, enabled=False):
@@ -107,6 +131,7 @@ def define(
         return reference(*args)
 
     def run_cuda(*args: Any) -> Any:
+        check(args)
         reason = _why_reference(args, launch, supports)
         if reason is not None:
             if not _forced_references:
@@ -133,7 +158,7 @@ def define(
         python_library.impl(name, run_handed_on, "CUDA")
     else:
         library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
-    torch.library.register_fake(f"dsv3::{name}", allocate, lib=library)
+    torch.library.register_fake(f"dsv3::{name}", fake, lib=library)
     OPS[name] = Op(name, schema, shapes, launch is not None)
 
 
