@@ -1,5 +1,6 @@
 // dsv3._C: the native ops as Python functions. Tensors come in through DLPack's C exchange API, which also tells the
-// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10.
+// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10. Ops that
+// torch's dispatcher calls without Python are in torch_ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,7 +1,8 @@
 """How an op becomes `torch.ops.dsv3.<name>`: schema, reference, output allocation, native launch.
 
 An op runs natively where its tensors are on a Hopper GPU (compute capability 9.0) and its `supports` has no objection;
-otherwise its reference runs, on the same device. The fallback is logged once an op and reason.
+otherwise its reference runs, on the same device. The fallback is logged once an op and reason. Some native calls never come
+here: csrc/torch_ops.cpp has their kernels, and hands on what it does not take.
 Primitives have no autograd of their own: the functions of `dsv3.ops` differentiate by calling a backward primitive.
 """
 
@@ -26,8 +27,7 @@ except ImportError as error:
 
 log = logging.getLogger("dsv3")
 library = torch.library.Library("dsv3", "DEF")
-# Where the native module has a kernel for torch's dispatcher (csrc/torch_ops.cpp), the one in Python, to which it hands on
-# what it does not take.
+# The kernel in Python of an op that has one in csrc/torch_ops.cpp.
 python_library = torch.library.Library("dsv3_python", "DEF")
 
 
