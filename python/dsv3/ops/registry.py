@@ -148,8 +148,8 @@ def define(
             _C.use_device(device.index)  # from the next call on
         try:
             return run_cuda(*args)
-        except Exception as error:
-            _C.keep_error(error)
+        except BaseException as error:
+            _C.keep_error(error)  # torch's C interface drops it
             raise
 
     library.impl(name, run_reference, "CPU")
