@@ -421,6 +421,8 @@ def test_errors_pass_through_the_dispatcher():
     large = fp8(2**22, 16, device="cuda"), rows_of(2**22, 1).cuda(), fp8(2**20, 16, device="cuda")
     with pytest.raises(torch.OutOfMemoryError):
         torch.ops.dsv3.fp8_gemm(*large, large[1].new_empty(2**13, 1), *rest)
+    with pytest.raises(ValueError, match="must be on one device"):
+        torch.ops.dsv3.fp8_gemm(a[0].cpu(), a[1], *b, *rest)
     with reference_ops(), pytest.raises(ValueError, match="must be on one device"):
         torch.ops.dsv3.fp8_gemm(*a, b[0].cpu(), b[1], *rest)
     assert same(torch.ops.dsv3.fp8_gemm(*a, *b, *rest), ops.fp8_gemm(*a, *b))

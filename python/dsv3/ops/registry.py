@@ -143,10 +143,10 @@ def define(
         return outputs
 
     def run_handed_on(*args: Any) -> Any:
-        device = _first_tensor(args).device
-        if is_hopper(device):
-            _C.use_device(device.index)  # from the next call on
         try:
+            device = _first_tensor(args).device
+            if device.type == "cuda" and is_hopper(device):
+                _C.use_device(device.index)  # from the next call on
             return run_cuda(*args)
         except BaseException as error:
             _C.keep_error(error)  # torch's C interface drops it
