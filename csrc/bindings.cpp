@@ -1,9 +1,11 @@
 // dsv3._C: the native ops as Python functions. Tensors come in through DLPack's C exchange API, which also tells the
-// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10.
+// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10. Ops that
+// torch's dispatcher calls without Python are in torch_ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -15,6 +17,7 @@
 #include "common/dlpack.h"
 #include "common/tensor.h"
 #include "ops.h"
+#include "torch_ops.h"
 
 namespace py = pybind11;
 
@@ -57,6 +60,7 @@ template <class First, class... Args, size_t... kIndex>
 void define(py::module_& m, const char* name, void (*op)(First, Args...), std::index_sequence<kIndex...>) {
   using All = std::tuple<First, Args...>;
   m.def(name, [op](std::tuple_element_t<kIndex, All>... args) {
+    const std::lock_guard lock(dsv3::torch_ops::launching());
     dsv3::raise_device_error();
     const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
     op(std::move(args)..., stream);
@@ -65,6 +69,37 @@ void define(py::module_& m, const char* name, void (*op)(First, Args...), std::i
 template <class... Args>
 void define(py::module_& m, const char* name, void (*op)(Args...)) {
   define(m, name, op, std::make_index_sequence<sizeof...(Args) - 1>{});
+}
+
+// A Python exception on its way from an op of dsv3_python through torch's dispatcher, whose C interface drops it: kept
+// before, and raised once more where torch's own pybind11 turns C++ exceptions into Python's.
+class KeptError : public py::builtin_exception {
+ public:
+  using builtin_exception::builtin_exception;
+  static void keep(py::object error) {
+    Py_XDECREF(kept_);
+    kept_ = error.release().ptr();
+  }
+  static void throw_kept() {
+    if (kept_ == nullptr) throw std::runtime_error("torch could not call an op of dsv3_python");
+    throw KeptError("an op of dsv3_python raised an exception");
+  }
+  void set_error() const override {
+    const py::object error = py::reinterpret_steal<py::object>(std::exchange(kept_, nullptr));
+    PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
+  }
+
+ private:
+  static thread_local PyObject* kept_;
+};
+thread_local PyObject* KeptError::kept_ = nullptr;
+
+void define_torch_ops(py::module_& m) {
+  dsv3::torch_ops::throw_python_error = KeptError::throw_kept;
+  m.def("register_torch_op", dsv3::torch_ops::register_op);
+  m.def("use_device", dsv3::torch_ops::use_device);
+  m.def("force_references", dsv3::torch_ops::force_references);
+  m.def("keep_error", KeptError::keep);
 }
 
 void define_peers(py::module_& m) {
@@ -100,6 +135,7 @@ struct type_caster<dsv3::Tensor> {
 }  // namespace pybind11::detail
 
 PYBIND11_MODULE(_C, m) {
+  define_torch_ops(m);
   define(m, "rmsnorm", dsv3::rmsnorm);
   define(m, "rmsnorm_cast", dsv3::rmsnorm_cast);
   define(m, "rmsnorm_backward", dsv3::rmsnorm_backward);

@@ -21,6 +21,16 @@ def test_every_native_function_is_bound_and_declared():
     assert bound <= set(dir(_C))
 
 
+@pytest.mark.cuda
+def test_torch_calls_kernels_without_python():
+    names = re.findall(r'op<"(\w+)"', (ROOT / "csrc/torch_ops.cpp").read_text())
+    assert names
+    for name in names:
+        assert re.search(r"^CUDA: registered at csrc/torch_ops.cpp", torch._C._dispatch_dump(f"dsv3::{name}"), re.M), (
+            name
+        )
+
+
 def test_cpu_tensors_are_refused():
     x, rstd = torch.randn(2, 8), torch.empty(2)
     with pytest.raises(ValueError, match=r"native ops take CUDA tensors, got a CPU tensor of shape \(2, 8\) float32"):

@@ -115,6 +115,27 @@ def test_every_native_op_is_checked_and_measured() -> None:
     assert {name.removesuffix("_") for name in NATIVE} - {name.removesuffix("_") for name in declared} == set()
 
 
+def kernels_of_the_dispatcher() -> dict[str, tuple[list[str], str]]:
+    """Types of the arguments of every kernel in csrc/torch_ops.cpp, and of its result."""
+    source = (ROOT / "csrc/torch_ops.cpp").read_text()
+    found = {}
+    for name, function in re.findall(r'op<"(\w+)", (\w+)>\(\)', source):
+        result, arguments = re.search(rf"^([^\n]+) {function}\(([^)]*)\) {{", source, re.M).groups()
+        found[name] = [argument.split()[0] for argument in arguments.split(",")], result
+    return found
+
+
+def test_kernels_of_the_dispatcher_take_the_arguments_of_their_schemas() -> None:
+    """They find their arguments by position, and nothing checks them when they run."""
+    found = kernels_of_the_dispatcher()
+    assert "fp8_gemm" in found
+    results = ["void", "NewTensor", "std::array<NewTensor, 2>"]
+    for name, kernel in found.items():
+        schema = getattr(torch.ops.dsv3, name).default._schema
+        types = [str(a.real_type).replace("float", "double") for a in schema.arguments]
+        assert kernel == (types, results[len(schema.returns)]), name
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", ["norm", "quant", "gemm", "attention", "moe", "decode", "loss", "optim"])
 def test_nothing_falls_back_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch, family: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from dsv3 import ops
 from dsv3.reference.quant import empty_row_scales
-from dsv3.testing import check_compile, check_graph, check_registration
+from dsv3.testing import check_compile, check_graph, check_registration, reference_ops
 from tests.ops.fp8 import (
     BF16,
     FP32,
@@ -328,6 +328,12 @@ def rows_of(*shape):
     return empty_row_scales(torch.empty(0), *shape)
 
 
+def moved(x, device):
+    """The same strides on another device, of a CPU tensor."""
+    on_cpu = isinstance(x, torch.Tensor) and x.is_cpu
+    return x.new_empty_strided(x.shape, x.stride(), device=device).copy_(x) if on_cpu else x
+
+
 BAD = [
     (dense, {"a": torch.zeros(5, 272)}, "operands must be float8_e4m3fn"),
     (dense, {"b": torch.zeros(136, 272, dtype=BF16)}, "operands must be float8_e4m3fn"),
@@ -391,9 +397,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "changed", "match"), BAD)
-def test_bad_arguments(make, changed, match):
-    """A ValueError that says the rule and prints every tensor's dtype and shape."""
+def test_bad_arguments(make, changed, match, device):
+    """A ValueError that says the rule and prints every tensor's dtype and shape. On a GPU the native op refuses first."""
     function, values = make(**changed)
+    values = {name: moved(x, device) for name, x in values.items()}
     with pytest.raises(ValueError, match=match) as error:
         function(**values)
     assert str(error.value).startswith(f"{function.__name__}: ")
@@ -401,6 +408,24 @@ def test_bad_arguments(make, changed, match):
         if isinstance(value, torch.Tensor):
             found = f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
             assert re.search(re.escape(found), str(error.value)), found
+
+
+@pytest.mark.cuda
+def test_errors_pass_through_the_dispatcher():
+    """Its kernels hand on what they refuse, and the types of Python's exceptions stay what they were."""
+    a, b = operands(4, 384, 640, "cuda")
+    rest = BF16, False, False
+    assert same(torch.ops.dsv3.fp8_gemm(*a, *b, *rest), ops.fp8_gemm(*a, *b))
+    with pytest.raises(ValueError, match=r"operands must be .*; got a float8_e4m3fn \(4, 640\).* b uint8 \(384, 640\)"):
+        torch.ops.dsv3.fp8_gemm(*a, b[0].view(torch.uint8), b[1], *rest)
+    large = fp8(2**22, 16, device="cuda"), rows_of(2**22, 1).cuda(), fp8(2**20, 16, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ops.dsv3.fp8_gemm(*large, large[1].new_empty(2**13, 1), *rest)
+    with pytest.raises(ValueError, match="must be on one device"):
+        torch.ops.dsv3.fp8_gemm(a[0].cpu(), a[1], *b, *rest)
+    with reference_ops(), pytest.raises(ValueError, match="must be on one device"):
+        torch.ops.dsv3.fp8_gemm(*a, b[0].cpu(), b[1], *rest)
+    assert same(torch.ops.dsv3.fp8_gemm(*a, *b, *rest), ops.fp8_gemm(*a, *b))
 
 
 @pytest.mark.cuda

@@ -13,18 +13,19 @@ of the result NaN and no other; in B, the columns that share its scale or its ro
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3.ops.registry import define, native
+from dsv3.ops.registry import define, native, refuse
 from dsv3.reference import gemm as reference
 from dsv3.reference.quant import TILE
 
 _E4M3, _FP32 = torch.float8_e4m3fn, torch.float32
 _OUTPUTS = (torch.bfloat16, torch.float32)
 _ALIGNMENT = "K must be a multiple of 16 and N of 8"
+_ACCUMULATE = "accumulate adds to an out, which must be float32"
 
 
 def _empty_rows(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, index: Tensor, dtype: torch.dtype, _: bool) -> Tensor:
@@ -49,83 +50,8 @@ def _supports_dense(
     return _supports(a, a_sf, b)
 
 
-define(
-    "fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_dtype, bool batch_invariant, "
-    "bool static_weights) -> Tensor",
-    shapes="a [M,K] e4m3, a_sf [M,ceil(K/128)] fp32, strides (1, M up to 4), b [N,K] e4m3, b_sf "
-    "[ceil(N/128),ceil(K/128)] or, as a_sf, [N,ceil(K/128)] fp32, K % 16 == 0, N % 8 == 0 -> [M,N] bf16|fp32",
-    reference=reference.fp8_gemm,
-    allocate=lambda a, a_sf, b, b_sf, dtype, *flags: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
-    launch=lambda out, a, a_sf, b, b_sf, out_dtype, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, False, *flags),
-    supports=_supports_dense,
-)
-define(
-    "fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor(a!) out, bool accumulate, bool batch_invariant, "
-    "bool static_weights) -> ()",
-    shapes="operands of fp8_gemm, out [M,N] bf16|fp32 (fp32 where the product is added to it)",
-    reference=reference.fp8_gemm_out,
-    allocate=_nothing,
-    launch=lambda _, a, a_sf, b, b_sf, out, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, *flags),
-    supports=_supports_dense,
-)
-define(
-    "grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, ScalarType out_dtype, "
-    "bool batch_invariant) -> Tensor",
-    shapes="a [R,K] e4m3, a_sf [R,ceil(K/128)] fp32, strides (1, R up to 4), b [G,N,K] e4m3, b_sf "
-    "[G,ceil(N/128),ceil(K/128)] fp32, offsets [G+1] int32, K % 16 == 0, N % 8 == 0 -> [R,N] bf16|fp32",
-    reference=reference.grouped_fp8_gemm,
-    allocate=_empty_rows,
-    launch=lambda out, a, a_sf, b, b_sf, offsets, out_dtype, batch_invariant: native().grouped_fp8_gemm(
-        out, a, a_sf, b, b_sf, offsets, batch_invariant
-    ),
-    supports=_supports,
-)
-define(
-    "grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, Tensor(a!) out, "
-    "bool batch_invariant) -> ()",
-    shapes="operands of grouped_fp8_gemm, out [R,N] bf16|fp32",
-    reference=reference.grouped_fp8_gemm_out,
-    allocate=_nothing,
-    launch=lambda _, a, a_sf, b, b_sf, offsets, out, batch_invariant: native().grouped_fp8_gemm(
-        out, a, a_sf, b, b_sf, offsets, batch_invariant
-    ),
-    supports=_supports,
-)
-define(
-    "masked_grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, ScalarType out_dtype, "
-    "bool batch_invariant) -> Tensor",
-    shapes="a [G,R,K] e4m3, a_sf [G,R,ceil(K/128)] fp32, strides (R, 1, G*R up to 4), b [G,N,K] e4m3, b_sf "
-    "[G,ceil(N/128),ceil(K/128)] fp32, counts [G] int32, K % 16 == 0, N % 8 == 0 -> [G,R,N] bf16|fp32",
-    reference=reference.masked_grouped_fp8_gemm,
-    allocate=_empty_rows,
-    launch=lambda out, a, a_sf, b, b_sf, counts, out_dtype, batch_invariant: native().masked_grouped_fp8_gemm(
-        out, a, a_sf, b, b_sf, counts, batch_invariant
-    ),
-    supports=_supports,
-)
-define(
-    "masked_grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, Tensor(a!) out, "
-    "bool batch_invariant) -> ()",
-    shapes="operands of masked_grouped_fp8_gemm, out [G,R,N] bf16|fp32",
-    reference=reference.masked_grouped_fp8_gemm_out,
-    allocate=_nothing,
-    launch=lambda _, a, a_sf, b, b_sf, counts, out, batch_invariant: native().masked_grouped_fp8_gemm(
-        out, a, a_sf, b, b_sf, counts, batch_invariant
-    ),
-    supports=_supports,
-)
-define(
-    "grouped_fp8_wgrad(Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b_sf, Tensor offsets, Tensor(a!) out) -> ()",
-    shapes="a_t [N,Tp] e4m3, a_sf [N,Tp/128] fp32, strides (1, N up to 4), b_t [K,Tp] e4m3, b_sf [K,Tp/128] fp32, "
-    "strides (1, K up to 4), offsets [G+1] int32, N and K % 16 == 0, out [G,N,K] fp32 (added to)",
-    reference=reference.grouped_fp8_wgrad,
-    allocate=_nothing,
-    launch=lambda _, a_t, a_sf, b_t, b_sf, offsets, out: native().grouped_fp8_wgrad(out, a_t, a_sf, b_t, b_sf, offsets),
-    supports=_supports,
-)
-
-
-# What arguments break, as a sentence, or None. Every call pays for these checks, so they read each property once.
+# What arguments break, as a sentence, or None. Calls that the native module does not take pay for these checks, so they
+# read each property once.
 def _operand_rule(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor) -> str | None:
     if a.dtype != _E4M3 or b.dtype != _E4M3 or a_sf.dtype != _FP32 or b_sf.dtype != _FP32:
         return "operands must be float8_e4m3fn and their scales float32"
@@ -169,31 +95,16 @@ def _index_rule(name: str, index: Tensor, size: int, a: Tensor) -> str | None:
     return None
 
 
-def _out_rule(out: Tensor | None, out_dtype: torch.dtype, shape: tuple[int, ...], a: Tensor) -> str | None:
-    if out is None:
-        return None if out_dtype in _OUTPUTS else f"out_dtype must be bfloat16 or float32, not {out_dtype}"
+def _out_rule(out: Tensor | torch.dtype, shape: tuple[int, ...], a: Tensor) -> str | None:
+    if isinstance(out, torch.dtype):
+        return None if out in _OUTPUTS else f"out_dtype must be bfloat16 or float32, not {out}"
     if out.dtype not in _OUTPUTS or out.shape != shape or not out.is_contiguous() or out.device != a.device:
         return f"out must be bfloat16 or float32 {shape}, contiguous, on the operands' device"
     return None
 
 
-def _describe(x: Tensor) -> str:
-    return f"{x.dtype} {tuple(x.shape)} strides {tuple(x.stride())} on {x.device}".removeprefix("torch.")
-
-
-def _refuse(name: str, rule: str, **tensors: Tensor | None) -> NoReturn:
-    found = ", ".join(f"{key} {_describe(x)}" for key, x in tensors.items() if x is not None)
-    raise ValueError(f"{name}: {rule}; got {found}")
-
-
-def _detached(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if a.requires_grad or a_sf.requires_grad or b.requires_grad or b_sf.requires_grad:
-        return a.detach(), a_sf.detach(), b.detach(), b_sf.detach()
-    return a, a_sf, b, b_sf
-
-
 def _dense_rule(
-    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, out: Tensor | None, out_dtype: torch.dtype, accumulate: bool
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, out: Tensor | torch.dtype, *flags: bool
 ) -> str | None:
     rule = _operand_rule(a, a_sf, b, b_sf)
     if rule is not None:
@@ -209,14 +120,18 @@ def _dense_rule(
         rule = _row_scale_rule("b_sf", b_sf, n, tiles)
     elif b_sf_shape != (blocks, tiles) or not b_sf.is_contiguous():
         rule = f"b_sf must be ({blocks}, {tiles}), contiguous, or ({n}, {tiles}) with strides (1, {_up_to_4(n)})"
-    rule = rule or _row_scale_rule("a_sf", a_sf, m, tiles) or _out_rule(out, out_dtype, (m, n), a)
-    if rule is None and accumulate and (out is None or out.dtype != _FP32):
-        return "accumulate adds to an out, which must be float32"
-    return rule
+    return rule or _row_scale_rule("a_sf", a_sf, m, tiles) or _out_rule(out, (m, n), a)
+
+
+def _dense_out_rule(
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, out: Tensor, accumulate: bool, *flags: bool
+) -> str | None:
+    rule = _dense_rule(a, a_sf, b, b_sf, out)
+    return _ACCUMULATE if rule is None and accumulate and out.dtype != _FP32 else rule
 
 
 def _grouped_rule(
-    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, offsets: Tensor, out: Tensor | None, out_dtype: torch.dtype
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, offsets: Tensor, out: Tensor | torch.dtype, _: bool
 ) -> str | None:
     rule = _operand_rule(a, a_sf, b, b_sf)
     if rule is not None:
@@ -232,12 +147,12 @@ def _grouped_rule(
         _block_scale_rule(b_sf, groups, (n + TILE - 1) // TILE, tiles)
         or _row_scale_rule("a_sf", a_sf, rows, tiles)
         or _index_rule("offsets", offsets, groups + 1, a)
-        or _out_rule(out, out_dtype, (rows, n), a)
+        or _out_rule(out, (rows, n), a)
     )
 
 
 def _masked_rule(
-    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, counts: Tensor, out: Tensor | None, out_dtype: torch.dtype
+    a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, counts: Tensor, out: Tensor | torch.dtype, _: bool
 ) -> str | None:
     rule = _operand_rule(a, a_sf, b, b_sf)
     if rule is not None:
@@ -253,7 +168,7 @@ def _masked_rule(
         _block_scale_rule(b_sf, groups, (n + TILE - 1) // TILE, tiles)
         or _masked_scale_rule(a_sf, groups, room, tiles)
         or _index_rule("counts", counts, groups, a)
-        or _out_rule(out, out_dtype, (groups, room, n), a)
+        or _out_rule(out, (groups, room, n), a)
     )
 
 
@@ -275,6 +190,95 @@ def _wgrad_rule(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offsets: T
         or _row_scale_rule("b_sf", b_sf, k, slots // TILE)
         or _index_rule("offsets", offsets, groups + 1, a_t)
     )
+
+
+define(
+    "fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_dtype, bool batch_invariant, "
+    "bool static_weights) -> Tensor",
+    shapes="a [M,K] e4m3, a_sf [M,ceil(K/128)] fp32, strides (1, M up to 4), b [N,K] e4m3, b_sf "
+    "[ceil(N/128),ceil(K/128)] or, as a_sf, [N,ceil(K/128)] fp32, K % 16 == 0, N % 8 == 0 -> [M,N] bf16|fp32",
+    reference=reference.fp8_gemm,
+    allocate=lambda a, a_sf, b, b_sf, dtype, *flags: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
+    launch=lambda out, a, a_sf, b, b_sf, out_dtype, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, False, *flags),
+    supports=_supports_dense,
+    rule=_dense_rule,
+)
+define(
+    "fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor(a!) out, bool accumulate, bool batch_invariant, "
+    "bool static_weights) -> ()",
+    shapes="operands of fp8_gemm, out [M,N] bf16|fp32 (fp32 where the product is added to it)",
+    reference=reference.fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, out, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, *flags),
+    supports=_supports_dense,
+    rule=_dense_out_rule,
+)
+define(
+    "grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, ScalarType out_dtype, "
+    "bool batch_invariant) -> Tensor",
+    shapes="a [R,K] e4m3, a_sf [R,ceil(K/128)] fp32, strides (1, R up to 4), b [G,N,K] e4m3, b_sf "
+    "[G,ceil(N/128),ceil(K/128)] fp32, offsets [G+1] int32, K % 16 == 0, N % 8 == 0 -> [R,N] bf16|fp32",
+    reference=reference.grouped_fp8_gemm,
+    allocate=_empty_rows,
+    launch=lambda out, a, a_sf, b, b_sf, offsets, out_dtype, batch_invariant: native().grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, offsets, batch_invariant
+    ),
+    supports=_supports,
+    rule=_grouped_rule,
+)
+define(
+    "grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, Tensor(a!) out, "
+    "bool batch_invariant) -> ()",
+    shapes="operands of grouped_fp8_gemm, out [R,N] bf16|fp32",
+    reference=reference.grouped_fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, offsets, out, batch_invariant: native().grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, offsets, batch_invariant
+    ),
+    supports=_supports,
+    rule=_grouped_rule,
+)
+define(
+    "masked_grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, ScalarType out_dtype, "
+    "bool batch_invariant) -> Tensor",
+    shapes="a [G,R,K] e4m3, a_sf [G,R,ceil(K/128)] fp32, strides (R, 1, G*R up to 4), b [G,N,K] e4m3, b_sf "
+    "[G,ceil(N/128),ceil(K/128)] fp32, counts [G] int32, K % 16 == 0, N % 8 == 0 -> [G,R,N] bf16|fp32",
+    reference=reference.masked_grouped_fp8_gemm,
+    allocate=_empty_rows,
+    launch=lambda out, a, a_sf, b, b_sf, counts, out_dtype, batch_invariant: native().masked_grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, counts, batch_invariant
+    ),
+    supports=_supports,
+    rule=_masked_rule,
+)
+define(
+    "masked_grouped_fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts, Tensor(a!) out, "
+    "bool batch_invariant) -> ()",
+    shapes="operands of masked_grouped_fp8_gemm, out [G,R,N] bf16|fp32",
+    reference=reference.masked_grouped_fp8_gemm_out,
+    allocate=_nothing,
+    launch=lambda _, a, a_sf, b, b_sf, counts, out, batch_invariant: native().masked_grouped_fp8_gemm(
+        out, a, a_sf, b, b_sf, counts, batch_invariant
+    ),
+    supports=_supports,
+    rule=_masked_rule,
+)
+define(
+    "grouped_fp8_wgrad(Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b_sf, Tensor offsets, Tensor(a!) out) -> ()",
+    shapes="a_t [N,Tp] e4m3, a_sf [N,Tp/128] fp32, strides (1, N up to 4), b_t [K,Tp] e4m3, b_sf [K,Tp/128] fp32, "
+    "strides (1, K up to 4), offsets [G+1] int32, N and K % 16 == 0, out [G,N,K] fp32 (added to)",
+    reference=reference.grouped_fp8_wgrad,
+    allocate=_nothing,
+    launch=lambda _, a_t, a_sf, b_t, b_sf, offsets, out: native().grouped_fp8_wgrad(out, a_t, a_sf, b_t, b_sf, offsets),
+    supports=_supports,
+    rule=_wgrad_rule,
+)
+
+
+def _detached(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if a.requires_grad or a_sf.requires_grad or b.requires_grad or b_sf.requires_grad:
+        return a.detach(), a_sf.detach(), b.detach(), b_sf.detach()
+    return a, a_sf, b, b_sf
 
 
 def fp8_gemm(
@@ -310,9 +314,8 @@ def fp8_gemm(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    rule = _dense_rule(a, a_sf, b, b_sf, out, out_dtype, accumulate)
-    if rule is not None:
-        _refuse("fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, out=out)
+    if accumulate and out is None:
+        refuse("fp8_gemm", _ACCUMULATE, a=a, a_sf=a_sf, b=b, b_sf=b_sf)
     a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
     if out is None:
         return torch.ops.dsv3.fp8_gemm(a, a_sf, b, b_sf, out_dtype, batch_invariant, static_weights)
@@ -350,9 +353,6 @@ def grouped_fp8_gemm(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    rule = _grouped_rule(a, a_sf, b, b_sf, offsets, out, out_dtype)
-    if rule is not None:
-        _refuse("grouped_fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, offsets=offsets, out=out)
     a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
     if out is None:
         return torch.ops.dsv3.grouped_fp8_gemm(a, a_sf, b, b_sf, offsets, out_dtype, batch_invariant)
@@ -390,9 +390,6 @@ def masked_grouped_fp8_gemm(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    rule = _masked_rule(a, a_sf, b, b_sf, counts, out, out_dtype)
-    if rule is not None:
-        _refuse("masked_grouped_fp8_gemm", rule, a=a, a_sf=a_sf, b=b, b_sf=b_sf, counts=counts, out=out)
     a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
     if out is None:
         return torch.ops.dsv3.masked_grouped_fp8_gemm(a, a_sf, b, b_sf, counts, out_dtype, batch_invariant)
@@ -417,7 +414,4 @@ def grouped_fp8_wgrad(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offs
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    rule = _wgrad_rule(a_t, a_sf, b_t, b_sf, offsets, out)
-    if rule is not None:
-        _refuse("grouped_fp8_wgrad", rule, a_t=a_t, a_sf=a_sf, b_t=b_t, b_sf=b_sf, offsets=offsets, out=out)
     torch.ops.dsv3.grouped_fp8_wgrad(*_detached(a_t, a_sf, b_t, b_sf), offsets, out)

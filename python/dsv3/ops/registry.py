@@ -1,7 +1,8 @@
 """How an op becomes `torch.ops.dsv3.<name>`: schema, reference, output allocation, native launch.
 
 An op runs natively where its tensors are on a Hopper GPU (compute capability 9.0) and its `supports` has no objection;
-otherwise its reference runs, on the same device. The fallback is logged once an op and reason.
+otherwise its reference runs, on the same device. The fallback is logged once an op and reason. Some native calls never come
+here: csrc/torch_ops.cpp has their kernels, and hands on what it does not take.
 Primitives have no autograd of their own: the functions of `dsv3.ops` differentiate by calling a backward primitive.
 """
 
@@ -11,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,6 +27,8 @@ except ImportError as error:
 
 log = logging.getLogger("dsv3")
 library = torch.library.Library("dsv3", "DEF")
+# The kernel in Python of an op that has one in csrc/torch_ops.cpp.
+python_library = torch.library.Library("dsv3_python", "DEF")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,16 @@ def _no_objection(*args: Any) -> str | None:
     return None
 
 
+def _describe(x: torch.Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} strides {tuple(x.stride())} on {x.device}".removeprefix("torch.")
+
+
+def refuse(name: str, broken: str, **arguments: Any) -> NoReturn:
+    """A ValueError that says what the arguments of an op break and what its tensors are."""
+    found = ", ".join(f"{key} {_describe(x)}" for key, x in arguments.items() if isinstance(x, torch.Tensor))
+    raise ValueError(f"{name}: {broken}; got {found}")
+
+
 def define(
     schema: str,
     *,
@@ -81,6 +94,7 @@ def define(
     allocate: Callable[..., Any],
     launch: Callable[..., None] | None = None,
     supports: Callable[..., str | None] = _no_objection,
+    rule: Callable[..., str | None] = _no_objection,
 ) -> None:
     """Registers `dsv3::<schema>`.
 
@@ -91,12 +105,25 @@ def define(
         allocate: returns the empty outputs for the arguments; also the fake kernel. None for ops that only mutate.
         launch: launch(outputs, *args) calls the native op; None where there is no kernel yet.
         supports: returns why the native op can not take these arguments, or None.
+        rule: returns what the arguments break, for a ValueError with their shapes, or None. A native call that C++ takes
+            does not ask it: the native op must refuse whatever breaks the rule.
     """
     name = schema[: schema.index("(")]
     library.define(schema)
+    names = [argument.name for argument in torch._C.parse_schema(f"dsv3::{schema}").arguments]
+
+    def check(args: tuple[Any, ...]) -> None:
+        broken = rule(*args)
+        if broken is not None:
+            refuse(name.removesuffix("_out"), broken, **dict(zip(names, args, strict=True)))
+
+    def fake(*args: Any) -> Any:
+        check(args)
+        return allocate(*args)
 
     @torch.no_grad()
     def run_reference(*args: Any) -> Any:
+        check(args)
         kind = _first_tensor(args).device.type
         if torch.is_autocast_enabled(kind):  # a reference computes in the dtypes that it names
             with torch.autocast(kind, enabled=False):
@@ -104,6 +131,7 @@ def define(
         return reference(*args)
 
     def run_cuda(*args: Any) -> Any:
+        check(args)
         reason = _why_reference(args, launch, supports)
         if reason is not None:
             if not _forced_references:
@@ -114,9 +142,23 @@ def define(
         launch(outputs, *args)
         return outputs
 
+    def run_handed_on(*args: Any) -> Any:
+        try:
+            device = _first_tensor(args).device
+            if device.type == "cuda" and is_hopper(device):
+                _C.use_device(device.index)  # from the next call on
+            return run_cuda(*args)
+        except BaseException as error:
+            _C.keep_error(error)  # torch's C interface drops it
+            raise
+
     library.impl(name, run_reference, "CPU")
-    library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
-    torch.library.register_fake(f"dsv3::{name}", allocate, lib=library)
+    if launch is not None and _C is not None and _C.register_torch_op(name, "CUDA"):
+        python_library.define(schema)
+        python_library.impl(name, run_handed_on, "CUDA")
+    else:
+        library.impl(name, run_cuda if launch is not None else run_reference, "CUDA")
+    torch.library.register_fake(f"dsv3::{name}", fake, lib=library)
     OPS[name] = Op(name, schema, shapes, launch is not None)
 
 
@@ -146,12 +188,16 @@ class ReferenceOps:
     """Context manager that makes every op run on its reference (also the backward calls made inside it)."""
 
     def __enter__(self) -> None:
-        global _forced_references
-        _forced_references += 1
+        self._count(1)
 
     def __exit__(self, *exc: object) -> None:
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
         global _forced_references
-        _forced_references -= 1
+        _forced_references += change
+        if _C is not None:
+            _C.force_references(_forced_references > 0)
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> str | None:
