@@ -26,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     config.addinivalue_line("markers", "cuda: needs a Hopper GPU")
     config.addinivalue_line("markers", "two_gpus: needs two GPUs")
+    config.addinivalue_line(
+        "markers", "alone: processes whose kernels wait for each other share the GPU, best with no others"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -295,6 +295,7 @@ TESTS = {
     "tests/ops/test_norm.py": "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n",
     "tests/ops/test_rope.py": "import pytest\n@pytest.fixture\ndef bad(): 1 / 0\ndef test_a(bad): pass\ndef test_b(): pass\n",
     "tests/train/test_norm.py": "def test_a(): pass\n",
+    "tests/comm/test_buffer.py": "def test_a(): pass\n",
     "tests/ops/test_moe.py": "import nothing_of_this_name\n",
 }
 
@@ -311,7 +312,7 @@ def small_tests(tmp_path):
 
 def test_families_of_test_files(small_tests):
     family = {path: suite.family_of(path, small_tests) for path in TESTS}
-    assert list(family.values()) == ["norm", "norm", "model", "moe"]
+    assert list(family.values()) == ["norm", "norm", "model", "comm", "moe"]
     assert suite.files_of(["norm"], small_tests) == ["tests/ops/test_norm.py", "tests/ops/test_rope.py"]
     assert suite.files_of([], small_tests) == sorted(TESTS)
 
@@ -337,6 +338,7 @@ print(json.dumps(tally.counts))
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "norm": {"passed": 2, "failed": 2, "skipped": 1},
         "model": {"passed": 1},
+        "comm": {"passed": 1},
         "moe": {"failed": 1},
     }
 

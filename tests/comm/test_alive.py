@@ -46,7 +46,7 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("transport", ["collective", pytest.param("ipc", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("transport", ["collective", pytest.param("ipc", marks=[pytest.mark.cuda, pytest.mark.alone])])
 @pytest.mark.parametrize(
     ("dead", "moment", "why"),
     [

@@ -28,7 +28,7 @@ from tests.comm.cases import CASES, FP8, Case, experts, inputs, over_wire
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["collective", pytest.param("ipc", marks=pytest.mark.cuda)])
+@pytest.fixture(scope="module", params=["collective", pytest.param("ipc", marks=[pytest.mark.cuda, pytest.mark.alone])])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of eight ranks got. The workers themselves check that a second run gives the same bits."""
     out = tmp_path_factory.mktemp("buffer")

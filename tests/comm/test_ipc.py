@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 def test_four_processes_on_one_gpu() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     with shared_gpu() as env:

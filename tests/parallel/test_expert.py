@@ -166,6 +166,7 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path) -> None:
     """The command with four processes that share a GPU: over ipc, with the losses of one process on a CPU."""
     config = same_losses(tokens, tmp_path / "run", device="cuda", ep=4, micro_batch=2, max_steps=6)
