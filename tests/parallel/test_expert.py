@@ -168,7 +168,7 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
 @pytest.mark.cuda
 @pytest.mark.alone
 def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path) -> None:
-    """The command with four processes that share a GPU: over ipc, with the losses of one process on a CPU."""
+    """The command with four processes that share a GPU: over ipc, with the losses of one process there."""
     config = same_losses(tokens, tmp_path / "run", device="cuda", ep=4, micro_batch=2, max_steps=6)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
     with shared_gpu() as env:
@@ -179,7 +179,7 @@ def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "instead of ipc" not in done.stderr
     recorder = Recorder()
-    alone = same_losses(tokens, tmp_path / "alone", max_steps=6)
+    alone = same_losses(tokens, tmp_path / "alone", device="cuda", max_steps=6)
     assert train.run(alone, callbacks=[recorder]) == 0
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses == pytest.approx(recorder.losses, rel=1e-4)
