@@ -87,7 +87,6 @@ def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Fa
 def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console, failures: Failures) -> None:
     """Ceilings, then the families one after the other; writes each family's file as soon as it is measured."""
     protocol = QUICK if args.quick else FULL
-    out = args.out or (None if args.quick else RESULTS / gpu_folder(env.gpu))
     ceilings, top = measure_ceilings(protocol)
 
     def rows(measured: list[tuple[Case, Timing]], sha: str) -> list[dict[str, Any]]:
@@ -99,7 +98,9 @@ def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console,
         measured = run_family(family, ceilings, protocol, failures)
         if measured:
             print_table(console, family, rows(measured, sha))
-        if out is not None:
+        if args.out is not None or not args.quick:
+            gpus = torch.cuda.device_count() if family == "comm" else 1  # no other uses more than one
+            out = args.out or RESULTS / gpu_folder(env.gpu, gpus)
             write_rows(out / f"{family}.jsonl", rows([*top, *measured], sha))
 
 

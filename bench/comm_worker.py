@@ -1,4 +1,5 @@
-"""What bench/cases/comm.py starts once a rank: times dispatch and combine between processes. Argument: a JSON list of cases."""
+"""What bench/cases/comm.py starts once a rank: times dispatch and combine between processes. Argument: a JSON list of cases,
+in whose order results are printed."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import Dispatched, ExpertBuffer
+from dsv3.reference.quant import TILE
 
 EXPERTS, GROUPS, KEPT = 256, 8, 4
 WIRES = {"fp8": torch.float8_e4m3fn, "bf16": None}
@@ -29,6 +31,15 @@ def draw(case: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Te
     idx = (scores * allowed).topk(topk, -1).indices
     x = torch.randn(tokens, case["hidden"], device=device, dtype=torch.bfloat16)
     return x, idx, torch.rand(tokens, topk, device=device)
+
+
+def link_bytes(case: dict[str, Any], idx: Tensor) -> dict[str, int]:
+    """What leaves this rank for others: a token once for each that it needs."""
+    needs = torch.zeros(idx.shape[0], case["ranks"], dtype=torch.bool, device=idx.device)
+    needs.scatter_(1, idx // (EXPERTS // case["ranks"]), True)[:, dist.get_rank()] = False
+    sent, hidden = int(needs.sum()), case["hidden"]
+    wire = hidden + 4 * -(-hidden // TILE) if case["wire"] == "fp8" else 2 * hidden
+    return {"dispatch_bytes": sent * wire, "combine_bytes": sent * 2 * hidden}
 
 
 def host_us(call: Callable[[], Any]) -> float:
@@ -83,6 +94,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
         wire_dtype=WIRES[case["wire"]],
         device=device,
         timeout=20,
+        num_sms=case.get("num_sms"),
         **room,
     )
     assert buffer.transport == case["transport"]
@@ -101,16 +113,17 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
         found = {"dispatch": microseconds(dispatch), "combine": microseconds(lambda: buffer.combine(y, handle))}
     buffer.check()
     buffer.close()
-    return found
+    return found | link_bytes(case, idx)
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    device = torch.device("cpu")
+    cases, device = json.loads(sys.argv[1]), torch.device("cpu")
+    own_gpu = 1 < cases[0]["ranks"] <= torch.cuda.device_count()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_node_local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    for case in json.loads(sys.argv[1]):
+    for case in cases:
         found = measure(case, device)
         if dist.get_rank() == 0:
             print(json.dumps({**case, **found}), flush=True)

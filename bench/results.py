@@ -67,10 +67,11 @@ def environment(commit: str | None = None) -> Environment:
     )
 
 
-def gpu_folder(gpu: str) -> str:
-    """h100 for "NVIDIA H100 80GB HBM3"."""
+def gpu_folder(gpu: str, count: int = 1) -> str:
+    """h100 for "NVIDIA H100 80GB HBM3", h100-x8 for eight of them."""
     found = re.search(r"\b[A-Z]+\d+[A-Z]*\b", gpu)
-    return found[0].lower() if found else re.sub(r"\W+", "-", gpu).lower()
+    name = found[0].lower() if found else re.sub(r"\W+", "-", gpu).lower()
+    return name if count == 1 else f"{name}-x{count}"
 
 
 def _files(root: Path, folders: list[str], copied: bool) -> list[str]:

@@ -164,6 +164,7 @@ def test_a_family_file_is_rewritten_whole(tmp_path):
 )
 def test_results_folder(name, folder):
     assert results.gpu_folder(name) == folder
+    assert results.gpu_folder(name, 4) == f"{folder}-x4"
 
 
 def test_table_and_plot(tmp_path):

@@ -1,8 +1,10 @@
-"""csrc/comm: dispatch and combine of expert parallelism between processes that share the GPU, all of them together one row.
+"""csrc/comm: dispatch and combine of expert parallelism between processes, one a GPU where there are several; on one GPU eight
+share it, and all of them together are one row.
 
-`bytes` are those that count: dispatch reads x once and writes every row of an expert once, combine reads these rows and writes
-the output once, summed over the ranks. That each token also passes a ring to each of its ranks costs time and counts nothing.
-No speed of a link can be told from it: the links are the GPU's own memory.
+`bytes` are those that count in a GPU's memory: dispatch reads x once and writes every row of an expert once, combine reads
+these rows and writes the output once. That each token also passes a ring to each of its ranks costs time and counts nothing.
+Between GPUs `link_gbs` is what left a rank for others, a token once for each that it needs, over the time. No speed of a link
+can be told from ranks that share a GPU: there the links are its own memory.
 """
 
 from __future__ import annotations
@@ -22,27 +24,42 @@ from bench.shared_gpu import shared_gpu
 from dsv3.reference.quant import TILE
 
 WIRES = ("fp8", "bf16")
-KINDS = [("static", wire) for wire in WIRES] + [("exact", "fp8")]
+SHARED_RANKS = 8
+NUM_SMS = (8, 16, 20, 24)  # between GPUs
+
+
+def _ranks() -> int:
+    return torch.cuda.device_count() if torch.cuda.device_count() > 1 else SHARED_RANKS
 
 
 def _sizes(tiny: bool) -> dict[str, int]:
     names = "ranks", "tokens", "hidden", "topk"
-    return dict(zip(names, (2, 32, 256, 8) if tiny else (8, 4096, 7168, 8), strict=True))
+    return dict(zip(names, (2, 32, 256, 8) if tiny else (_ranks(), 4096, 7168, 8), strict=True))
+
+
+def _kinds() -> list[dict[str, Any]]:
+    """What is asked of the ranks, apart from sizes."""
+    several = torch.cuda.device_count() > 1
+    static = [{"mode": "static", "wire": wire} for wire in WIRES]
+    kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if several else static
+    return [*kinds, {"mode": "exact", "wire": "fp8"}]
+
+
+def _name(kind: dict[str, Any]) -> str:
+    return json.dumps(kind, sort_keys=True)
 
 
 @functools.cache
-def _measured(kind: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
-    """What the ranks found, all cases in one start of them, by mode and wire; and collective's, which goes through the host."""
-    transport = "ipc" if kind == "cuda" else "collective"
-    asked = [
-        {**_sizes(tiny), "transport": transport, "mode": mode, "wire": wire, "quick": quick} for mode, wire in KINDS
-    ]
-    asked += [
-        {**_sizes(tiny), "transport": "collective", "mode": "exact", "wire": wire, "quick": True} for wire in WIRES
-    ]
-    ranks = str(asked[0]["ranks"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    with shared_gpu() if kind == "cuda" else nullcontext() as env:
+def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
+    """What the ranks found, all cases in one start of them, by _name; and collective's by wire."""
+    transport, sizes = "ipc" if device == "cuda" else "collective", _sizes(tiny)
+    shared = device == "cuda" and torch.cuda.device_count() == 1
+    asked = [{**sizes, "transport": transport, "quick": quick, **kind} for kind in _kinds()]
+    # Where ranks share a GPU collective goes through the host, and lasts.
+    collective = {"transport": "collective", "mode": "exact", "quick": quick or shared}
+    asked += [{**sizes, **collective, "wire": wire} for wire in WIRES]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sizes["ranks"])]
+    with shared_gpu() if shared else nullcontext() as env:
         done = subprocess.run(
             [*command, "-m", "bench.comm_worker", json.dumps(asked)],
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
@@ -50,23 +67,24 @@ def _measured(kind: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
     if done.returncode != 0:
         raise RuntimeError(f"the ranks failed: {done.stderr.strip()[-500:]}")
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    names = [f"{mode} {wire}" for mode, wire in KINDS] + [f"collective {wire}" for wire in WIRES]
-    return dict(zip(names, found, strict=True))
+    return dict(zip([*map(_name, _kinds()), *WIRES], found, strict=True))
 
 
-def _case(op: str, mode: str, wire: str, tiny: bool) -> Case:
-    sizes = _sizes(tiny)
+def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
+    sizes, several = _sizes(tiny), torch.cuda.device_count() > 1
+    backend = "nccl" if several else "gloo"
 
     def measure(device: torch.device, quick: bool) -> Timing:
-        found = _measured(device.type, tiny, quick)
-        time_us = found[f"{mode} {wire}"][op]
-        return Timing(time_us, {"all_to_all_single over gloo": found[f"collective {wire}"][op]})
+        measured = _measured(device.type, tiny, quick)
+        found = measured[_name(kind)]
+        facts = {"link_gbs": round(found[f"{op}_bytes"] / found[op] / 1e3, 2)} if several else {}
+        return Timing(found[op], {f"all_to_all_single over {backend}": measured[kind["wire"]][op]}, facts)
 
-    tokens, hidden = sizes["ranks"] * sizes["tokens"], sizes["hidden"]
-    row = hidden + 4 * -(-hidden // TILE) if wire == "fp8" and op == "dispatch" else 2 * hidden
+    tokens, hidden = sizes["tokens"] * (1 if several else sizes["ranks"]), sizes["hidden"]
+    row = hidden + 4 * -(-hidden // TILE) if kind["wire"] == "fp8" and op == "dispatch" else 2 * hidden
     return Case(
         op=f"comm_{op}",
-        case={**sizes, "transport": "ipc", "mode": mode, "wire": wire},
+        case={**sizes, "transport": "ipc", **kind},
         flops=tokens * hidden * sizes["topk"] if op == "combine" else 0,
         bytes=tokens * (2 * hidden + sizes["topk"] * row),
         measure=measure,
@@ -75,5 +93,6 @@ def _case(op: str, mode: str, wire: str, tiny: bool) -> Case:
 
 def cases(tiny: bool) -> list[Case]:
     """The way back does not depend on the wire's FP8."""
-    dispatches = [_case("dispatch", mode, wire, tiny) for mode, wire in KINDS]
-    return [*dispatches, _case("combine", "static", "bf16", tiny)]
+    kinds = _kinds()
+    combines = [kind for kind in kinds if kind["mode"] == "static" and kind["wire"] == "bf16"]
+    return [*(_case("dispatch", kind, tiny) for kind in kinds), *(_case("combine", kind, tiny) for kind in combines)]

@@ -138,6 +138,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, out, transport = dist.get_rank(), Path(sys.argv[1]), sys.argv[2]
     device = "cuda" if transport == "ipc" else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}
     results: dict[str, Any] = {}
     for case in CASES:

@@ -20,6 +20,8 @@ def main() -> None:
     device = "cuda" if transport == "ipc" else "cpu"
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     buffer = ExpertBuffer(num_experts=2 * ranks, ranks_per_node=2, transport=transport)
 
     def here(name: str) -> None:

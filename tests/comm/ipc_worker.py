@@ -154,8 +154,8 @@ def memory_comes_back() -> None:
 
 
 def mistakes() -> None:
-    with pytest.raises(ValueError, match=r"num_sms must be in 1\.\.\d+ for 4 ranks a GPU, got 100"):
-        buffer_of(num_sms=100)
+    with pytest.raises(ValueError, match=r"num_sms must be in 1\.\.\d+ for [124] ranks a GPU, got 200"):
+        buffer_of(num_sms=200)
     buffer = buffer_of()
     x, idx, weights = draw(4)
     for bad in (
@@ -175,6 +175,7 @@ def main() -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("dsv3").addHandler(handler)
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(dist.get_rank())
     assert ipc.MAX_RANKS >= RANKS == dist.get_world_size()
     by_chance(int(sys.argv[1]))
