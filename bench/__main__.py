@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Failures:
-    """Prints every failure where it happens, and remembers whether there was one."""
+    """Prints every failure where it happens, and remembers whether there was one; `stopped`: by Ctrl-C or SIGTERM."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.lines = console, []
+        self.console, self.lines, self.stopped = console, [], False
 
     def add(self, line: str) -> None:
         self.lines.append(line)
@@ -64,7 +65,7 @@ def dry_run(names: list[str], console: Console, failures: Failures) -> None:
 
 
 def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Failures) -> list[tuple[Case, Timing]]:
-    """The times of a family's cases, those that failed left out."""
+    """The times of a family's cases, those that failed left out, and those that a signal kept from being measured."""
     measured = []
     device = torch.device("cuda", torch.cuda.current_device())
     for case, small in zip(load(family, tiny=False), load(family, tiny=True), strict=True):
@@ -78,6 +79,10 @@ def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Fa
             failures.add(f"{case.title}: {one_line(error)}")
             release()
             continue
+        except KeyboardInterrupt:
+            failures.stopped = True
+            failures.add(f"{case.title}: stopped, as {len(measured)} cases of {family} were measured")
+            break
         for line in timing.errors:
             failures.add(f"{case.title}: {line}")
         measured.append((case, timing))
@@ -102,6 +107,8 @@ def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console,
             gpus = torch.cuda.device_count() if family == "comm" else 1  # no other uses more than one
             out = args.out or RESULTS / gpu_folder(env.gpu, gpus)
             write_rows(out / f"{family}.jsonl", rows([*top, *measured], sha))
+        if failures.stopped:
+            break
 
 
 def has_hopper() -> bool:
@@ -121,6 +128,7 @@ def measuring(commit: str | None) -> Environment:
 def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
     """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
     env = measuring(args.commit)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     if args.what[0] == "tests":
         from bench.suite import run_tests
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -180,16 +181,8 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / "h100" / "norm.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_writes_what_succeeded(monkeypatch, tmp_path, capsys):
-    """The loop around the measurements, with the measurements replaced: one case fails, one peer fails."""
+def _without_a_gpu(monkeypatch, measured):
     top = [(Case(op="copy", case={"mib": 1024}, flops=0, bytes=2**31), Timing(700.0, {}))]
-
-    def measured(case, ceilings, protocol):
-        if case.op == "rope_":
-            raise RuntimeError("out of luck")
-        errors = ["F.rms_norm: too old"] if case.op == "rmsnorm_backward" and not case.case["residual"] else []
-        return Timing(50.0, {"torch": 60.0}, errors=errors)
-
     monkeypatch.setattr(cli, "has_hopper", lambda: True)
     monkeypatch.setattr(registry, "NATIVE_ERROR", "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -198,6 +191,18 @@ def test_a_run_writes_what_succeeded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "require_native", lambda op: None)
     monkeypatch.setattr(cli, "measure_ceilings", lambda protocol: (CEILINGS, top))
     monkeypatch.setattr(cli, "measure_case", measured)
+
+
+def test_a_run_writes_what_succeeded(monkeypatch, tmp_path, capsys):
+    """The loop around the measurements, with the measurements replaced: one case fails, one peer fails."""
+
+    def measured(case, ceilings, protocol):
+        if case.op == "rope_":
+            raise RuntimeError("out of luck")
+        errors = ["F.rms_norm: too old"] if case.op == "rmsnorm_backward" and not case.case["residual"] else []
+        return Timing(50.0, {"torch": 60.0}, errors=errors)
+
+    _without_a_gpu(monkeypatch, measured)
     assert cli.main(["norm", "--out", str(tmp_path), "--commit", "abc"]) == 1
     rows = results.read_rows(tmp_path / "norm.jsonl")
     assert [r["op"] for r in rows] == ["copy", *(c.op for c in load("norm", tiny=False) if c.op != "rope_")]
@@ -206,6 +211,26 @@ def test_a_run_writes_what_succeeded(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "RuntimeError: out of luck" in printed
     assert "F.rms_norm: too old" in printed
+
+
+def test_a_run_that_is_stopped_writes_what_it_has(monkeypatch, tmp_path, capsys):
+    done = []
+
+    def measured(case, ceilings, protocol):
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        done.append(case.op)
+        return Timing(50.0, {})
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _without_a_gpu(monkeypatch, measured)
+        assert cli.main(["norm", "quant", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [r["op"] for r in results.read_rows(tmp_path / "norm.jsonl")] == ["copy", *done]
+    assert not (tmp_path / "quant.jsonl").exists()
+    assert "stopped, as 3 cases of norm were measured" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- csrc_sha ----
