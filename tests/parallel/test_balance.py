@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3.comm import ExpertBuffer
 from dsv3.parallel import Placement, rebalance
 
 # experts, replicas, groups, nodes, GPUs; the last three have nodes that do not divide the groups
@@ -141,3 +142,36 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> Non
     given = {"load": torch.ones(1, 8), "num_replicas": 8, "num_groups": 2, "num_nodes": 2, "num_gpus": 4}
     with pytest.raises(ValueError, match=said):
         rebalance(**{**given, **changes})
+
+
+def test_replicas_work_through_dispatch(device: torch.device) -> None:
+    """The same sums as without them, since replicas are equal; an expert's tokens are shared among its replicas."""
+    experts, tokens, topk, hidden = 8, 64, 2, 16
+    load = torch.tensor([[1.0] * experts, [40.0, 1, 1, 1, 20, 1, 1, 1]])
+    placed = rebalance(load, 12, 4, 1, 4).to(device)
+    scores = torch.rand(tokens, experts, device=device)
+    scores[:, 0] += 1  # everyone's first choice
+    topk_idx = scores.topk(topk).indices
+    x, factors = torch.randn(tokens, hidden, device=device), torch.randn(experts, device=device)
+    weights = torch.rand(tokens, topk, device=device)
+
+    def run(num_experts: int, chosen: Tensor, of_expert: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = ExpertBuffer(num_experts=num_experts, transport="local")
+        handle = buffer.dispatch(x, chosen, weights)
+        sizes = handle.offsets.diff()
+        scale = of_expert.repeat_interleave(sizes.long()) * handle.topk_weights
+        return buffer.combine(handle.x * scale[:, None], handle), sizes
+
+    plain, _ = run(experts, topk_idx, factors)
+    for layer in range(2):
+        expert_of = placed.physical_to_logical[layer]
+        for first in (0, 1):
+            chosen = placed.choose(topk_idx, layer, first=first)
+            assert torch.equal(expert_of[chosen], topk_idx)
+            out, sizes = run(12, chosen, factors[expert_of])
+            torch.testing.assert_close(out, plain)
+            counts = placed.counts[layer]
+            assert sizes[expert_of == 0].max() - sizes[expert_of == 0].min() <= 1
+            assert int(sizes[expert_of == 0].sum()) == tokens
+            assert int(counts[0]) == int((expert_of == 0).sum())
+    assert int(placed.counts[1, 0]) > 1

@@ -16,11 +16,31 @@ from torch import Tensor
 
 
 class Placement(NamedTuple):
-    """Where experts are: slot s of P lies on GPU s // (P / num_gpus). On the CPU, int64."""
+    """Where experts are: slot s of P lies on GPU s // (P / num_gpus). int64, on the CPU unless moved."""
 
     physical_to_logical: Tensor  # [L, P]: the expert in a slot
     logical_to_physical: Tensor  # [L, E, most replicas of an expert]: its slots, by replica; -1 behind them
     counts: Tensor  # [L, E]: replicas of an expert, at least 1
+
+    def to(self, device: torch.device | str) -> Placement:
+        """On another device, so that `choose` copies nothing to it."""
+        return Placement(*(tensor.to(device) for tensor in self))
+
+    def choose(self, topk_idx: Tensor, layer: int, *, first: int = 0) -> Tensor:
+        """The slots to which tokens go whose gate has chosen experts: what an ExpertBuffer of P experts dispatches.
+
+        A token takes the replicas of its experts in turn with the tokens beside it. Reads nothing on the host.
+
+        Args:
+            topk_idx: int64 [T, k], experts in 0..E-1, on the placement's device.
+            layer: in 0..L-1.
+            first: at which replica token 0 begins; different on every rank, or few tokens would all go to the first.
+
+        Returns:
+            int64 [T, k].
+        """
+        turn = torch.arange(first, first + topk_idx.shape[0], device=topk_idx.device)[:, None]
+        return self.logical_to_physical[layer][topk_idx, turn % self.counts[layer][topk_idx]]
 
 
 def rebalance(load: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Placement:
