@@ -105,7 +105,7 @@ void define_torch_ops(py::module_& m) {
 void define_peers(py::module_& m) {
   using dsv3::Peers;
   py::class_<Peers>(m, "Peers")
-      .def(py::init<int, int, int, int, int, double>())
+      .def(py::init<int, int, int, int, int, int, int, double>())
       .def_property_readonly("handle", [](const Peers& peers) { return py::bytes(peers.handle()); })
       .def_property_readonly("bytes", &Peers::bytes)
       .def_property_readonly("lost", &Peers::lost)
@@ -176,6 +176,10 @@ PYBIND11_MODULE(_C, m) {
   define(m, "comm_exchange", dsv3::comm_exchange);
   define(m, "comm_dispatch", dsv3::comm_dispatch);
   define(m, "comm_combine", dsv3::comm_combine);
+  define(m, "comm_send", dsv3::comm_send);
+  define(m, "comm_receive", dsv3::comm_receive);
+  define(m, "comm_send_sums", dsv3::comm_send_sums);
+  define(m, "comm_receive_sums", dsv3::comm_receive_sums);
   define(m, "cross_entropy_", dsv3::cross_entropy_);
   define(m, "adamw", dsv3::adamw);
 }

@@ -185,6 +185,20 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
                   Tensor topk_idx, Tensor position, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
                   const Peers& peers, cudaStream_t stream);
 
+// comm/low_latency.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens). comm_send: x float
+// [T, H], weights fp32 and topk_idx int64 [T, k]. comm_receive: rows like x [G, R, H], R >= N * M, or e4m3 with sf fp32
+// [G, R, ceil(H / 128)] of strides (R, 1, any); row_weights fp32 [G, R]; counts int32 [G]; and for the way back arrived int32
+// [N], tokens int32 [N, M], entry_rows int32 [N, M, k].
+void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, bool cast, double amax_floor,
+               const Peers& peers, cudaStream_t stream);
+void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Tensor counts, Tensor arrived,
+                  Tensor tokens, Tensor entry_rows, const Peers& peers, cudaStream_t stream);
+// y float [G, R, H] -> out [T, H] of its dtype; fp32_sums as of comm_combine.
+void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, bool fp32_sums, const Peers& peers,
+                    cudaStream_t stream);
+void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
+                       const Peers& peers, cudaStream_t stream);
+
 // loss/cross_entropy.cu. loss fp32 [T]; logits float [T, V], replaced by the gradient where asked; targets int64 [T],
 // -100 is ignored.
 void cross_entropy_(Tensor loss, Tensor logits, Tensor targets, bool write_gradient, cudaStream_t stream);

@@ -8,14 +8,13 @@
 //
 // Bytes that count: every row read once, out written once; between them each (token, rank) passes a slot in the L2 cache.
 #include "../ops.h"
-#include "peers.cuh"
+#include "sums.cuh"
 
 namespace dsv3 {
 namespace {
 
 constexpr int kProducers = 10, kOwners = 6;  // warps
 constexpr int kThreads = (kProducers + kOwners) * kWarpSize;
-constexpr int kWarpBytes = 14 * 1024;  // of shared memory, for rows on their way
 
 struct CombineParams {
   OwnTokens own;
@@ -29,107 +28,6 @@ struct CombineParams {
   int hidden, piece, pieces;  // columns
   int ranks_per_node;
 };
-
-// A lane takes kRun consecutive columns, kBatch times a warp's width apart; its loads run ahead through memory of its own.
-constexpr int kRun = 8, kBatch = 4;
-constexpr int kTurn = kBatch * kWarpSize * kRun;  // columns of a warp and turn
-template <class T>
-struct Ahead {
-  static constexpr int kWords = kRun * sizeof(T) / 16;
-  static constexpr int kStages = kWarpBytes / (kTurn * static_cast<int>(sizeof(T)));
-  uint4* const words;  // [kStages][kBatch][kWords][lane]: this lane's first
-
-  __device__ __forceinline__ uint4* at(int load, int b, int i) const {
-    return words + ((load % kStages * kBatch + b) * kWords + i) * kWarpSize;
-  }
-  __device__ __forceinline__ void ask(int load, const T* row, int first, int columns) const {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int column = first + b * kWarpSize * kRun;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (column < columns) copy_ahead(at(load, b, i), row + column + i * (kRun / kWords));
-      }
-    }
-  }
-  // Every turn commits, also where it asks for nothing: so the oldest of kStages loads is there.
-  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;"); }
-  __device__ __forceinline__ void wait_oldest() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
-  }
-  __device__ __forceinline__ void add_to(float (&sum)[kBatch][kRun], int load) const {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const uint4 raw = *at(load, b, i);
-        float x[kRun / kWords];
-        unpack(reinterpret_cast<const Vec<T>&>(raw), x);
-#pragma unroll
-        for (int j = 0; j < kRun / kWords; ++j) sum[b][i * (kRun / kWords) + j] += x[j];
-      }
-    }
-  }
-};
-
-template <class T>
-__device__ __forceinline__ void store_sums(T* row, int first, int columns, const float (&sum)[kBatch][kRun]) {
-  constexpr int kStep = Vec<T>::kSize;
-#pragma unroll
-  for (int b = 0; b < kBatch; ++b) {
-    const int column = first + b * kWarpSize * kRun;
-#pragma unroll
-    for (int i = 0; i < kRun / kStep; ++i) {
-      float x[kStep];
-#pragma unroll
-      for (int j = 0; j < kStep; ++j) x[j] = sum[b][i * kStep + j];
-      Vec<T> vec;
-      pack(x, vec);
-      if (column < columns) store(row + column + i * kStep, vec);
-    }
-  }
-}
-
-// out = the sum of `count` rows in their order, of which lane i knows the i-th. Where `ends` has bit i, rows up to the i-th
-// make a sum of their own, rounded to S, to which later ones are added.
-template <class In, class S, class Out>
-__device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
-                                         uint4* memory) {
-  const int lane = threadIdx.x % kWarpSize;
-  const Ahead<In> ahead{memory + lane};
-  const int turns = ceil_div(columns, kTurn), loads = turns * count;
-  int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
-  const auto ask = [&] {
-    const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
-    if (asked < loads) ahead.ask(asked, reinterpret_cast<const In*>(from), next_turn * kTurn + lane * kRun, columns);
-    ahead.commit();
-    ++asked;
-    if (++next_row >= count) next_row = 0, ++next_turn;
-  };
-#pragma unroll 1
-  for (int i = 0; i < Ahead<In>::kStages - 1; ++i) ask();
-  int load = 0;
-#pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-    float total[kBatch][kRun] = {}, sum[kBatch][kRun] = {};
-#pragma unroll 1
-    for (int i = 0; i < count; ++i, ++load) {
-      ask();
-      ahead.wait_oldest();
-      ahead.add_to(sum, load);
-      if (!(ends >> i & 1)) continue;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-#pragma unroll
-        for (int j = 0; j < kRun; ++j) {
-          total[b][j] += to_float(from_float<S>(sum[b][j]));
-          sum[b][j] = 0.f;
-        }
-      }
-    }
-    store_sums(out, turn * kTurn + lane * kRun, columns, total);
-  }
-}
 
 // A token's rows, which lanes hold, in pieces to the ring of its rank.
 template <class Y, class S>
@@ -187,24 +85,6 @@ __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams&
   return next;
 }
 
-// The slots of the ranks in `mask` as sum_rows wants them: in lane i that of the i-th.
-struct Parts {
-  const Slot* slot;
-  unsigned ends;
-};
-__device__ __forceinline__ Parts parts_of(const Rings& r, const CombineParams& p, unsigned mask, const Slot* slot) {
-  const int lane = threadIdx.x % kWarpSize;
-  Parts parts{slot, 0};
-  int place = 0;
-  for (unsigned left = mask; left != 0; left &= left - 1, ++place) {
-    const int rank = __ffs(left) - 1, next = __ffs(left & (left - 1)) - 1;
-    const auto of_rank = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank);
-    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_rank);
-    if (next < 0 || next / p.ranks_per_node != rank / p.ranks_per_node) parts.ends |= 1u << place;
-  }
-  return parts;
-}
-
 // What row_weights hold of the token's pairs: each from its rank's slot, where they stand by expert.
 __device__ __forceinline__ void take_weights(const CombineParams& p, int64_t token, const Slot* slot) {
   const int lane = threadIdx.x % kWarpSize;
@@ -232,7 +112,7 @@ __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, 
       const Slot* const slot = used ? ring_slot(r, r.rank, lane, channel, item) : nullptr;
       const int begin = piece * p.piece;
       Y* const out = static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin;
-      const Parts parts = parts_of(r, p, mask, slot);
+      const Parts parts = parts_of(p.ranks_per_node, mask, slot);
       const S* const part = reinterpret_cast<const S*>(parts.slot->data);
       sum_rows<S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
       if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);

@@ -7,17 +7,14 @@
 //
 // Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot, of which all that
 // are in use fit the L2 cache. Memory-bound.
-#include "../common/e4m3.cuh"
 #include "../ops.h"
-#include "peers.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace {
 
 constexpr int kSenders = 8, kReceivers = 16;  // warps; receivers write twice as much as senders read and write
 constexpr int kThreads = (kSenders + kReceivers) * kWarpSize;
-constexpr int kBatch = 4;  // vectors a lane and turn
-constexpr int kStageVectors = kPieceBytes / 16;
 static_assert(kReceivers >= kMaxRanks);
 
 struct DispatchParams {
@@ -26,147 +23,27 @@ struct DispatchParams {
   const int64_t* pairs;  // [T, k]: each pair's place in the own order by expert
   const int* shift;      // [E]
   const float* weights;  // [T, k], or null
-  void* rows;            // [R, H]
-  uint8_t* codes;        // [R, H], where rows stay FP8
-  float* sf;             // [R, tiles]
+  RowTarget to;          // [R, H], scales [R, tiles]
   float* row_weights;    // [R], or null
   int64_t* position;     // [N * max_tokens, k], or null
   const int* arrivals;   // [N, C]
   const int* total;      // rows that there are; where they are more than R, all of them become NaN
-  int num_rows, max_tokens;
+  int max_tokens;
   int hidden, piece, pieces;  // columns
   ScaleRule rule;
 };
 
-// How values travel: as they are (words), or as codes with scales. X: of x and, where they are dequantised, of the rows.
-struct Words {
-  using X = uint4;
-  static constexpr int kColumns = 1;  // a vector: "columns" are words of 16 bytes
-  static constexpr bool kCast = false, kDecode = false;
-};
-template <class T, bool kDecoded>
-struct Codes {
-  using X = T;
-  static constexpr int kColumns = Pack<T>::kSize;
-  static constexpr bool kCast = true, kDecode = kDecoded;
-};
-
-// The lanes of a tile cast their pack; returns the scale.
-template <class X>
-__device__ __forceinline__ float cast_pack(const Pack<X>& pack, ScaleRule rule, uint32_t (&words)[Pack<X>::kSize / 4]) {
-  float amax = abs_max(pack);
-#pragma unroll
-  for (int offset = kTile / Pack<X>::kSize / 2; offset > 0; offset /= 2) {
-    amax = MaxNan{}(amax, __shfl_xor_sync(kAllLanes, amax, offset));
-  }
-  const float sf = tile_scale(amax, rule), inverse = __frcp_rn(sf);
-#pragma unroll
-  for (int c = 0; c < Pack<X>::kSize / 4; ++c) {
-    float v[4];
-    unpack(pack, c, v);
-    words[c] = encode(v, inverse);
-  }
-  return sf;
-}
-
-// Asks for this lane's vectors of a part of a row, from `first` on: as many as the stage holds.
-__device__ __forceinline__ void ask(Slot* stage, const uint4* row, int first, int vectors) {
-  const int count = min(vectors - first, kStageVectors);
-  for (int v = threadIdx.x % kWarpSize; v < count; v += kWarpSize) copy_ahead(&stage->data[v], row + first + v);
-}
-
-// Writes a piece of a row, of which the stage has the first part, to the slots of the ranks in `mask`; slot: in lane r that
-// of rank r.
-template <class Way>
-__device__ __forceinline__ void send_piece(const DispatchParams& p, const uint4* row, int vectors, unsigned mask,
-                                           Slot* slot, Slot* stage) {
-  using X = typename Way::X;
-  const int lane = threadIdx.x % kWarpSize;
-  for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
-    if (first % kStageVectors == 0) {
-      if (first != 0) ask(stage, row, first, vectors);
-      wait_for_copies();  // a lane's own vectors: no other reads them
-    }
-    uint4 raw[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int v = first + b * kWarpSize + lane;
-      raw[b] = v < vectors ? stage->data[v % kStageVectors] : make_uint4(0, 0, 0, 0);
-    }
-    constexpr int kWords = Way::kCast ? Pack<X>::kSize / 4 : 1, kLanes = Way::kCast ? kTile / Pack<X>::kSize : 1;
-    [[maybe_unused]] uint32_t words[kBatch][kWords];
-    if constexpr (Way::kCast) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const float sf = cast_pack(Pack<X>{raw[b].x, raw[b].y, raw[b].z, raw[b].w}, p.rule, words[b]);
-        const int v = first + b * kWarpSize + lane;
-        if (v < vectors && v % kLanes == 0) stage->sf[v / kLanes] = sf;
-      }
-    }
-    for (unsigned left = mask; left != 0; left &= left - 1) {
-      Slot* const to =
-          reinterpret_cast<Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1));
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int v = first + b * kWarpSize + lane;
-        if (v >= vectors) continue;
-        if constexpr (Way::kCast) {
-          store_words(reinterpret_cast<uint8_t*>(to->data) + v * Pack<X>::kSize, words[b]);
-        } else {
-          to->data[v] = raw[b];
-        }
-      }
-    }
-  }
-}
-
-// Lane j has pair j of a token: its expert's rank, and its place among the token's rows there.
-struct Pair {
-  int rank, place, row;
-  float weight;
-};
 __device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) {
   const int lane = threadIdx.x % kWarpSize;
   Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
-  int row = 0;
   if (lane < p.own.topk) {
     const int64_t at = token * p.own.topk + lane;
     const int expert = static_cast<int>(p.own.topk_idx[at]);
     pair.rank = expert / p.own.local_experts;
-    row = pair.row = static_cast<int>(p.pairs[at]) + p.shift[expert];
+    pair.row = static_cast<int>(p.pairs[at]) + p.shift[expert];
     if (p.weights != nullptr) pair.weight = p.weights[at];
   }
-  for (int j = 0; j < p.own.topk; ++j) {
-    const int rank = __shfl_sync(kAllLanes, pair.rank, j), other = __shfl_sync(kAllLanes, row, j);
-    if (rank == pair.rank && other < row) ++pair.place;
-  }
-  return pair;
-}
-
-constexpr int kRestVectors = (sizeof(Slot) - offsetof(Slot, sf)) / 16;  // scales and meta
-static_assert(kRestVectors <= kWarpSize && offsetof(Slot, sf) % 16 == 0);
-__device__ __forceinline__ uint4* rest_of(Slot* slot) { return reinterpret_cast<uint4*>(slot->sf); }
-
-// What is no data, from the stage, where the scales lie, to the slots: as whole vectors, since the L2 cache takes its time
-// over parts of a sector.
-__device__ __forceinline__ void send_meta(const Pair& pair, int token, unsigned mask, Slot* slot, Slot* stage) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (unsigned left = mask; left != 0; left &= left - 1) {
-    const int rank = __ffs(left) - 1;
-    const int count = __popc(__ballot_sync(kAllLanes, pair.rank == rank));
-    if (pair.rank == rank) {
-      stage->meta.rows[pair.place] = pair.row;
-      stage->meta.weights[pair.place] = pair.weight;
-    }
-    if (lane == 0) {
-      stage->meta.token = token;
-      stage->meta.count = count;
-    }
-    Slot* const to = reinterpret_cast<Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank));
-    __syncwarp();
-    if (lane < kRestVectors) rest_of(to)[lane] = rest_of(stage)[lane];
-    __syncwarp();
-  }
+  return placed(pair, p.own.topk);
 }
 
 template <class Way>
@@ -186,89 +63,12 @@ __device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p
       const uint32_t* const done = done_flag(r, r.rank, lane, channel, item);
       if (!warp_wait(r, used, done, item + 1 - r.slots, lane)) return false;
       Slot* const slot = used ? ring_slot(r, lane, r.rank, channel, item) : nullptr;
-      send_piece<Way>(p, row, vectors, mask, slot, stage);
+      send_piece<Way>(p.rule, row, vectors, mask, slot, stage);
       send_meta(pair, token, mask, slot, stage);
       if (used) store_release(ready_flag(r, lane, r.rank, channel, item), item + 1);
     }
     return true;
   });
-}
-
-// Codes of a vector as values of T.
-template <class T>
-__device__ __forceinline__ void decode(const uint4& codes, float sf, T* out) {
-  const Pack<E4M3> packed{codes.x, codes.y, codes.z, codes.w};
-  constexpr int kSize = Vec<T>::kSize;
-#pragma unroll
-  for (int i = 0; i < 16 / kSize; ++i) {
-    float values[kSize];
-#pragma unroll
-    for (int c = 0; c < kSize / 4; ++c) {
-      float v[4];
-      unpack(packed, i * (kSize / 4) + c, v);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[4 * c + j] = __fmul_rn(v[j], sf);
-    }
-    Vec<T> vec;
-    pack(values, vec);
-    store(out + i * kSize, vec);
-  }
-}
-
-// Writes a slot's columns to its rows, of which lane i holds the i-th; rows beyond the last there is are left out.
-template <class Way>
-__device__ __forceinline__ void write_rows(const DispatchParams& p, const Slot* slot, int begin, int columns, int row,
-                                           bool spoiled) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int vectors = Way::kCast ? ceil_div(columns, 16) : columns;
-  constexpr uint32_t kNan = 0x7fff7fffu;  // in bf16 and in fp32
-  const int count = slot->meta.count;
-  for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
-    uint4 raw[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int v = first + b * kWarpSize + lane;
-      if (v < vectors) raw[b] = slot->data[v];
-      if (!Way::kCast && spoiled) raw[b] = make_uint4(kNan, kNan, kNan, kNan);
-    }
-    for (int i = 0; i < count; ++i) {
-      const int64_t at = __shfl_sync(kAllLanes, row, i);
-      if (at >= p.num_rows) continue;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int v = first + b * kWarpSize + lane;
-        if (v >= vectors) continue;
-        if constexpr (Way::kDecode) {
-          using X = typename Way::X;
-          decode(raw[b], slot->sf[v / 8], static_cast<X*>(p.rows) + at * p.hidden + begin + v * 16);
-        } else if constexpr (Way::kCast) {
-          *reinterpret_cast<uint4*>(p.codes + at * p.hidden + begin + v * 16) = raw[b];
-        } else {
-          static_cast<uint4*>(p.rows)[at * p.hidden + begin + v] = raw[b];
-        }
-      }
-    }
-  }
-  if constexpr (Way::kCast && !Way::kDecode) {
-    const int tiles = ceil_div(columns, kTile);
-    for (int i = 0; i < count; ++i) {
-      const int64_t at = __shfl_sync(kAllLanes, row, i);
-      if (at >= p.num_rows) continue;
-      float* const to = p.sf + at * ceil_div(p.hidden, kTile) + begin / kTile;
-      for (int tile = lane; tile < tiles; tile += kWarpSize) {
-        to[tile] = spoiled ? __uint_as_float(kNan) : slot->sf[tile];
-      }
-    }
-  }
-}
-
-// Brings a slot, of whose data so many vectors are in use, to shared memory, for the whole warp.
-__device__ __forceinline__ void take(Slot* stage, const Slot* slot, int vectors) {
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane < kRestVectors) copy_ahead(rest_of(stage) + lane, reinterpret_cast<const uint4*>(slot->sf) + lane);
-  ask(stage, slot->data, 0, vectors);
-  wait_for_copies();
-  __syncwarp();
 }
 
 template <class Way>
@@ -278,7 +78,8 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
   if (source >= r.ranks) return;
   const int items = p.arrivals[source * r.channels + channel] * p.pieces;
   const uint32_t begin = local_of(r, r.rank)->received[source][channel];
-  const bool spoiled = *p.total > p.num_rows;
+  const int num_rows = p.to.num_rows;
+  const bool spoiled = *p.total > num_rows;
   for (int i = warp % sharing; i < items; i += sharing) {
     const uint32_t item = begin + i;
     const int piece = i % p.pieces, first = piece * p.piece, columns = min(p.piece, p.hidden - first);
@@ -289,10 +90,10 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
     const int row = lane < meta.count ? meta.rows[lane] : 0;
     if (piece == 0 && lane < meta.count && p.position != nullptr) {
       const int64_t token = static_cast<int64_t>(source) * p.max_tokens + meta.token;
-      p.position[token * p.own.topk + lane] = row < p.num_rows ? row : row + 1;
-      if (row < p.num_rows) p.row_weights[row] = meta.weights[lane];
+      p.position[token * p.own.topk + lane] = row < num_rows ? row : row + 1;
+      if (row < num_rows) p.row_weights[row] = meta.weights[lane];
     }
-    write_rows<Way>(p, stage, first, columns, row, spoiled);
+    write_rows<Way>(p.to, stage, first, columns, row, spoiled);
     __syncwarp();
   }
 }
@@ -344,6 +145,7 @@ template <class Way>
 void start(const Rings& r, DispatchParams& p, int64_t bytes_of_column, cudaStream_t stream) {
   p.piece = piece_columns(p.hidden, static_cast<int>(bytes_of_column));
   p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
+  p.to.hidden = p.hidden;
   const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = kThreads / kWarpSize * sizeof(Slot)};
   launch("comm_dispatch", dispatch_kernel<Way>, shape, stream, r, p);
 }
@@ -382,12 +184,11 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
                    .pairs = pairs.data<int64_t>(),
                    .shift = shift.data<int>(),
                    .weights = weights ? weights->data<float>() : nullptr,
-                   .rows = rows.data<void>(),
+                   .to = {.rows = rows.data<void>(), .num_rows = static_cast<int>(num_rows)},
                    .row_weights = row_weights ? row_weights->data<float>() : nullptr,
                    .position = position ? position->data<int64_t>() : nullptr,
                    .arrivals = arrivals.data<int>(),
                    .total = total.data<int>() + total.numel() - 1,
-                   .num_rows = static_cast<int>(num_rows),
                    .max_tokens = static_cast<int>(max_tokens),
                    .hidden = static_cast<int>(hidden),
                    .rule = scale_rule(amax_floor, true)};
@@ -401,8 +202,10 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
   if (sf) {
     casts = row_casts("rows", rows, "sf", *sf, num_rows, hidden, p.rule);
     check_operand("sf_rows", *sf_rows, Dtype::kFloat32, num_rows, tiles);
-    p.codes = casts.out;
-    p.sf = sf_rows->data<float>();
+    p.to.codes = casts.out;
+    p.to.sf = sf_rows->data<float>();
+    p.to.sf_row_stride = tiles;
+    p.to.sf_tile_stride = 1;
   }
   visit_float("x", x.dtype(), [&](auto zero) {
     using T = decltype(zero);
@@ -410,8 +213,8 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
   });
   if (!sf) return;
   const Launch shape{.grid = dim3(r.channels), .block = dim3(256), .smem = tiles * (kScaleRows + 1) * sizeof(float)};
-  launch("comm_dispatch", order_scales_kernel, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.sf, p.total,
-         p.num_rows, tiles);
+  launch("comm_dispatch", order_scales_kernel, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.to.sf, p.total,
+         p.to.num_rows, tiles);
 }
 
 }  // namespace dsv3

@@ -24,7 +24,9 @@ class Current {
 
 }  // namespace
 
-Peers::Peers(int device, int rank, int ranks, int channels, int slots, double timeout_seconds) : device_(device) {
+Peers::Peers(int device, int rank, int ranks, int channels, int slots, int window_tokens, int window_pieces,
+             double timeout_seconds)
+    : device_(device) {
   DSV3_CHECK(ranks >= 1 && ranks <= kMaxRanks && rank >= 0 && rank < ranks, "ranks must be 1..", kMaxRanks, ", got ",
              ranks);
   DSV3_CHECK(channels >= 1 && channels <= kMaxChannels && slots >= 1, "channels must be 1..", kMaxChannels, ", got ",
@@ -34,8 +36,12 @@ Peers::Peers(int device, int rank, int ranks, int channels, int slots, double ti
   rings_.ranks = ranks;
   rings_.channels = channels;
   rings_.slots = slots;
+  DSV3_CHECK(window_tokens >= 0 && window_tokens <= kMaxWindowTokens && window_pieces >= 0,
+             "window_tokens must be at most ", kMaxWindowTokens, ", got ", window_tokens);
+  rings_.window_tokens = window_tokens;
+  rings_.window_pieces = window_pieces;
   rings_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
-  bytes_ = ring_bytes(rings_);
+  bytes_ = peer_bytes(rings_);
   void* memory = nullptr;
   check_cuda(cudaMalloc(&memory, bytes_), "cudaMalloc of the rings");
   rings_.base[rank] = static_cast<char*>(memory);

@@ -43,6 +43,18 @@ struct Notice {
 };
 constexpr int kHeadInts = 8;
 
+// Low-latency mode has windows instead of rings: a slot for every token of every rank, twice, so that a call can be under way
+// while the one before is still received. What a rank knows and is told of them, for the ways there and back:
+constexpr int kMaxWindowTokens = 1024;
+enum : int { kThere, kBack };
+struct WindowState {
+  uint32_t epoch[2];               // calls that have been sent, received
+  uint32_t blocks[2];              // that are done with the call, of either half
+  uint32_t arrived[2][kMaxRanks];  // [epoch % 2]: epoch + 1, from every rank, once all it sends is there
+  uint32_t counts[2][kMaxRanks];   // tokens that it sent
+  uint32_t taken[2][kMaxRanks];    // epoch + 1, from every rank, once it has taken all that was sent to it
+};
+
 // A rank's memory: `Local`, then flags and slots of the rings, each [rank of the other side][channel][slot].
 struct Local {
   uint32_t failed;                             // a wait was given up: nothing is to be waited for any more
@@ -50,6 +62,7 @@ struct Local {
   uint32_t sent[kMaxRanks][kMaxChannels];      // items so far, to every rank
   uint32_t received[kMaxRanks][kMaxChannels];  // and from every rank
   uint32_t noticed[2][kMaxRanks];              // flags of the notices
+  WindowState windows[2];                      // there and back
   alignas(16) Notice notices[2][kMaxRanks];    // of even and odd exchanges
 };
 
@@ -60,7 +73,17 @@ __host__ __device__ inline int64_t slots_begin(const Rings& r) {
   const int64_t end = sizeof(Local) + 2 * ring_flags(r) * sizeof(uint32_t);
   return (end + alignof(Slot) - 1) / alignof(Slot) * alignof(Slot);
 }
-inline int64_t ring_bytes(const Rings& r) { return slots_begin(r) + ring_flags(r) * sizeof(Slot); }
+__host__ __device__ inline int64_t windows_begin(const Rings& r) {
+  return slots_begin(r) + ring_flags(r) * static_cast<int64_t>(sizeof(Slot));
+}
+// A rank's windows: [way][epoch % 2][rank of the other side][token][piece].
+__host__ __device__ inline int64_t window_index(const Rings& r, int way, int parity, int other, int token, int piece) {
+  const int64_t row = (static_cast<int64_t>(way * 2 + parity) * r.ranks + other) * r.window_tokens + token;
+  return row * r.window_pieces + piece;
+}
+inline int64_t peer_bytes(const Rings& r) {
+  return windows_begin(r) + window_index(r, 2, 0, 0, 0, 0) * static_cast<int64_t>(sizeof(Slot));
+}
 
 __device__ __forceinline__ Local* local_of(const Rings& r, int rank) { return reinterpret_cast<Local*>(r.base[rank]); }
 __device__ __forceinline__ int64_t ring_index(const Rings& r, int other, int channel, uint32_t item) {
@@ -75,6 +98,11 @@ __device__ __forceinline__ uint32_t* done_flag(const Rings& r, int owner, int ot
 }
 __device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int other, int channel, uint32_t item) {
   return reinterpret_cast<Slot*>(r.base[owner] + slots_begin(r)) + ring_index(r, other, channel, item);
+}
+
+__device__ __forceinline__ Slot* window_slot(const Rings& r, int owner, int way, int parity, int other, int token,
+                                             int piece) {
+  return reinterpret_cast<Slot*>(r.base[owner] + windows_begin(r)) + window_index(r, way, parity, other, token, piece);
 }
 
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {

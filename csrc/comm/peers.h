@@ -22,12 +22,15 @@ struct Rings {
   Waiting* waiting;
   uint64_t timeout_ns;
   int rank, ranks, channels, slots;
+  int window_tokens, window_pieces;  // of the windows of low-latency mode, or 0
 };
 
 // Owns this rank's memory and the mappings of the others'. The ranks make it, tell each other `handle` and `connect`.
 class Peers {
  public:
-  Peers(int device, int rank, int ranks, int channels, int slots, double timeout_seconds);
+  // window_tokens: most tokens of a rank in a call of low-latency mode; window_pieces: most pieces of a row there.
+  Peers(int device, int rank, int ranks, int channels, int slots, int window_tokens, int window_pieces,
+        double timeout_seconds);
   ~Peers() { disconnect(); }
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;

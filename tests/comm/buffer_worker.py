@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import Dispatched, ExpertBuffer
+from dsv3.reference.quant import dequantize
 from tests.comm.cases import CASES, FP8, Case, arrived, experts, inputs
 
 
@@ -37,6 +38,7 @@ def run(buffer: ExpertBuffer, case: Case, rank: int, device: str) -> dict[str, A
     again = buffer.combine(experts(arrived(apart), apart.topk_weights, expert), apart)
     assert torch.equal(again, out), "a handle is its tensors"
     cast = {} if handle.x_sf is None else {"x_sf": handle.x_sf[:end], "strides": torch.tensor(handle.x_sf.stride())}
+    low_latency(buffer, x.detach(), idx, weights.detach(), rank, out.detach())
     results = {
         **cast,
         "x": handle.x.detach()[:end],
@@ -47,6 +49,24 @@ def run(buffer: ExpertBuffer, case: Case, rank: int, device: str) -> dict[str, A
         "dweights": weights.grad,
     }
     return {name: result.cpu() for name, result in results.items()}
+
+
+def low_latency(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor, rank: int, out: Tensor) -> None:
+    """Masked rows in two halves give the sums of a dispatch, also with a second call under way."""
+    pending = [buffer.send(x * factor, idx, weights) for factor in (1, 2)]
+    sums = []
+    for sent in pending:
+        masked = sent.receive()
+        y = torch.full(masked.x.shape, torch.nan, dtype=x.dtype, device=x.device)
+        for g, count in enumerate(masked.counts.tolist()):
+            rows = masked.x[g, :count]
+            if masked.x_sf is not None:
+                rows = dequantize(rows, masked.x_sf[g, :count]).to(x.dtype)
+            expert = torch.full((count,), rank * len(masked.counts) + g, device=x.device)
+            y[g, :count] = experts(rows, masked.topk_weights[g, :count], expert)
+        sums.append(buffer.send_sums(y, masked))
+    assert torch.equal(sums[0].receive(), out)
+    sums[1].receive()
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -40,7 +40,9 @@ class Case:
     def settings(self) -> dict[str, Any]:
         """Of the buffer. In static mode the rows are fewer than the worst case, but for one hot expert."""
         room = {"max_recv": 8 * MAX_TOKENS, "max_tokens": MAX_TOKENS} if self.static else {}
-        return {"num_experts": self.num_experts, "ranks_per_node": self.per_node, "wire_dtype": self.wire, **room}
+        low_latency = {"low_latency": MAX_TOKENS, "hidden": self.hidden}
+        wire = {"ranks_per_node": self.per_node, "wire_dtype": self.wire}
+        return {"num_experts": self.num_experts, **wire, **low_latency, **room}
 
 
 BF16 = {"dtype": torch.bfloat16}

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import counts, ipc
+from dsv3.comm import counts, ipc, low_latency
 from dsv3.comm.alive import Heartbeat
 from dsv3.comm.fp8 import add_up_cast, spread_cast
+from dsv3.comm.low_latency import Masked, Pending
 from dsv3.comm.room import Room
 from dsv3.comm.steps import (
     Copies,
@@ -124,6 +125,8 @@ class ExpertBuffer:
             the CPU.
         num_sms: multiprocessors that ipc takes; None: 20, or fewer where ranks share a GPU. Ranks that share one leave 4 of it
             free, or a kernel that others wait for might never start.
+        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024.
+        hidden: H of what is sent; wanted with low_latency alone.
         timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
             and the next call raises.
 
@@ -152,16 +155,21 @@ class ExpertBuffer:
         max_tokens: int | None = None,
         device: torch.device | None = None,
         num_sms: int | None = None,
+        low_latency: int | None = None,
+        hidden: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
         sizes = {"ranks_per_node": ranks_per_node, "max_recv": max_recv, "max_tokens": max_tokens, "num_sms": num_sms}
+        sizes |= {"low_latency": low_latency, "hidden": hidden}
         for name, number in {"num_experts": num_experts, **sizes}.items():
             if type(number) is not int and (number is not None or name == "num_experts"):
                 raise ValueError(f"{name} must be an int, got {number!r}")
         if (max_recv is None) != (max_tokens is None) or min(max_recv or 1, max_tokens or 1) < 0:
             raise ValueError(f"max_recv and max_tokens go together and are at least 0, got {max_recv} and {max_tokens}")
+        if (low_latency is None) != (hidden is None) or min(low_latency or 1, hidden or 1) < 1:
+            raise ValueError(f"low_latency and hidden go together and are at least 1, got {low_latency} and {hidden}")
         if wire_dtype not in WIRES:
             raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRES))}, got {wire_dtype}")
         if transport in ("collective", "ipc") and not dist.is_initialized():
@@ -191,6 +199,7 @@ class ExpertBuffer:
             raise ValueError(f"ranks_per_node must divide the ranks, got {ranks_per_node} for {ranks} ranks")
         self.layout = counts.Layout(num_experts, ranks, width, rank)
         self.room = None if max_recv is None else Room(self.layout, max_tokens, max_recv)
+        self._few = low_latency, hidden
         self._told = False  # whether the memory has been logged
         self._link = None
         if self.transport == "ipc":
@@ -268,6 +277,44 @@ class ExpertBuffer:
             return add_up_cast(y, steps)
         return add_up(y.to(self.wire_dtype or y.dtype), steps).to(y.dtype)
 
+    def send(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Pending[Masked]:
+        """Low-latency dispatch of at most `low_latency` tokens, of which `receive` gives what came; not differentiable.
+
+        Args:
+            x: [T, H] of the buffer's hidden; dtypes and the rest as of `dispatch`.
+
+        Raises:
+            ValueError: what does not fit, on this rank alone.
+        """
+        most, hidden = self._few
+        if most is None or x.dim() != 2 or x.shape[1] != hidden or x.shape[0] > most:
+            raise ValueError(f"send: x must be at most {most} rows of {hidden}, got {tuple(x.shape)}")
+        if self._link is None:
+            return low_latency.send(self, x, topk_idx, topk_weights, most * self.layout.ranks)
+        self._link.raise_lost()
+        cast = self.wire_dtype == FP8
+        problem = counts.problem(x, topk_idx, topk_weights, cast) or self._link.problem(x, topk_idx, topk_weights)
+        if problem is not None:
+            raise ValueError(f"send: {problem}")
+        link, x, topk_idx = self._link, x.detach().contiguous(), topk_idx.contiguous()
+        link.send(x, topk_idx, topk_weights.detach().contiguous(), cast)
+        return Pending(lambda: link.receive(x, topk_idx, cast))
+
+    def send_sums(self, y: Tensor, masked: Masked) -> Pending[Tensor]:
+        """Low-latency combine of y [G, R, H]: `receive` gives [T, H], the sums that `combine` gives.
+
+        Raises ValueError, on this rank alone, where y has not the shape of the received rows or their dtype before the wire.
+        """
+        if y.shape != masked.x.shape or (masked.x_sf is None and y.dtype != masked.x.dtype):
+            expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (masked.x, y))
+            raise ValueError(f"send_sums: y must be like the received rows, {expected}, got {got}")
+        if self._link is None:
+            return low_latency.send_sums(self, y, masked)
+        self._link.raise_lost()
+        link, y, fp32 = self._link, y.detach().contiguous(), self.wire_dtype == torch.float32
+        link.send_sums(y, masked, fp32)
+        return Pending(lambda: link.receive_sums(y, masked, fp32))
+
     def check(self) -> None:
         """Raises what an earlier call has found out on the device since, without waiting for it: too many rows; over ipc, ranks
         that were waited for in vain."""
@@ -284,7 +331,9 @@ class ExpertBuffer:
     def _open(self, device: torch.device, num_sms: int | None, timeout: float) -> None:
         """Connects the ranks over ipc, or leaves them to collective."""
         try:
-            self._link = ipc.Link(self.group, self.layout, device, num_sms=num_sms, timeout=timeout)
+            tokens, hidden = self._few
+            window = None if tokens is None else (tokens, 4 * hidden)  # fp32 rows or sums are the widest
+            self._link = ipc.Link(self.group, self.layout, device, num_sms=num_sms, window=window, timeout=timeout)
         except ipc.Unreachable as reason:
             self.transport = "collective"
             if self.layout.rank == 0:

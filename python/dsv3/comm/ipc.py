@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsv3.comm import counts
 from dsv3.comm.alive import lost_ranks, naming_lost_ranks
+from dsv3.comm.low_latency import Masked, empty_masked
 from dsv3.ops import registry
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.ops.quant import empty_per_token
@@ -29,6 +30,8 @@ MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
 SLOTS = 16  # of a ring
+PIECE_BYTES = 8192  # kPieceBytes (csrc/comm/peers.cuh)
+MAX_WINDOW_TOKENS = 1024  # kMaxWindowTokens
 FLOOR = 1e-4  # smallest amax of a cast tile, as of per_token_cast
 
 log = logging.getLogger("dsv3")
@@ -61,6 +64,7 @@ class Link:
 
     Args:
         num_sms: multiprocessors of a call; None for NUM_SMS, or fewer where ranks share a GPU.
+        window: most tokens of a rank, and bytes of a row on its widest way, in low-latency mode; None for none.
         timeout: seconds that a kernel waits for another rank.
 
     Raises:
@@ -75,6 +79,7 @@ class Link:
         device: torch.device,
         *,
         num_sms: int | None = None,
+        window: tuple[int, int] | None = None,
         timeout: float,
     ) -> None:
         self.group, self.layout, self.device, self.timeout = group, layout, device, timeout
@@ -87,6 +92,8 @@ class Link:
         self.num_sms = min(NUM_SMS, spare // sharing) if num_sms is None else num_sms
         if not 1 <= self.num_sms <= spare // sharing:
             raise ValueError(f"num_sms must be in 1..{spare // sharing} for {sharing} ranks a GPU, got {self.num_sms}")
+        tokens, row = window or (0, 0)
+        self.window = tokens, -(-row // PIECE_BYTES)
         self._peers: Any = None
         try:
             self._connect()
@@ -99,7 +106,7 @@ class Link:
         threading.Thread(target=_watch, args=(self._peers, ranks, stopped), daemon=True).start()
         self._stop = weakref.finalize(self, stopped.set)
         log.info(
-            "ipc: %.3g MB of device memory for the rings from %d ranks, %d multiprocessors",
+            "ipc: %.3g MB of device memory for what %d ranks send, %d multiprocessors",
             self._peers.bytes / 1e6, layout.ranks, self.num_sms,
         )  # fmt: skip
 
@@ -107,7 +114,13 @@ class Link:
         handle, reason = b"", None
         try:
             self._peers = registry.native().Peers(
-                self.device.index, self.layout.rank, self.layout.ranks, self.num_sms, SLOTS, float(self.timeout)
+                self.device.index,
+                self.layout.rank,
+                self.layout.ranks,
+                self.num_sms,
+                SLOTS,
+                *self.window,
+                float(self.timeout),
             )
             handle = self._peers.handle
         except RuntimeError as error:
@@ -228,6 +241,36 @@ class Link:
             rows, None, None, None, None, x, None, *way, offsets, 0, cast, GRADIENT_FLOOR, self._peers
         )
         return rows
+
+    def send(self, x: Tensor, topk_idx: Tensor, weights: Tensor, cast: bool) -> None:
+        """The first half of a dispatch in low-latency mode."""
+        self._keep_order()
+        registry.native().comm_send(x, weights, topk_idx, self.layout.num_experts, cast, FLOOR, self._peers)
+
+    def receive(self, x: Tensor, topk_idx: Tensor, cast: bool) -> Masked:
+        """The second half; x and topk_idx are what was sent."""
+        layout, (tokens, _) = self.layout, self.window
+        experts, room = layout.num_local_experts, layout.ranks * tokens
+        rows, sf = empty_masked(x, experts, room, cast=cast)
+        weights = torch.empty(experts, room, device=self.device)
+        sizes = (experts,), (layout.ranks,), (layout.ranks, tokens), (layout.ranks, tokens, topk_idx.shape[1])
+        counts, *way = (topk_idx.new_empty(size, dtype=torch.int32) for size in sizes)
+        self._keep_order()
+        registry.native().comm_receive(rows, sf, weights, counts, *way, self._peers)
+        return Masked(rows, sf, weights, counts, (topk_idx, *way))
+
+    def send_sums(self, y: Tensor, masked: Masked, fp32: bool) -> None:
+        """The first half of a combine."""
+        self._keep_order()
+        registry.native().comm_send_sums(y, *masked.way[1:], fp32, self._peers)
+
+    def receive_sums(self, y: Tensor, masked: Masked, fp32: bool) -> Tensor:
+        """The second half: [T, H]."""
+        topk_idx, layout = masked.way[0], self.layout
+        out = y.new_empty(topk_idx.shape[0], y.shape[2])
+        self._keep_order()
+        registry.native().comm_receive_sums(out, topk_idx, layout.num_experts, layout.ranks_per_node, fp32, self._peers)
+        return out
 
     def sum(
         self, y: Tensor, row_weights: Tensor | None, way: Way, position: Tensor, fp32: bool

@@ -1,0 +1,455 @@
+// The same ways for the few tokens of a decoding step, by two kernels each: one sends and is over, a later one receives, and no
+// multiprocessor waits in between. Every token of every rank has its slot, so nobody must be asked before or waits for room:
+//
+//   comm_send          tokens, cast where the wire is FP8, to slots at each rank that needs them; then a flag for every rank
+//   comm_receive       waits for the flags; rows of a slot to x[g, i] of its local experts g, i counting their tokens by rank,
+//                      then by token; counts[g]
+//   comm_send_sums     the sum of each token's rows to a slot at its rank; then the flags
+//   comm_receive_sums  waits; the sums of the ranks added up, as comm_combine adds them
+//
+// Windows take turns (peers.cuh): a call may be sent while the one before is still received, but no two. Bytes that count are
+// those of comm_dispatch and comm_combine; between them slots pass through the L2 cache. What remains is latency: loads of a
+// token or slot are all on their way at once, and a warp has one.
+#include "../ops.h"
+#include "rows.cuh"
+#include "sums.cuh"
+
+namespace dsv3 {
+namespace {
+
+constexpr int kWarps = 14, kThreads = kWarps * kWarpSize;
+
+struct SendParams {
+  OwnTokens own;
+  const void* x;         // [T, H]
+  const float* weights;  // [T, k]
+  int hidden, piece, pieces;
+  ScaleRule rule;
+};
+
+struct ReceiveParams {
+  RowTarget to;        // [G * R, H]
+  float* row_weights;  // [G, R]
+  int* counts;         // [G]
+  int* arrived;        // [N]: tokens that came from every rank
+  int* tokens;         // [N, M]: which
+  int* rows;           // [N, M, k]: their rows, ascending; -1 for none
+  int topk, local_experts, room;
+  int hidden, piece, pieces;
+};
+
+struct SendSumsParams {
+  const void* y;  // [G * R, H]
+  const int *arrived, *tokens, *rows;
+  int topk, hidden, piece, pieces;
+};
+
+struct ReceiveSumsParams {
+  OwnTokens own;
+  void* out;  // [T, H]
+  int hidden, piece, pieces;
+  int ranks_per_node;
+};
+
+// One half of a call: what it found of the windows when it began.
+struct Half {
+  WindowState* state;
+  int half;  // 0 sends, 1 receives
+  uint32_t epoch;
+  __device__ __forceinline__ Half(const Rings& r, int way, int which)
+      : state(&local_of(r, r.rank)->windows[way]), half(which), epoch(state->epoch[which]) {}
+  __device__ __forceinline__ int parity() const { return epoch % 2; }
+};
+
+// All of the block waits until every rank's flag has reached `value`.
+__device__ __forceinline__ bool block_wait(const Rings& r, const uint32_t* flags, uint32_t value) {
+  __shared__ bool there;
+  if (threadIdx.x < kWarpSize) {
+    const int rank = threadIdx.x;
+    const bool all = warp_wait(r, rank < r.ranks, flags + rank, value, rank);
+    if (rank == 0) there = all;
+  }
+  __syncthreads();
+  return there;
+}
+
+// Calls tell(rank) in a thread for every rank once all blocks are here: what any of them wrote is seen with a release of it.
+template <class F>
+__device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tell) {
+  __syncthreads();
+  if (threadIdx.x >= kWarpSize) return;
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    last = atomicAdd(&call.state->blocks[call.half], 1u) == gridDim.x - 1;
+    __threadfence_system();
+  }
+  if (!__shfl_sync(kAllLanes, last, 0)) return;
+  if (threadIdx.x < r.ranks) tell(static_cast<int>(threadIdx.x));
+  if (threadIdx.x == 0) {
+    call.state->blocks[call.half] = 0;
+    call.state->epoch[call.half] = call.epoch + 1;
+  }
+}
+
+// In lane r, how many of the first `end` tokens rank r needs.
+__device__ __forceinline__ int tokens_before(const uint16_t* needs, int end, int ranks) {
+  const int lane = threadIdx.x % kWarpSize;
+  int found = 0;
+  for (int first = 0; first < end; first += kWarpSize) {
+    const unsigned mask = first + lane < end ? needs[first + lane] : 0;
+    for (int rank = 0; rank < ranks; ++rank) {
+      const int count = __popc(__ballot_sync(kAllLanes, mask >> rank & 1));
+      if (lane == rank) found += count;
+    }
+  }
+  return found;
+}
+
+__device__ __forceinline__ unsigned ranks_of(const OwnTokens& own, int64_t token, int ranks) {
+  unsigned found = 0;
+  for (int j = 0; j < own.topk; ++j) {
+    const unsigned rank =
+        static_cast<unsigned>(own.topk_idx[token * own.topk + j]) / static_cast<unsigned>(own.local_experts);
+    if (rank < static_cast<unsigned>(ranks)) found |= 1u << rank;
+  }
+  return found;
+}
+
+template <class Way>
+__global__ void __launch_bounds__(kThreads, 1)
+    send_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendParams p) {
+  extern __shared__ __align__(128) char memory[];  // a slot for every warp
+  __shared__ uint16_t needs[kMaxWindowTokens];
+  using X = typename Way::X;
+  wait_for_inputs();
+  if (local_of(r, r.rank)->failed) return;
+  const Half call(r, kThere, 0);
+  for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = ranks_of(p.own, t, r.ranks);
+  if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;  // of the last call but one
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
+  for (int token = blockIdx.x + gridDim.x * warp; token < p.own.tokens; token += gridDim.x * kWarps) {
+    const X* const x = static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
+    const unsigned mask = needs[token];
+    const int place = tokens_before(needs, token, r.ranks);
+    Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
+    if (lane < p.own.topk) {
+      const int64_t at = static_cast<int64_t>(token) * p.own.topk + lane;
+      const int expert = static_cast<int>(p.own.topk_idx[at]);
+      pair.rank = expert / p.own.local_experts;
+      pair.row = expert % p.own.local_experts;
+      pair.weight = p.weights[at];
+    }
+    pair = placed(pair, p.own.topk);
+    for (int piece = 0; piece < p.pieces; ++piece) {
+      const int begin = piece * p.piece, vectors = min(p.piece, p.hidden - begin) / Way::kColumns;
+      const uint4* const row = reinterpret_cast<const uint4*>(x + begin);
+      ask(stage, row, 0, vectors);
+      Slot* const slot = mask >> lane & 1 ? window_slot(r, lane, kThere, call.parity(), r.rank, place, piece) : nullptr;
+      send_piece<Way>(p.rule, row, vectors, mask, slot, stage);
+      send_meta(pair, token, mask, slot, stage);
+    }
+  }
+  __syncthreads();
+  const int total = tokens_before(needs, p.own.tokens, r.ranks);  // in lane r, for rank r
+  finish(r, call, [&](int rank) {
+    WindowState& there = local_of(r, rank)->windows[kThere];
+    there.counts[call.parity()][r.rank] = total;
+    store_release(&there.arrived[call.parity()][r.rank], call.epoch + 1);
+  });
+}
+
+// The entries that came, all ranks' one after the other.
+struct Entries {
+  int starts[kMaxRanks + 1];
+  __device__ __forceinline__ void add_up(int ranks, int count_of_lane) {  // by a warp
+    const int lane = threadIdx.x % kWarpSize;
+    int end = lane < ranks ? count_of_lane : 0;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, end, step);
+      if (lane >= step) end += before;
+    }
+    if (lane == 0) starts[0] = 0;
+    if (lane < ranks) starts[lane + 1] = end;
+  }
+  __device__ __forceinline__ int source_of(int entry, int ranks) const {
+    int source = 0;
+    while (source + 1 < ranks && starts[source + 1] <= entry) ++source;
+    return source;
+  }
+};
+
+// A bit for every local expert of an entry: word w of entry i at bits[w * entries + i].
+__device__ __forceinline__ void fill_bits(const Rings& r, const ReceiveParams& p, const Half& call,
+                                          const Entries& entries, int total, int words, unsigned* bits) {
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int source = entries.source_of(i, r.ranks);
+    const Meta& meta = window_slot(r, r.rank, kThere, call.parity(), source, i - entries.starts[source], 0)->meta;
+    for (int w = 0; w < words; ++w) bits[w * total + i] = 0;
+    const int count = __ldcg(&meta.count);
+    for (int j = 0; j < count; ++j) {
+      const int expert = __ldcg(&meta.rows[j]);
+      bits[expert / 32 * total + i] |= 1u << expert % 32;
+    }
+  }
+}
+
+// How many of the first `end` entries have the expert; by a warp.
+__device__ __forceinline__ int entries_before(const unsigned* bits, int total, int expert, int end) {
+  const unsigned* const word = bits + expert / 32 * total;
+  int found = 0;
+  for (int first = 0; first < end; first += kWarpSize) {
+    const int i = first + static_cast<int>(threadIdx.x % kWarpSize);
+    found += __popc(__ballot_sync(kAllLanes, i < end && (word[i] >> expert % 32 & 1)));
+  }
+  return found;
+}
+
+template <class Way>
+__global__ void __launch_bounds__(kThreads, 1)
+    receive_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveParams p) {
+  extern __shared__ __align__(128) char memory[];  // a slot for every warp, then the bits
+  __shared__ Entries entries;
+  wait_for_inputs();
+  if (local_of(r, r.rank)->failed) return;
+  const Half call(r, kThere, 1);
+  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? __ldcg(&call.state->counts[call.parity()][lane]) : 0);
+  __syncthreads();
+  const int total = entries.starts[r.ranks], words = ceil_div(p.local_experts, 32);
+  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
+  unsigned* const bits = reinterpret_cast<unsigned*>(reinterpret_cast<Slot*>(memory) + kWarps);
+  fill_bits(r, p, call, entries, total, words, bits);
+  __syncthreads();
+  for (int expert = blockIdx.x + gridDim.x * warp; expert < p.local_experts; expert += gridDim.x * kWarps) {
+    const int count = entries_before(bits, total, expert, total);
+    if (lane == 0) p.counts[expert] = count;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < r.ranks) {
+    p.arrived[threadIdx.x] = entries.starts[threadIdx.x + 1] - entries.starts[threadIdx.x];
+  }
+  for (int i = blockIdx.x + gridDim.x * warp; i < total; i += gridDim.x * kWarps) {
+    const int source = entries.source_of(i, r.ranks), place = i - entries.starts[source];
+    int row = -1;
+    for (int piece = 0; piece < p.pieces; ++piece) {
+      const int first = piece * p.piece, columns = min(p.piece, p.hidden - first);
+      take(stage, window_slot(r, r.rank, kThere, call.parity(), source, place, piece),
+           Way::kCast ? ceil_div(columns, 16) : columns);
+      const Meta& meta = stage->meta;
+      for (int j = 0; piece == 0 && j < meta.count; ++j) {
+        const int expert = meta.rows[j], index = entries_before(bits, total, expert, i);
+        if (lane == j) row = expert * p.room + index;
+      }
+      if (piece == 0) {
+        const int64_t entry = static_cast<int64_t>(source) * r.window_tokens + place;
+        if (lane == 0) p.tokens[entry] = meta.token;
+        if (lane < p.topk) p.rows[entry * p.topk + lane] = row;
+        if (lane < meta.count) p.row_weights[row] = meta.weights[lane];
+      }
+      write_rows<Way>(p.to, stage, first, columns, row, false);
+      __syncwarp();
+    }
+  }
+  finish(r, call, [&](int rank) {
+    store_release(&local_of(r, rank)->windows[kThere].taken[call.parity()][r.rank], call.epoch + 1);
+  });
+}
+
+template <class Y, class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    send_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendSumsParams p) {
+  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
+  __shared__ Entries entries;
+  wait_for_inputs();
+  if (local_of(r, r.rank)->failed) return;
+  const Half call(r, kBack, 0);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? p.arrived[lane] : 0);
+  if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;
+  const int items = entries.starts[r.ranks] * p.pieces;
+  for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
+    const int i = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
+    const int source = entries.source_of(i, r.ranks);
+    const int64_t entry = static_cast<int64_t>(source) * r.window_tokens + i - entries.starts[source];
+    const int found = lane < p.topk ? p.rows[entry * p.topk + lane] : -1;
+    const int count = __popc(__ballot_sync(kAllLanes, found >= 0));
+    const Y* const row = static_cast<const Y*>(p.y) + static_cast<int64_t>(max(found, 0)) * p.hidden + begin;
+    Slot* const slot = window_slot(r, source, kBack, call.parity(), r.rank, p.tokens[entry], piece);
+    sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count,
+                   1u << max(count - 1, 0), rows_ahead + warp * (kWarpBytes / 16));
+  }
+  finish(r, call, [&](int rank) {
+    store_release(&local_of(r, rank)->windows[kBack].arrived[call.parity()][r.rank], call.epoch + 1);
+  });
+}
+
+template <class Y, class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    receive_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveSumsParams p) {
+  extern __shared__ uint4 rows_ahead[];
+  wait_for_inputs();
+  if (local_of(r, r.rank)->failed) return;
+  const Half call(r, kBack, 1);
+  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int items = p.own.tokens * p.pieces;
+  for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
+    const int token = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
+    const unsigned mask = ranks_of(p.own, token, r.ranks);
+    const Slot* const slot =
+        mask >> lane & 1 ? window_slot(r, r.rank, kBack, call.parity(), lane, token, piece) : nullptr;
+    const Parts parts = parts_of(p.ranks_per_node, mask, slot);
+    sum_rows<S, S>(static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin,
+                   min(p.piece, p.hidden - begin), reinterpret_cast<const S*>(parts.slot->data), __popc(mask),
+                   parts.ends, rows_ahead + warp * (kWarpBytes / 16));
+  }
+  finish(r, call, [&](int rank) {
+    store_release(&local_of(r, rank)->windows[kBack].taken[call.parity()][r.rank], call.epoch + 1);
+  });
+}
+
+// Columns of a piece, and how many of them: they must fit the windows.
+template <class P>
+void divide(const Rings& r, P& p, int bytes_of_column) {
+  p.piece = piece_columns(p.hidden, bytes_of_column);
+  p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
+  DSV3_CHECK(p.pieces <= r.window_pieces, "a row has ", p.pieces, " pieces, and the windows have room for ",
+             r.window_pieces);
+}
+
+OwnTokens own_tokens(const Rings& r, const Tensor& topk_idx, int64_t num_experts) {
+  check_operand("topk_idx", topk_idx, Dtype::kInt64);
+  DSV3_CHECK(topk_idx.dim() == 2 && topk_idx.size(1) >= 1 && topk_idx.size(1) <= kMaxTopk, "topk must be in 1..",
+             kMaxTopk, ", got ", topk_idx);
+  DSV3_CHECK(topk_idx.size(0) <= r.window_tokens, topk_idx.size(0), " tokens are more than ", r.window_tokens);
+  return {.topk_idx = topk_idx.data<int64_t>(),
+          .tokens = static_cast<int>(topk_idx.size(0)),
+          .topk = static_cast<int>(topk_idx.size(1)),
+          .local_experts = static_cast<int>(num_experts / r.ranks)};
+}
+
+Launch of_windows(const Rings& r, size_t smem) {
+  return {.grid = dim3(r.channels), .block = dim3(kThreads), .smem = smem};
+}
+
+}  // namespace
+
+void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, bool cast, double amax_floor,
+               const Peers& peers, cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  SendParams p{.own = own_tokens(r, topk_idx, num_experts), .rule = scale_rule(amax_floor, true)};
+  DSV3_CHECK(x.dim() == 2, "x must be (tokens, hidden), got ", x);
+  check_operand("x", x, x.dtype(), p.own.tokens, x.size(1));
+  check_operand("weights", weights, Dtype::kFloat32, p.own.tokens, p.own.topk);
+  const int size = x.dtype() == Dtype::kFloat32 ? 4 : 2;
+  DSV3_CHECK(x.size(1) * size % 16 == 0 && (!cast || x.size(1) % 16 == 0),
+             "hidden does not fill vectors of 16 bytes: ", x.size(1));
+  const DeviceGuard guard(x);
+  p.x = x.data<void>();
+  p.weights = weights.data<float>();
+  p.hidden = static_cast<int>(cast ? x.size(1) : x.size(1) * size / 16);
+  divide(r, p, cast ? 1 : 16);
+  const Launch shape = of_windows(r, kWarps * sizeof(Slot));
+  if (!cast) return launch("comm_send", send_kernel<Words>, shape, stream, r, p);
+  visit_float("x", x.dtype(),
+              [&](auto zero) { launch("comm_send", send_kernel<Codes<decltype(zero), false>>, shape, stream, r, p); });
+}
+
+void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Tensor counts, Tensor arrived,
+                  Tensor tokens, Tensor entry_rows, const Peers& peers, cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  DSV3_CHECK(rows.dim() == 3 && entry_rows.dim() == 3, "rows must be (experts, room, hidden), got ", rows);
+  const int64_t experts = rows.size(0), room = rows.size(1), hidden = rows.size(2), topk = entry_rows.size(2);
+  DSV3_CHECK(room >= int64_t{r.ranks} * r.window_tokens && experts * room < (int64_t{1} << 31),
+             "rows must have room for the tokens of all ranks, got ", rows);
+  check_operand("rows", rows, rows.dtype());
+  check_operand("row_weights", row_weights, Dtype::kFloat32, experts, room);
+  check_operand("counts", counts, Dtype::kInt32, experts);
+  check_operand("arrived", arrived, Dtype::kInt32, r.ranks);
+  check_operand("tokens", tokens, Dtype::kInt32, r.ranks, r.window_tokens);
+  check_operand("entry_rows", entry_rows, Dtype::kInt32, r.ranks, r.window_tokens, topk);
+  DSV3_CHECK(topk >= 1 && topk <= kMaxTopk, "topk must be in 1..", kMaxTopk, ", got ", topk);
+  const bool cast = sf.has_value();
+  const int size = cast ? 1 : rows.dtype() == Dtype::kFloat32 ? 4 : 2;
+  const DeviceGuard guard(rows);
+  ReceiveParams p{.to = {.rows = rows.data<void>(), .num_rows = static_cast<int>(experts * room)},
+                  .row_weights = row_weights.data<float>(),
+                  .counts = counts.data<int>(),
+                  .arrived = arrived.data<int>(),
+                  .tokens = tokens.data<int>(),
+                  .rows = entry_rows.data<int>(),
+                  .topk = static_cast<int>(topk),
+                  .local_experts = static_cast<int>(experts),
+                  .room = static_cast<int>(room),
+                  .hidden = static_cast<int>(cast ? hidden : hidden * size / 16)};
+  p.to.hidden = p.hidden;
+  divide(r, p, cast ? 1 : 16);
+  if (cast) {
+    DSV3_CHECK(rows.dtype() == Dtype::kE4M3 && sf->dim() == 3 && sf->dtype() == Dtype::kFloat32 &&
+                   sf->size(0) == experts && sf->size(1) == room && sf->size(2) == ceil_div(hidden, kTile) &&
+                   sf->stride(0) == room && (room == 1 || sf->stride(1) == 1),
+               "sf must be (experts, room, tiles) with strides (room, 1, ...) beside rows in e4m3, got ", *sf);
+    p.to.codes = rows.data<uint8_t>();
+    p.to.sf = sf->data<float>();
+    p.to.sf_row_stride = 1;
+    p.to.sf_tile_stride = sf->stride(2);
+  }
+  const size_t bits = size_t(r.ranks) * r.window_tokens * ceil_div(experts, 32) * sizeof(unsigned);
+  const size_t smem = kWarps * sizeof(Slot) + bits;
+  DSV3_CHECK(smem <= 227 * 1024 - sizeof(Entries) - 1024, r.ranks, " ranks of ", r.window_tokens, " tokens and ",
+             experts, " local experts are more than a block has memory for");
+  const Launch shape = of_windows(r, smem);
+  if (!cast) return launch("comm_receive", receive_kernel<Words>, shape, stream, r, p);
+  launch("comm_receive", receive_kernel<Codes<__nv_bfloat16, false>>, shape, stream, r, p);
+}
+
+void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, bool fp32_sums, const Peers& peers,
+                    cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  DSV3_CHECK(y.dim() == 3 && entry_rows.dim() == 3, "y must be (experts, room, hidden), got ", y);
+  check_operand("y", y, y.dtype());
+  check_operand("arrived", arrived, Dtype::kInt32, r.ranks);
+  check_operand("tokens", tokens, Dtype::kInt32, r.ranks, r.window_tokens);
+  check_operand("entry_rows", entry_rows, Dtype::kInt32, r.ranks, r.window_tokens, entry_rows.size(2));
+  const DeviceGuard guard(y);
+  SendSumsParams p{.y = y.data<void>(),
+                   .arrived = arrived.data<int>(),
+                   .tokens = tokens.data<int>(),
+                   .rows = entry_rows.data<int>(),
+                   .topk = static_cast<int>(entry_rows.size(2)),
+                   .hidden = static_cast<int>(y.size(2))};
+  visit_float("y", y.dtype(), [&](auto zero) {
+    using Y = decltype(zero);
+    DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
+    const bool narrow = sizeof(Y) == 2 && !fp32_sums;
+    divide(r, p, narrow ? 2 : 4);
+    const Launch shape = of_windows(r, kWarps * kWarpBytes);
+    narrow ? launch("comm_send_sums", send_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
+           : launch("comm_send_sums", send_sums_kernel<Y, float>, shape, stream, r, p);
+  });
+}
+
+void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
+                       const Peers& peers, cudaStream_t stream) {
+  const Rings& r = peers.rings();
+  ReceiveSumsParams p{.own = own_tokens(r, topk_idx, num_experts),
+                      .out = out.data<void>(),
+                      .hidden = static_cast<int>(out.size(1)),
+                      .ranks_per_node = static_cast<int>(ranks_per_node)};
+  check_operand("out", out, out.dtype(), p.own.tokens, p.hidden);
+  const DeviceGuard guard(out);
+  visit_float("out", out.dtype(), [&](auto zero) {
+    using Y = decltype(zero);
+    DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
+    const bool narrow = sizeof(Y) == 2 && !fp32_sums;
+    divide(r, p, narrow ? 2 : 4);
+    const Launch shape = of_windows(r, kWarps * kWarpBytes);
+    narrow ? launch("comm_receive_sums", receive_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
+           : launch("comm_receive_sums", receive_sums_kernel<Y, float>, shape, stream, r, p);
+  });
+}
+
+}  // namespace dsv3

@@ -1,0 +1,129 @@
+// Sums of rows, in fp32 and in their order: by a warp, whose loads run ahead.
+#pragma once
+
+#include "peers.cuh"
+
+namespace dsv3 {
+
+constexpr int kWarpBytes = 14 * 1024;  // of shared memory, for rows on their way
+
+// A lane takes kRun consecutive columns, kRuns times a warp's width apart; its loads run ahead through memory of its own.
+constexpr int kRun = 8, kRuns = 4;
+constexpr int kTurn = kRuns * kWarpSize * kRun;  // columns of a warp and turn
+template <class T>
+struct Ahead {
+  static constexpr int kWords = kRun * sizeof(T) / 16;
+  static constexpr int kStages = kWarpBytes / (kTurn * static_cast<int>(sizeof(T)));
+  uint4* const words;  // [kStages][kRuns][kWords][lane]: this lane's first
+
+  __device__ __forceinline__ uint4* at(int load, int b, int i) const {
+    return words + ((load % kStages * kRuns + b) * kWords + i) * kWarpSize;
+  }
+  __device__ __forceinline__ void ask(int load, const T* row, int first, int columns) const {
+#pragma unroll
+    for (int b = 0; b < kRuns; ++b) {
+      const int column = first + b * kWarpSize * kRun;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if (column < columns) copy_ahead(at(load, b, i), row + column + i * (kRun / kWords));
+      }
+    }
+  }
+  // Every turn commits, also where it asks for nothing: so the oldest of kStages loads is there.
+  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;"); }
+  __device__ __forceinline__ void wait_oldest() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[kRuns][kRun], int load) const {
+#pragma unroll
+    for (int b = 0; b < kRuns; ++b) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint4 raw = *at(load, b, i);
+        float x[kRun / kWords];
+        unpack(reinterpret_cast<const Vec<T>&>(raw), x);
+#pragma unroll
+        for (int j = 0; j < kRun / kWords; ++j) sum[b][i * (kRun / kWords) + j] += x[j];
+      }
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void store_sums(T* row, int first, int columns, const float (&sum)[kRuns][kRun]) {
+  constexpr int kStep = Vec<T>::kSize;
+#pragma unroll
+  for (int b = 0; b < kRuns; ++b) {
+    const int column = first + b * kWarpSize * kRun;
+#pragma unroll
+    for (int i = 0; i < kRun / kStep; ++i) {
+      float x[kStep];
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) x[j] = sum[b][i * kStep + j];
+      Vec<T> vec;
+      pack(x, vec);
+      if (column < columns) store(row + column + i * kStep, vec);
+    }
+  }
+}
+
+// out = the sum of `count` rows in their order, of which lane i knows the i-th. Where `ends` has bit i, rows up to the i-th
+// make a sum of their own, rounded to S, to which later ones are added.
+template <class In, class S, class Out>
+__device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
+                                         uint4* memory) {
+  const int lane = threadIdx.x % kWarpSize;
+  const Ahead<In> ahead{memory + lane};
+  const int turns = ceil_div(columns, kTurn), loads = turns * count;
+  int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
+  const auto ask = [&] {
+    const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
+    if (asked < loads) ahead.ask(asked, reinterpret_cast<const In*>(from), next_turn * kTurn + lane * kRun, columns);
+    ahead.commit();
+    ++asked;
+    if (++next_row >= count) next_row = 0, ++next_turn;
+  };
+#pragma unroll 1
+  for (int i = 0; i < Ahead<In>::kStages - 1; ++i) ask();
+  int load = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    float total[kRuns][kRun] = {}, sum[kRuns][kRun] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, ++load) {
+      ask();
+      ahead.wait_oldest();
+      ahead.add_to(sum, load);
+      if (!(ends >> i & 1)) continue;
+#pragma unroll
+      for (int b = 0; b < kRuns; ++b) {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          total[b][j] += to_float(from_float<S>(sum[b][j]));
+          sum[b][j] = 0.f;
+        }
+      }
+    }
+    store_sums(out, turn * kTurn + lane * kRun, columns, total);
+  }
+}
+
+// The slots of the ranks in `mask` as sum_rows wants them: in lane i that of the i-th.
+struct Parts {
+  const Slot* slot;
+  unsigned ends;
+};
+__device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, const Slot* slot) {
+  const int lane = threadIdx.x % kWarpSize;
+  Parts parts{slot, 0};
+  int place = 0;
+  for (unsigned left = mask; left != 0; left &= left - 1, ++place) {
+    const int rank = __ffs(left) - 1, next = __ffs(left & (left - 1)) - 1;
+    const auto of_rank = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank);
+    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_rank);
+    if (next < 0 || next / ranks_per_node != rank / ranks_per_node) parts.ends |= 1u << place;
+  }
+  return parts;
+}
+
+}  // namespace dsv3
