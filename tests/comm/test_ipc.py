@@ -54,6 +54,43 @@ def test_what_cannot_be_reached_is_said_once(monkeypatch: pytest.MonkeyPatch, ca
     )
 
 
+def test_a_rank_that_has_no_memory_leaves_all_to_collective(tmp_path: Path) -> None:
+    """Its rings cannot be made; the others have theirs, and all of them still meet to take them down."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        """
+import torch, torch.distributed as dist
+from dsv3.comm import ExpertBuffer, ipc
+from dsv3.ops import registry
+dist.init_process_group("gloo")
+class Peers:
+    handle, bytes, lost = b"", 0, -1
+    def __init__(self, *args):
+        if dist.get_rank() == 1:
+            raise RuntimeError("cudaMalloc of the rings: out of memory")
+    def connect(self, handles): raise AssertionError("there is nothing to connect to")
+    def disconnect(self): pass
+    def release(self): pass
+class Native:
+    pass
+Native.Peers = Peers
+ipc._objection = lambda layout, device: None
+registry.native = lambda: Native
+registry.sm_count = lambda device: 132
+buffer = ExpertBuffer(num_experts=4, transport="ipc", device=torch.device("cpu"))
+assert buffer.transport == "collective"
+x, idx = torch.randn(3, 8), torch.tensor([[0, 3], [1, 2], [3, 0]])
+handle = buffer.dispatch(x, idx, torch.ones(3, 2))
+torch.testing.assert_close(buffer.combine(handle.x, handle), 2 * x)
+dist.destroy_process_group()
+"""
+    )
+    done = subprocess.run([*torchrun, str(worker)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("cudaMalloc of the rings: out of memory (rank 1)") == 1
+
+
 class Kernels:
     """Stands for the kernels of a rank that wait, and for what they are told."""
 

@@ -104,7 +104,8 @@ class ExpertBuffer:
 
     All ranks of the group make the buffer together, with the same transport, and use it equally often, forward and
     backward; one that has no tokens dispatches none. Where a call fails on one rank alone, the others wait for it, until that
-    rank's process ends or the group's time-out is over; then they raise RankLost, which names it (dsv3/comm/alive.py).
+    rank's process ends; then they raise RankLost, which names it (dsv3/comm/alive.py). For one that lives they wait as long as
+    the group's time-out, over ipc `timeout`, and then raise RuntimeError.
 
     Args:
         group: the ranks that share the experts; None: the default process group, or with "local" this rank on its own.
@@ -119,7 +120,7 @@ class ExpertBuffer:
             1x128 with power-of-two scales, and x's dtype on the way back.
         max_recv: None for exact mode; or the rows that a rank's experts get at most, for static mode: R is max_recv, no
             count is read on the host. Where more come, a CPU raises on all ranks at once; a GPU fills what it gives with NaN,
-            and every later dispatch raises.
+            and every later dispatch on this rank raises; sums of tokens all of whose rows there had no room lack them.
         max_tokens: of a rank in one dispatch; wanted in static mode alone.
         device: where x will be. None: this process's GPU where the transport is ipc or the group's backend NCCL, otherwise
             the CPU.
@@ -209,11 +210,12 @@ class ExpertBuffer:
         """Sends every token to its experts; differentiable in x (through the handle's `rows`) and topk_weights.
 
         In exact mode "collective" and "ipc" read all ranks' counts once on the host. "local", and static mode on a GPU, never
-        wait for the device, so they do not look at the expert ids.
+        wait for the device, so they do not look at the expert ids; over ipc one that does not exist means the nearest that
+        does.
 
         Args:
-            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16; over ipc bf16 or fp32, in rows of
-                whole 16 bytes. Ranks may differ in T, and have T = 0.
+            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16; over ipc bf16 or fp32, H a
+                multiple of 8. Ranks may differ in T, and have T = 0.
             topk_idx: int64 [T, k], experts in 0..E-1; over ipc k at most 16.
             topk_weights: fp32 [T, k]; of another float dtype, so are the handle's, but not over ipc.
 
@@ -264,7 +266,8 @@ class ExpertBuffer:
         """Brings the rows y [R, H] home and sums each token's, unweighted -> [T, H]; differentiable in y.
 
         In fp32: experts ascending within a rank, then ranks ascending within a node, then nodes ascending, with one
-        rounding after each. Raises ValueError, on this rank alone, where y has not the shape and dtype of the handle's rows.
+        rounding after each. Raises ValueError, on this rank alone, where y has not the shape and dtype of the handle's rows;
+        over ipc RankLost or RuntimeError as dispatch does.
         """
         if (y.shape, y.dtype) != (handle.rows.shape, handle.rows.dtype):
             expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (handle.rows, y))
@@ -324,7 +327,8 @@ class ExpertBuffer:
             self._link.raise_lost()
 
     def close(self) -> None:
-        """Frees what ipc holds, as the end of the process does; all ranks call it together, and nothing after it."""
+        """Frees what ipc holds, as otherwise only the end of the process does; all ranks call it together, and nothing after
+        it."""
         if self._link is not None:
             self._link.close()
 

@@ -27,6 +27,7 @@ from dsv3.ops.quant import empty_per_token
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
+COLUMNS = 8  # that a lane of a sum takes at a time
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
 SLOTS = 16  # of a ring
@@ -142,7 +143,8 @@ class Link:
     def _release(self) -> None:
         if self._peers is not None:
             self._peers.disconnect()
-            self._ask(None)  # nobody writes here any more
+        self._ask(None)  # nobody writes here any more; also of a rank that has nothing
+        if self._peers is not None:
             self._peers.release()
             self._peers = None
 
@@ -173,12 +175,12 @@ class Link:
             return (
                 f"over ipc tensors must be on {self.device}, got {x.device}, {topk_idx.device}, {topk_weights.device}"
             )
-        fits = x.shape[1] * x.element_size() % 16 == 0 and topk_idx.shape[1] <= MAX_TOPK
+        fits = x.shape[1] > 0 and x.shape[1] % COLUMNS == 0 and topk_idx.shape[1] <= MAX_TOPK
         if x.dtype not in DTYPES or topk_weights.dtype != torch.float32 or not fits:
             found = f"{x.shape[1]} {x.dtype}, {topk_idx.shape[1]} and {topk_weights.dtype}".replace("torch.", "")
             return (
-                f"over ipc x must be bfloat16 or float32 in rows of whole 16 bytes, topk at most {MAX_TOPK} and the weights "
-                f"float32, got {found}"
+                f"over ipc x must be bfloat16 or float32 in rows of a multiple of {COLUMNS} columns, topk at most {MAX_TOPK} "
+                f"and the weights float32, got {found}"
             )
         return None
 
@@ -223,6 +225,7 @@ class Link:
     def spread(self, x: Tensor, weights: Tensor, told: Told, cast: bool) -> tuple[Tensor, ...]:
         """Tokens and their weights to the experts -> data [R, H], weights [R], position, and the scales where cast."""
         rows, way = told.num_rows, told.way
+        x, weights = _aligned(x), _aligned(weights)
         self._keep_order()
         data, *sf = empty_per_token(x, rows, x.shape[1]) if cast else (x.new_empty(rows, x.shape[1]),)
         row_weights = weights.new_empty(rows)
@@ -235,7 +238,7 @@ class Link:
 
     def resend(self, x: Tensor, way: Way, offsets: Tensor, num_rows: int, cast: bool) -> Tensor:
         """Other rows of the same tokens -> [R, H] of x's dtype; cast: they travel as FP8."""
-        rows = x.new_empty(num_rows, x.shape[1])
+        rows, x = x.new_empty(num_rows, x.shape[1]), _aligned(x)
         self._keep_order()
         registry.native().comm_dispatch(
             rows, None, None, None, None, x, None, *way, offsets, 0, cast, GRADIENT_FLOOR, self._peers
@@ -278,6 +281,7 @@ class Link:
         """Rows [R, H] home, summed -> [T, H]; and what row_weights [R] hold for each pair -> [T, k]."""
         out = y.new_empty(way.topk_idx.shape[0], y.shape[1])
         weights = None if row_weights is None else row_weights.new_empty(way.topk_idx.shape)
+        y, row_weights = _aligned(y), None if row_weights is None else _aligned(row_weights)
         self._keep_order()
         registry.native().comm_combine(
             out, weights, y, row_weights, way.topk_idx, position, self.layout.num_experts, self.layout.ranks_per_node,
@@ -294,7 +298,7 @@ class _Spread(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, link: Link, told: Told, wire: torch.dtype | None
     ) -> tuple[Tensor, ...]:
         cast = wire == torch.float8_e4m3fn
-        data, row_weights, position, *sf = link.spread(x.contiguous(), weights.contiguous(), told, cast)
+        data, row_weights, position, *sf = link.spread(x, weights, told, cast)
         ctx.save_for_backward(*told.way, position)
         ctx.link, ctx.fp32 = link, wire == torch.float32
         ctx.shape, ctx.dtype = data.shape, x.dtype
@@ -312,7 +316,7 @@ class _Spread(torch.autograd.Function):
             drows = torch.zeros(ctx.shape, dtype=ctx.dtype, device=position.device)
         if dweights is None:  # other ranks may have them
             dweights = torch.zeros(ctx.shape[0], device=position.device)
-        grads = ctx.link.sum(drows.contiguous(), dweights.contiguous(), Way(*way), position, ctx.fp32)
+        grads = ctx.link.sum(drows, dweights, Way(*way), position, ctx.fp32)
         return *grads, None, None, None
 
 
@@ -321,12 +325,12 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, link: Link, way: Way, position: Tensor, offsets: Tensor, wire: Any) -> Tensor:
         ctx.save_for_backward(*way, offsets)
         ctx.link, ctx.num_rows, ctx.cast = link, y.shape[0], wire == torch.float8_e4m3fn
-        return link.sum(y.contiguous(), None, way, position, wire == torch.float32)[0]
+        return link.sum(y, None, way, position, wire == torch.float32)[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *way, offsets = ctx.saved_tensors
-        drows = ctx.link.resend(dout.contiguous(), Way(*way), offsets, ctx.num_rows, ctx.cast)
+        drows = ctx.link.resend(dout, Way(*way), offsets, ctx.num_rows, ctx.cast)
         return drows, None, None, None, None, None
 
 
@@ -339,6 +343,12 @@ def spread(x: Tensor, weights: Tensor, link: Link, told: Told, wire: torch.dtype
 def add_up(y: Tensor, link: Link, way: Way, position: Tensor, offsets: Tensor, wire: torch.dtype | None) -> Tensor:
     """The sum of every token's rows, differentiable in y."""
     return _Sum.apply(y, link, way, position, offsets, wire)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x contiguous and where the kernels' vectors can begin, or a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _watch(peers: Any, ranks: list[int], stopped: threading.Event) -> None:
