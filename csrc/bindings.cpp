@@ -39,7 +39,7 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
   return last_api;
 }
 
-// What the argument caster saw last, for the stream of the call. Calls hold the GIL from casting to launch.
+// What the argument caster saw last, for the stream of the call. Calls hold the GIL from casting until they have that.
 const ExchangeApi* current_api = nullptr;
 
 cudaStream_t current_stream(const dsv3::Tensor& t) {
@@ -60,9 +60,10 @@ template <class First, class... Args, size_t... kIndex>
 void define(py::module_& m, const char* name, void (*op)(First, Args...), std::index_sequence<kIndex...>) {
   using All = std::tuple<First, Args...>;
   m.def(name, [op](std::tuple_element_t<kIndex, All>... args) {
+    const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
+    const py::gil_scoped_release release;  // a launch waits where the queue is full, and other threads are to go on
     const std::lock_guard lock(dsv3::torch_ops::launching());
     dsv3::raise_device_error();
-    const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
     op(std::move(args)..., stream);
   });
 }
@@ -86,6 +87,7 @@ class KeptError : public py::builtin_exception {
   }
   void set_error() const override {
     const py::object error = py::reinterpret_steal<py::object>(std::exchange(kept_, nullptr));
+    if (!error) return PyErr_SetString(PyExc_RuntimeError, what());  // rethrown on another thread
     PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
   }
 

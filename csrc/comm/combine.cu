@@ -36,7 +36,7 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk + lane;
   const int64_t found = lane < p.own.topk ? p.position[at] : p.num_rows;
-  const bool live = found < p.num_rows;
+  const bool live = found < p.num_rows, dropped = __any_sync(kAllLanes, found > p.num_rows);
   const int count = __popc(__ballot_sync(kAllLanes, live));
   const int begin = piece * p.piece;
   const Y* const row = static_cast<const Y*>(p.rows) + (live ? found : 0) * p.hidden + begin;
@@ -45,8 +45,14 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
   if (p.row_weights != nullptr && piece == 0 && lane < p.own.topk) {
     slot->meta.weights[lane] = live ? p.row_weights[found] : __uint_as_float(0x7fffffffu);
   }
-  sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 1u << max(count - 1, 0),
-                 memory);
+  const int columns = min(p.piece, p.hidden - begin);
+  if (dropped) {
+    for (int v = lane; v < columns * static_cast<int>(sizeof(S)) / 16; v += kWarpSize) {
+      slot->data[v] = make_uint4(kNanWord, kNanWord, kNanWord, kNanWord);
+    }
+  } else {
+    sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), columns, row, count, 1u << max(count - 1, 0), memory);
+  }
   __syncwarp();
   if (lane == 0) store_release(ready_flag(r, source, r.rank, channel, item), item + 1);
   return true;
@@ -123,6 +129,13 @@ __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, 
   });
 }
 
+// A rank was waited for in vain.
+template <class Y>
+__device__ __forceinline__ void spoil(const CombineParams& p) {
+  fill_nan(p.out, static_cast<int64_t>(p.own.tokens) * p.hidden * sizeof(Y));
+  if (p.weights != nullptr) fill_nan(p.weights, p.own.tokens * p.own.topk * sizeof(float));
+}
+
 template <class Y, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ Rings r, const __grid_constant__ CombineParams p) {
@@ -130,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_inputs();
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (local->failed) return;
+  if (local->failed) return spoil<Y>(p);
   const bool produces = warp < kProducers;
   uint32_t* const counters =
       produces ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
@@ -138,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint4* const mine = memory + warp * (kWarpBytes / 16);
   next = produces ? produce<Y, S>(r, p, warp, next, mine) : own<Y, S>(r, p, warp - kProducers, next, mine);
   __syncthreads();
+  if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Y>(p);
   if (lane < r.ranks && (warp == 0 || warp == kProducers)) *counters = next;
 }
 

@@ -98,6 +98,19 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
   }
 }
 
+// A rank was waited for in vain.
+template <class Way>
+__device__ __forceinline__ void spoil(const DispatchParams& p) {
+  const int64_t values = static_cast<int64_t>(p.to.num_rows) * p.hidden;
+  if constexpr (Way::kCast && !Way::kDecode) {
+    fill_nan(p.to.codes, values);
+    fill_nan(p.to.sf, p.to.num_rows * ceil_div(p.hidden, kTile) * sizeof(float));
+  } else {
+    fill_nan(p.to.rows, values * sizeof(typename Way::X));
+  }
+  if (p.row_weights != nullptr) fill_nan(p.row_weights, p.to.num_rows * sizeof(float));
+}
+
 template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ Rings r, const __grid_constant__ DispatchParams p) {
@@ -106,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
   Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
-  if (local->failed) return;
+  if (local->failed) return spoil<Way>(p);
   uint32_t next = threadIdx.x % kWarpSize < r.ranks ? local->sent[threadIdx.x % kWarpSize][blockIdx.x] : 0;
   if (warp < kSenders) {
     next = send<Way>(r, p, warp, next, stage);
@@ -114,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     receive<Way>(r, p, warp - kSenders, stage);
   }
   __syncthreads();
+  if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Way>(p);
   if (rank < r.ranks) {
     local->sent[rank][blockIdx.x] = next;
     local->received[rank][blockIdx.x] += p.arrivals[rank * r.channels + blockIdx.x] * p.pieces;

@@ -207,15 +207,21 @@ __device__ __forceinline__ int entries_before(const unsigned* bits, int total, i
   return found;
 }
 
+// A rank was waited for in vain: no rows.
+__device__ __forceinline__ void leave_empty(const Rings& r, const ReceiveParams& p) {
+  for (int expert = threadIdx.x; expert < p.local_experts; expert += kThreads) p.counts[expert] = 0;
+  if (threadIdx.x < r.ranks) p.arrived[threadIdx.x] = 0;
+}
+
 template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     receive_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveParams p) {
   extern __shared__ __align__(128) char memory[];  // a slot for every warp, then the bits
   __shared__ Entries entries;
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return;
+  if (local_of(r, r.rank)->failed) return leave_empty(r, p);
   const Half call(r, kThere, 1);
-  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return;
+  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return leave_empty(r, p);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? __ldcg(&call.state->counts[call.parity()][lane]) : 0);
   __syncthreads();
@@ -286,14 +292,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
+template <class Y>
+__device__ __forceinline__ void spoil(const ReceiveSumsParams& p) {
+  fill_nan(p.out, static_cast<int64_t>(p.own.tokens) * p.hidden * sizeof(Y));
+}
+
 template <class Y, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     receive_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveSumsParams p) {
   extern __shared__ uint4 rows_ahead[];
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return;
+  if (local_of(r, r.rank)->failed) return spoil<Y>(p);
   const Half call(r, kBack, 1);
-  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return;
+  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return spoil<Y>(p);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int items = p.own.tokens * p.pieces;
   for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {

@@ -29,8 +29,9 @@ Peers::Peers(int device, int rank, int ranks, int channels, int slots, int windo
     : device_(device) {
   DSV3_CHECK(ranks >= 1 && ranks <= kMaxRanks && rank >= 0 && rank < ranks, "ranks must be 1..", kMaxRanks, ", got ",
              ranks);
-  DSV3_CHECK(channels >= 1 && channels <= kMaxChannels && slots >= 1, "channels must be 1..", kMaxChannels, ", got ",
-             channels);
+  DSV3_CHECK(channels >= 1 && channels <= kMaxChannels, "channels must be 1..", kMaxChannels, ", got ", channels);
+  DSV3_CHECK(slots >= 1 && (slots & (slots - 1)) == 0,
+             "slots must be a power of two, since items are counted modulo 2^32, got ", slots);
   const Current guard(device);
   rings_.rank = rank;
   rings_.ranks = ranks;
@@ -42,9 +43,18 @@ Peers::Peers(int device, int rank, int ranks, int channels, int slots, int windo
   rings_.window_pieces = window_pieces;
   rings_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
   bytes_ = peer_bytes(rings_);
+  try {
+    allocate();
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+void Peers::allocate() {
   void* memory = nullptr;
   check_cuda(cudaMalloc(&memory, bytes_), "cudaMalloc of the rings");
-  rings_.base[rank] = static_cast<char*>(memory);
+  rings_.base[rings_.rank] = static_cast<char*>(memory);
   check_cuda(cudaMemset(memory, 0, bytes_), "cudaMemset of the rings");
   check_cuda(cudaDeviceSynchronize(), "cudaMemset of the rings");  // before a peer can write
   void* waiting = nullptr;

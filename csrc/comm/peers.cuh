@@ -157,12 +157,22 @@ __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint
     const bool there = !wants || static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
     if (__all_sync(kAllLanes, there)) {
       if (wants) load_acquire(flag);  // once: each empties the L1 cache
+      __syncwarp();                   // a lane may read what another has waited for
       return true;
     }
     if (polls % kPolls != 0) continue;
     const uint64_t now = now_ns();
     if (start == 0) start = now;
     if (!__all_sync(kAllLanes, wait_longer(r, !there, now - start, peer))) return false;
+  }
+}
+
+// What a kernel gives that gave up waiting: NaN in e4m3, bf16 and fp32, from all of its blocks.
+constexpr unsigned kNanWord = 0x7fff7fffu;
+__device__ __forceinline__ void fill_nan(void* begin, int64_t bytes) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes / 4; i += step) {
+    static_cast<unsigned*>(begin)[i] = kNanWord;
   }
 }
 
@@ -207,6 +217,7 @@ __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnToke
 // 128 where there are several.
 inline int piece_columns(int64_t columns, int size) {
   const int64_t pieces = ceil_div(columns * size, kPieceBytes);
+  if (columns == 0) return 1;  // no pieces of any size
   return static_cast<int>(pieces <= 1 ? columns : ceil_div(ceil_div(columns, pieces), 128) * 128);
 }
 

@@ -53,6 +53,8 @@ class Peers {
   int device() const { return device_; }
 
  private:
+  void allocate();
+
   Rings rings_{};
   int device_;
   int64_t bytes_ = 0;

@@ -168,7 +168,6 @@ __device__ __forceinline__ void write_rows(const RowTarget& to, const Slot* slot
                                            bool spoiled) {
   const int lane = threadIdx.x % kWarpSize;
   const int vectors = Way::kCast ? ceil_div(columns, 16) : columns;
-  constexpr uint32_t kNan = 0x7fff7fffu;  // in bf16 and in fp32
   const int count = slot->meta.count;
   for (int first = 0; first < vectors; first += kBatch * kWarpSize) {
     uint4 raw[kBatch];
@@ -176,7 +175,7 @@ __device__ __forceinline__ void write_rows(const RowTarget& to, const Slot* slot
     for (int b = 0; b < kBatch; ++b) {
       const int v = first + b * kWarpSize + lane;
       if (v < vectors) raw[b] = slot->data[v];
-      if (!Way::kCast && spoiled) raw[b] = make_uint4(kNan, kNan, kNan, kNan);
+      if (!Way::kCast && spoiled) raw[b] = make_uint4(kNanWord, kNanWord, kNanWord, kNanWord);
     }
     for (int i = 0; i < count; ++i) {
       const int64_t at = __shfl_sync(kAllLanes, row, i);
@@ -203,7 +202,7 @@ __device__ __forceinline__ void write_rows(const RowTarget& to, const Slot* slot
       if (at >= to.num_rows) continue;
       float* const sf = to.sf + at * to.sf_row_stride + begin / kTile * to.sf_tile_stride;
       for (int tile = lane; tile < tiles; tile += kWarpSize) {
-        sf[tile * to.sf_tile_stride] = spoiled ? __uint_as_float(kNan) : slot->sf[tile];
+        sf[tile * to.sf_tile_stride] = spoiled ? __uint_as_float(kNanWord) : slot->sf[tile];
       }
     }
   }

@@ -25,7 +25,8 @@ struct Ahead {
       const int column = first + b * kWarpSize * kRun;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        if (column < columns) copy_ahead(at(load, b, i), row + column + i * (kRun / kWords));
+        const int first_of_word = column + i * (kRun / kWords);
+        if (first_of_word < columns) copy_ahead(at(load, b, i), row + first_of_word);
       }
     }
   }
@@ -62,7 +63,7 @@ __device__ __forceinline__ void store_sums(T* row, int first, int columns, const
       for (int j = 0; j < kStep; ++j) x[j] = sum[b][i * kStep + j];
       Vec<T> vec;
       pack(x, vec);
-      if (column < columns) store(row + column + i * kStep, vec);
+      if (column + i * kStep < columns) store(row + column + i * kStep, vec);
     }
   }
 }
