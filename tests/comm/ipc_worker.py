@@ -108,26 +108,26 @@ def few_tokens() -> None:
             rows = torch.cat([found[g, :n].view(torch.uint8) for g, n in enumerate(sizes)])
             assert torch.equal(rows, expected.contiguous().view(torch.uint8))
 
-        def step(x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
+        def step(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
             masked = buffer.send(x, idx, weights).receive()
-            rows = masked.x_sf[..., :1].to(x.dtype).expand(masked.x.shape) if handle.cast else masked.x
+            rows = masked.x if masked.x_sf is None else masked.x_sf[..., :1].to(x.dtype).expand(masked.x.shape)
             return buffer.send_sums(rows.contiguous(), masked).receive()
 
         rows = handle.x_sf[:, :1].to(x.dtype).expand_as(handle.x) if handle.cast else handle.x
-        assert torch.equal(step(x, idx, weights), buffer.combine(rows.contiguous(), handle))
+        assert torch.equal(step(buffer, x, idx, weights), buffer.combine(rows.contiguous(), handle))
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            step(x, idx, weights)
+            step(buffer, x, idx, weights)
             torch.cuda.synchronize()
             dist.barrier()
             with torch.cuda.graph(graph, stream=stream):
-                out = step(x, idx, weights)
+                out = step(buffer, x, idx, weights)
             for _ in range(5):
                 for target, value in zip((x, idx, weights), draw(len(x)), strict=True):
                     target.copy_(value)
                 graph.replay()
                 found = out.clone()
-                assert torch.equal(step(x, idx, weights), found)
+                assert torch.equal(step(buffer, x, idx, weights), found)
         torch.cuda.synchronize()
         buffer.check()
         del graph
