@@ -167,7 +167,7 @@ def plan() -> list[list[str]]:
 
 
 def compared(path: Path) -> list[list[str]]:
-    """Predicted beside measured for the rows of a results file; its own copy gives the memory's GB/s."""
+    """Expected beside measured for the rows of a results file; its own copy gives the memory's GB/s."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     copy = next((row["gbs"] for row in rows if row["op"] == "copy"), None)
     if copy is None:
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report(args.check or [], args.case)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"comm_model: {error}", file=sys.stderr)
         return 2
     return 0

@@ -256,6 +256,8 @@ def test_other_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         predict("dispatch", job, Machine(), sample=21)
     assert main(["--case", "rank=8"]) == 2
     assert "got 'rank'" in capsys.readouterr().err
+    assert main(["--check", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
 
 
 def test_one_case(capsys: pytest.CaptureFixture[str]) -> None:
