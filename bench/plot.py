@@ -4,6 +4,7 @@ curves of the parity run."""
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.set_yticks(range(len(rows)), [f"{row['op']}  {describe(row['case'])}" for row in rows], fontsize=9)
+    labels = [textwrap.fill(f"{row['op']}  {describe(row['case'])}", 64) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("time / floor (black line: the floor of the same run)")
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=OURS, label="dsv3")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -102,6 +103,24 @@ def test_training_tokens_outside_the_vocabulary(
     arguments = train_arguments(tmp_path, tokens, **{"model.vocab_size": 200})
     line = refused(capsys, tmp_path, "train", *arguments)
     assert re.search(r"expected tokens below the model's vocab_size 200, found token 29\d", line)
+
+
+def test_training_tokens_that_the_index_does_not_know(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokens: Path
+) -> None:
+    """A token file that was overwritten: found where it is read, before any step is made of it."""
+    shutil.copytree(tokens, tmp_path / "damaged")
+    size = (tokens / "train.bin").stat().st_size
+    (tmp_path / "damaged" / "train.bin").write_bytes(b"\xff" * size)
+    arguments = train_arguments(tmp_path, tmp_path / "damaged")
+    assert cli._run(["train", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert re.search(r"train\.bin: expected tokens below 300, found 65535: the file is damaged\n$", line)
+
+
+def test_a_preset_that_there_is_not(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokens: Path) -> None:
+    line = refused(capsys, tmp_path, "train", "preset=tny", f"data={tokens}", f"out={tmp_path / 'run'}", "max_steps=1")
+    assert "preset must be one of tiny, mini, 2b, 16b, 236b, 671b, or a folder with a config.json, got 'tny'" in line
 
 
 def test_training_data_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokens: Path) -> None:

@@ -48,6 +48,11 @@ def test_from_text_to_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
     assert run("train", f"data={tokens}", f"out={runs}", "max_steps=6", *SIZES) == 0
     assert len((runs / "metrics.jsonl").read_text().splitlines()) == 7  # 6 steps and the validation
+    last = json.loads((runs / "metrics.jsonl").read_text().splitlines()[5])
+    line = f"step 6: loss {last['ce']:.3f}, {last['bits_per_byte']:.3f} bits/byte; next: "
+    out = capsys.readouterr().out
+    assert line in out
+    assert out.endswith(f"export {runs} {runs}-hf\n")
     assert run("train", runs / "train_config.json", "max_steps=8", "--resume") == 0
     assert "resuming" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]

@@ -393,6 +393,8 @@ def test_the_folder_opens_in_transformers(tmp_path: Path) -> None:
     model = random_model(small_config(bos_token_id=5, eos_token_id=3))
     model.save_pretrained(tmp_path / "a", tokenizer_dir=tmp_path / "tok")
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("abba")["input_ids"] == [2, 1, 0]
+    DeepSeekV3.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")  # with the tokenizer that came with it
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "a/tokenizer.json").read_bytes()
     config = AutoConfig.from_pretrained(tmp_path / "a")
     assert config.architectures == ["DeepseekV3ForCausalLM"]
     oracle, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)

@@ -45,7 +45,7 @@ def train(
     """Train as a TrainConfig file and key=value overrides say, alone or under torchrun."""
     from rich.console import Console
 
-    from dsv3.terminal import ShowProgress
+    from dsv3.terminal import ShowProgress, command
     from dsv3.train import TrainConfig, run
 
     arguments = arguments or []
@@ -55,7 +55,12 @@ def train(
     overrides = [a for a in arguments if "=" in a]
     overrides += [f"{key}={value}" for key, value in (("precision", precision), ("ep", ep)) if value is not None]
     config = TrainConfig.load(files[0] if files else None, overrides)
-    return run(config, resume=resume, callbacks=[ShowProgress(Console(highlight=False))])
+    shown = ShowProgress(Console(highlight=False))
+    code = run(config, resume=resume, callbacks=[shown])
+    if code == 0 and shown.last is not None:  # of the first rank
+        last = f"step {shown.last.step}: loss {shown.last.ce:.3f}, {shown.last.bits_per_byte:.3f} bits/byte"
+        print(f"{last}; next: {command()} export {config.out} {config.out}-hf")
+    return code
 
 
 @app.command()

@@ -49,6 +49,7 @@ class ShowProgress(Callback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.last: StepReport | None = None
         self._smooth: dict[str, float] = {}
         self._shown = time.monotonic()
         self._bar: Progress | None = None
@@ -63,6 +64,7 @@ class ShowProgress(Callback):
             self._task = self._bar.add_task("", total=1.0, text="first step", completed=self._progress_before)
 
     def on_step(self, report: StepReport) -> None:
+        self.last = report
         if not self._smooth:
             self._seconds_before, self._progress_before = report.seconds, report.progress
         for name in ("ce", "mtp", "bits_per_byte", "tokens_per_s"):
@@ -81,6 +83,7 @@ class ShowProgress(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.progress)
             self._bar.stop()
 
     def _text(self, report: StepReport) -> str:

@@ -20,6 +20,7 @@ from bench.shared_gpu import shared_gpu
 from dsv3.comm import ExpertBuffer
 from dsv3.comm.counts import Layout
 from dsv3.comm.room import Room
+from dsv3.comm.steps import fixed_copies_to
 from dsv3.ops import Fp8Weight, fp8_experts, per_token_cast
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.reference.quant import dequantize
@@ -272,6 +273,20 @@ def test_a_device_that_got_too_many_rows_is_told_later(device: torch.device) -> 
         buffer.combine(handle.rows, handle)  # the step goes on, or the other ranks would wait
         with pytest.raises(RuntimeError, match="an earlier dispatch got 5 rows"):
             buffer.dispatch(x, idx, weights)
+
+
+def test_a_sum_without_one_of_its_rows_is_nan(device: torch.device) -> None:
+    """Four tokens for expert 1, of which two had no room; the last token has nothing here, and is not harmed."""
+    destination = torch.tensor([[0, 1], [2, 1], [1, 0], [2, 1], [2, 2]], device=device)
+    copies, offsets = fixed_copies_to(destination, 2, 4)
+    assert offsets.tolist() == [0, 2, 6]
+    assert copies.position.tolist() == [[0, 2], [3, 4], [1, 5], [4, 5], [4, 4]]
+    x = torch.arange(1.0, 6, device=device)[:, None].expand(5, 8).contiguous()
+    rows = copies.spread(x)
+    assert rows[:, 0].tolist() == [1, 3, 1, 2]
+    sums = copies.sum(rows)[:, 0]
+    assert sums.isnan().tolist() == [False, False, True, True, False]
+    assert sums[[0, 1, 4]].tolist() == [2, 2, 0]
 
 
 def test_the_memory_is_said(caplog: pytest.LogCaptureFixture) -> None:

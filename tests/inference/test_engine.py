@@ -322,6 +322,8 @@ def test_generation_survives_saving_and_loading(byte_model, tmp_path):
         ([[1], []], "prompt 1: expected at least one token, got none"),
         ([[1, 64]], "prompt 0: expected tokens from 0 to 63, got 64"),
         ([[-1]], "prompt 0: expected tokens from 0 to 63, got -1"),
+        ([[1], [1.5]], r"prompt 1: expected a text or token ids, got \[1.5\]"),
+        ([None], "prompt 0: expected a text or token ids, got None"),
         ([[1] * 256], r"prompt 0: expected at most 255 tokens \(context of 256\), got 256"),
         ("text", "prompts must be a list of texts or of token ids, got one text"),
         (["text"], "prompt 0: texts and stop strings need a tokenizer, got none"),
@@ -338,7 +340,8 @@ def test_bad_prompts(model, prompts, message):
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"max_context": 257}, "max_context must be between 2 and max_position_embeddings 256, got 257"),
         ({"num_pages": 1}, "at least 2 pages, got 1"),
-        ({"max_prefill_tokens": 0}, "max_prefill_tokens must be at least 1, got 0"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens must be an int of at least 1, got 0"),
+        ({"max_prefill_tokens": "8"}, "max_prefill_tokens must be an int of at least 1, got '8'"),
     ],
 )
 def test_bad_engines(model, options, message):
@@ -348,7 +351,7 @@ def test_bad_engines(model, options, message):
 
 def test_a_piece_holds_what_drafting_starts_from():
     model = random_model(small_config(num_nextn_predict_layers=3))
-    with pytest.raises(ValueError, match="max_prefill_tokens must be at least 3, got 2"):
+    with pytest.raises(ValueError, match="max_prefill_tokens must be an int of at least 3, got 2"):
         Engine(model, max_prefill_tokens=2)
     assert Engine(model, max_prefill_tokens=2, speculative=False).generate([[1] * 9], GREEDY)
 

@@ -86,6 +86,24 @@ def test_initial_values_depend_on_the_seed_and_the_name_alone():
     assert all(torch.equal(value, without[name]) for name, value in meta.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"tokens must be int64 \(B, S\), got torch.int64 \(3,\)"),
+        (torch.zeros(1, 3), r"got torch.float32 \(1, 3\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"got torch.int64 \(1, 0\)"),
+        (
+            torch.tensor([[0, BASE.vocab_size]]),
+            rf"tokens must lie in 0..{BASE.vocab_size - 1}, got 0..{BASE.vocab_size}",
+        ),
+        (torch.tensor([[-1, 2]]), "got -1..2"),
+    ],
+)
+def test_bad_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSeekV3(BASE)(tokens)
+
+
 def test_bad_recompute():
     with pytest.raises(ValueError, match=r"recompute must be a subset of \['mla_up', 'norm'\], got \['all'\]"):
         DeepSeekV3(BASE, recompute=frozenset({"all"}))

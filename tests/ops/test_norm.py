@@ -166,6 +166,10 @@ def test_bad_arguments():
         ops.rmsnorm_cast(x, torch.ones(8), residual=x[:, :4])
     with pytest.raises(ValueError, match=r"rmsnorm_cast: H must be a multiple of 16, got \(4, 8\)"):
         ops.rmsnorm_cast(x, torch.ones(8))
+    with pytest.raises(ValueError, match="x must be of a float dtype, and residual of the same, got int32"):
+        ops.rmsnorm(x.int(), torch.ones(8))
+    with pytest.raises(ValueError, match="got float32 and bfloat16"):
+        ops.rmsnorm(x, torch.ones(8), residual=x.bfloat16())
     x = torch.randn(4, 16)
     with pytest.raises(ValueError, match="rmsnorm_cast: expected bfloat16 or float32, got float64"):
         ops.rmsnorm_cast(x.double(), torch.ones(16))

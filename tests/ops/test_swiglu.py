@@ -176,6 +176,8 @@ def test_registration_compile_graph(device):
 
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="gate_up must be of a float dtype, got int64"):
+        ops.swiglu(torch.zeros(4, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"got \(4, 7\) and None"):
         ops.swiglu(torch.zeros(4, 7))
     with pytest.raises(ValueError, match=r"got \(4, 8\) and \(5,\)"):

@@ -120,7 +120,8 @@ class ExpertBuffer:
             1x128 with power-of-two scales, and x's dtype on the way back.
         max_recv: None for exact mode; or the rows that a rank's experts get at most, for static mode: R is max_recv, no
             count is read on the host. Where more come, a CPU raises on all ranks at once; a GPU fills what it gives with NaN,
-            and every later dispatch on this rank raises; sums of tokens all of whose rows there had no room lack them.
+            and every later dispatch on this rank raises; a sum that lacks a row is NaN too (over ipc only if another row of
+            its token there has room).
         max_tokens: of a rank in one dispatch; wanted in static mode alone.
         device: where x will be. None: this process's GPU where the transport is ipc or the group's backend NCCL, otherwise
             the CPU.

@@ -43,16 +43,17 @@ class Copies(NamedTuple):
 
 
 class FixedCopies(NamedTuple):
-    """Copies in R rows whatever their number, which the host does not know: rows that are nobody's are not touched."""
+    """Copies in R rows whatever their number, which the host does not know: rows that are nobody's are not touched, and a sum
+    over a copy for which there was no row is NaN."""
 
     source: Tensor  # int64 [R]: the pair of a row; T * S stands for none
-    position: Tensor  # as in Copies
+    position: Tensor  # as in Copies; R + 1 for a copy without a row
 
     def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
-        rows, shape = self.source.shape[0], (self.source.shape[0] + 1, *x.shape[1:])
+        rows, shape = self.source.shape[0], (self.source.shape[0] + 2, *x.shape[1:])
         out = x.new_empty(shape) if blank is None else x.new_full(shape, blank)
         for slot in self.position.unbind(1):
-            out.index_copy_(0, slot, x)  # what has no destination meets in row R
+            out.index_copy_(0, slot, x)  # what has no destination, or no row, meets behind the others
         return out.resize_(rows, *x.shape[1:])  # a slice would be a view, which autograd does not let be written
 
     def sum(self, y: Tensor) -> Tensor:
@@ -64,8 +65,8 @@ class FixedCopies(NamedTuple):
 
 
 def _sum_rows(y: Tensor, position: Tensor, *, partial: bool) -> Tensor:
-    if partial:  # row R, for the slots without one: x + -0.0 is x
-        y = torch.cat([y, y.new_full((1, y.shape[1]), -0.0)])
+    if partial:  # row R, for the slots without one: x + -0.0 is x; and R + 1, for copies that had no room
+        y = torch.cat([y, y.new_full((1, y.shape[1]), -0.0), y.new_full((1, y.shape[1]), float("nan"))])
     return torch.ops.dsv3.moe_unpermute(y, position, None)
 
 
@@ -86,20 +87,22 @@ def fixed_copies_to(destination: Tensor, num_destinations: int, num_rows: int) -
     """The same in `num_rows` rows, of which any number may be used; destinations beyond get none, and offsets say so."""
     offsets, _, position = torch.ops.dsv3.moe_permutation(destination, num_destinations + 1)
     offsets = offsets[: num_destinations + 1]
-    return _fixed(position.where(position < offsets[-1], num_rows), num_rows), offsets
+    row_of_pair = position.where(position < num_rows, num_rows + 1)
+    return _fixed(row_of_pair.where(position < offsets[-1], num_rows), num_rows), offsets
 
 
 def blocks_to(destination: Tensor, num_destinations: int, block: int) -> FixedCopies:
     """Copies where every destination has `block` rows of its own, enough for its tokens; destination as in copies_to."""
     offsets, _, position = torch.ops.dsv3.moe_permutation(destination, num_destinations + 1)
     within = position - offsets.index_select(0, destination.reshape(-1)).view_as(position)
-    return _fixed(destination * block + within, num_destinations * block)
+    num_rows = num_destinations * block
+    return _fixed((destination * block + within).clamp(max=num_rows), num_rows)
 
 
 def _fixed(row_of_pair: Tensor, num_rows: int) -> FixedCopies:
-    """row_of_pair: int64 [T, S], num_rows or more for none."""
-    row_of_pair, pairs = row_of_pair.clamp(max=num_rows), row_of_pair.numel()
-    source = row_of_pair.new_full((num_rows + 1,), pairs)
+    """row_of_pair: int64 [T, S], as a position."""
+    pairs = row_of_pair.numel()
+    source = row_of_pair.new_full((num_rows + 2,), pairs)
     source.index_copy_(0, row_of_pair.view(-1), torch.arange(pairs, device=source.device))
     return FixedCopies(source[:num_rows], row_of_pair.sort(-1).values)
 

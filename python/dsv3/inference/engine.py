@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class Engine:
         eos = config.eos_token_id
         self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         least = max(self._depth, 1)
-        if max_prefill_tokens < least:
-            raise ValueError(f"max_prefill_tokens must be at least {least}, got {max_prefill_tokens}")
+        if type(max_prefill_tokens) is not int or max_prefill_tokens < least:
+            raise ValueError(f"max_prefill_tokens must be an int of at least {least}, got {max_prefill_tokens!r}")
         num_pages = 1 + max_batch * pages_for(context + self._depth) if num_pages is None else num_pages
         self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         # The table is wide enough for a round behind the one that fills the context: see _step.
@@ -193,7 +194,10 @@ class Engine:
     def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError(f"prompt {index}: texts and stop strings need a tokenizer, got none")
-        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        try:
+            ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
+        except TypeError:
+            raise ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}") from None
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, got none")
         vocab, context = self._config.vocab_size, self._context
@@ -340,6 +344,9 @@ def generate(
     tokenizer = _tokenizer(model, tokenizer)
     if tokenizer is not None and not isinstance(prompts, str):
         prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    for index, prompt in enumerate(prompts):
+        if not hasattr(prompt, "__len__"):
+            raise ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}")
     params = SamplingParams() if params is None else params
     longest = (
         params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)

@@ -148,7 +148,17 @@ class DeepSeekV3(nn.Module):
         return self
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, S] -> logits [B, S, V] of the next token."""
+        """tokens int64 [B, S] -> logits [B, S, V] of the next token. ValueError for others; on a CPU also for tokens outside
+        the vocabulary."""
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be int64 (B, S), got {tokens.dtype} {tuple(tokens.shape)}")
+        if (
+            tokens.is_cpu
+            and not torch.compiler.is_compiling()
+            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size
+        ):
+            found = f"{int(tokens.min())}..{int(tokens.max())}"
+            raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {found}")
         batch, length = tokens.shape
         self._check_length(length)
         h, _ = self.hidden(tokens.flatten(), AttentionContext.batch(batch, length, tokens.device))

@@ -9,8 +9,9 @@ from dsv3.ops import registry
 def main() -> None:
     available = registry.NATIVE_ERROR or "available"
     print(f"native module: {available}; native ops run on Hopper GPUs, everything else on the references\n")
+    native = "reference" if registry.NATIVE_ERROR else "native"
     for op in registry.OPS.values():
-        print(f"dsv3::{op.schema}\n    {op.shapes}\n    {'native' if op.native else 'reference'}\n")
+        print(f"dsv3::{op.schema}\n    {op.shapes}\n    {native if op.native else 'reference'}\n")
 
 
 if __name__ == "__main__":

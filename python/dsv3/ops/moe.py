@@ -386,6 +386,8 @@ def _check_swiglu(name: str, gate_up: Tensor, weights: Tensor | None) -> None:
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or (weights is not None and weights.shape != gate_up.shape[:1]):
         found = f"{tuple(gate_up.shape)} and {None if weights is None else tuple(weights.shape)}"
         raise ValueError(f"{name}: gate_up must be (T, 2I) and weights (T,) or None, got {found}")
+    if not gate_up.is_floating_point():
+        raise ValueError(f"{name}: gate_up must be of a float dtype, got {gate_up.dtype}".replace("torch.", ""))
 
 
 def _check_swiglu_cast(name: str, gate_up: Tensor, weights: Tensor | None, amax_floor: float) -> None:

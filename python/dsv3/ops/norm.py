@@ -173,6 +173,11 @@ def _check_shapes(name: str, x: Tensor, weight: Tensor, residual: Tensor | None)
         raise ValueError(f"{name}: x must be (T, H) and weight (H,), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{name}: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not x.is_floating_point() or (residual is not None and residual.dtype != x.dtype):
+        found = x.dtype if residual is None else f"{x.dtype} and {residual.dtype}"
+        raise ValueError(
+            f"{name}: x must be of a float dtype, and residual of the same, got {found}".replace("torch.", "")
+        )
 
 
 def _check_cast(name: str, x: Tensor, amax_floor: float) -> None:

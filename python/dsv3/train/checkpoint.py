@@ -118,7 +118,9 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """The `info` of `save`. Raises CheckpointError if the folder is no intact checkpoint."""
     trouble = problem(checkpoint)
     if trouble is not None:
-        raise CheckpointError(f"{checkpoint} is not a usable training checkpoint: {trouble}")
+        others = (c for c in complete(checkpoint.parent) if c != checkpoint and problem(c) is None)
+        intact = next((f"; {other} is intact" for other in others), "")
+        raise CheckpointError(f"{checkpoint} is not a usable training checkpoint: {trouble}{intact}")
     return json.loads((checkpoint / _STATE).read_text())
 
 

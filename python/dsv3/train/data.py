@@ -171,7 +171,7 @@ class _Split:
 
     def __init__(self, folder: Path, name: str, index: TokenIndex) -> None:
         sizes = index.splits[name]
-        path = folder / f"{name}.bin"
+        self.path = path = folder / f"{name}.bin"
         expected = sizes.num_tokens * np.dtype(index.dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0
         if found != expected:
@@ -232,6 +232,10 @@ class TokenDataset:
             epoch, window = divmod(position + row, self.windows_per_epoch)
             self._prepare(epoch)
             rows[row] = self._read(int(self._order[window]) * self.seq_len)
+        if count and rows.max() >= self.index.vocab_size:
+            raise ValueError(
+                f"{self._split.path}: expected tokens below {self.index.vocab_size}, found {rows.max()}: the file is damaged"
+            )
         return torch.from_numpy(rows)
 
     def _prepare(self, epoch: int) -> None:

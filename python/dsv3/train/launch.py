@@ -107,7 +107,9 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
     model_config = _model_config(config)
     if config.seq_len > model_config.max_position_embeddings:
         limit = model_config.max_position_embeddings
-        raise ValueError(f"seq_len {config.seq_len} is longer than the model's max_position_embeddings {limit}")
+        raise ValueError(
+            f"seq_len {config.seq_len} is longer than the model's max_position_embeddings {limit}: set seq_len={limit}, or less"
+        )
     sizes = {"seq_len": config.seq_len, "vocab_size": model_config.vocab_size}
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
@@ -147,6 +149,9 @@ def _model_config(config: TrainConfig) -> Config:
         base = Config.from_dict(checkpoint.read_info(checkpoint.find(Path(config.init_from)))["config"])
     elif config.preset in PRESETS:
         base = Config.preset(config.preset)
+    elif not Path(config.preset).is_dir():
+        known = ", ".join(PRESETS)
+        raise ValueError(f"preset must be one of {known}, or a folder with a config.json, got {config.preset!r}")
     else:
         base = Config.from_pretrained(config.preset)
     for key in config.model:

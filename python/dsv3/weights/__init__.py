@@ -75,7 +75,8 @@ def save_pretrained(
 
     Args:
         max_shard_bytes: tensors are split over files of at most this size (a larger tensor has a file of its own).
-        tokenizer_dir: a folder with tokenizer.json, and perhaps tokenizer_config.json, to copy.
+        tokenizer_dir: a folder with tokenizer.json, and perhaps tokenizer_config.json, to copy; None: that of the folder from
+            which the model came, if it had one.
         dtype: of the weights. None: as they are. "fp8": what the official checkpoint has in FP8 is quantised in blocks
             of 128 x 128, the rest is bf16. The gate's bias is always fp32.
 
@@ -99,6 +100,9 @@ def save_pretrained(
     with writer.replacing(Path(path).resolve()) as folder:
         writer.write_tensors(folder, cut)
         writer.write_config(folder, config)
+        known = getattr(model, "tokenizer_path", None)
+        if tokenizer_dir is None and known is not None and Path(known).is_file():
+            tokenizer_dir = Path(known).parent
         if tokenizer_dir is not None:
             writer.copy_tokenizer(Path(tokenizer_dir), folder)
 
