@@ -128,11 +128,11 @@ def measuring(commit: str | None) -> Environment:
 def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
     """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
     env = measuring(args.commit)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     if args.what[0] == "tests":
         from bench.suite import run_tests
 
         return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu), env)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     run_benchmarks(args, env, console, failures)
     return 1 if failures.lines else 0
 

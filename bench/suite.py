@@ -88,7 +88,7 @@ def record(path: Path, counts: dict[str, Counter[str]], env: Environment, second
 
 def run_tests(families: list[str], out: Path, env: Environment) -> int:
     """Runs whole families, never a selection of their tests, so that the counts mean something; pytest's exit code. Tests
-    that need the GPU for themselves come last, one by one."""
+    that need the GPU for themselves come last, one by one. A run that is interrupted records nothing."""
     files = files_of(families)
     if not files:
         raise ValueError(f"no tests of {', '.join(families)}; families are {', '.join((*FAMILIES, 'model'))}")
@@ -96,8 +96,10 @@ def run_tests(families: list[str], out: Path, env: Environment) -> int:
     paths = [
         str(ROOT / file) for file in reversed(files)
     ]  # train and the top folder first: they start processes, which last
-    options = [*parallel(), "-m", "not alone"], ["-m", "alone"]
-    codes = [pytest.main([f"--rootdir={ROOT}", *some, *paths], plugins=[tally]) for some in options]
+    none, codes = pytest.ExitCode.NO_TESTS_COLLECTED, []
+    for options in ([*parallel(), "-m", "not alone"], ["-m", "alone"]):
+        codes.append(pytest.main([f"--rootdir={ROOT}", *options, *paths], plugins=[tally]))
+        if codes[-1] == pytest.ExitCode.INTERRUPTED:
+            return int(codes[-1])
     record(out / "tests.json", tally.counts, env, time.monotonic() - start)
-    run = [int(code) for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED]
-    return max(run, default=int(pytest.ExitCode.NO_TESTS_COLLECTED))
+    return max((int(code) for code in codes if code != none), default=int(none))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv3 import Config, DeepSeekV3, cli
 from dsv3.train.corpus import open_corpus
-from dsv3.train.data import tokenize_corpus
+from dsv3.train.data import ValidationSet, tokenize_corpus
 from dsv3.train.tokenizer import load_tokenizer, train_on_corpus
 
 VOCAB = 300
@@ -110,12 +110,15 @@ def test_training_tokens_that_the_index_does_not_know(
 ) -> None:
     """A token file that was overwritten: found where it is read, before any step is made of it."""
     shutil.copytree(tokens, tmp_path / "damaged")
-    size = (tokens / "train.bin").stat().st_size
-    (tmp_path / "damaged" / "train.bin").write_bytes(b"\xff" * size)
+    for name in ("train.bin", "valid.bin"):
+        size = (tokens / name).stat().st_size
+        (tmp_path / "damaged" / name).write_bytes(b"\xff" * size)
     arguments = train_arguments(tmp_path, tmp_path / "damaged")
     assert cli._run(["train", *arguments]) == 2
     line = capsys.readouterr().err
     assert re.search(r"train\.bin: expected tokens below 300, found 65535: the file is damaged\n$", line)
+    with pytest.raises(ValueError, match=r"valid\.bin: expected tokens below 300, found 65535: the file is damaged"):
+        list(ValidationSet(tmp_path / "damaged", 16).batches(2))
 
 
 def test_a_preset_that_there_is_not(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokens: Path) -> None:

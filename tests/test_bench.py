@@ -369,6 +369,27 @@ print(json.dumps(tally.counts))
     }
 
 
+@pytest.mark.parametrize(
+    ("codes", "expected", "recorded"),
+    [
+        ((0, 0), 0, True),
+        ((1, 0), 1, True),
+        ((0, 1), 1, True),
+        ((0, 5), 0, True),
+        ((5, 5), 5, True),
+        ((2,), 2, False),
+        ((0, 2), 2, False),
+    ],
+)
+def test_both_parts_of_a_run_count_unless_it_is_interrupted(monkeypatch, tmp_path, codes, expected, recorded):
+    """pytest's codes: 1 failures, 2 interrupted, 5 no tests."""
+    left = list(codes)
+    monkeypatch.setattr(suite.pytest, "main", lambda arguments, plugins: left.pop(0))
+    assert suite.run_tests(["norm"], tmp_path, ENV) == expected
+    assert left == []
+    assert (tmp_path / "tests.json").is_file() == recorded
+
+
 def test_workers_of_a_run(monkeypatch):
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: object())
     for cores, workers in ((1, []), (3, []), (4, ["-n", "2"]), (16, ["-n", "8"]), (128, ["-n", "8"]), (None, [])):

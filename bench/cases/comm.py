@@ -28,20 +28,21 @@ SHARED_RANKS = 8
 NUM_SMS = (8, 16, 20, 24)  # between GPUs
 
 
-def _ranks() -> int:
-    return torch.cuda.device_count() if torch.cuda.device_count() > 1 else SHARED_RANKS
+def _several_gpus() -> bool:
+    """Whether a rank has a GPU of its own."""
+    return torch.cuda.device_count() > 1
 
 
 def _sizes(tiny: bool) -> dict[str, int]:
     names = "ranks", "tokens", "hidden", "topk"
-    return dict(zip(names, (2, 32, 256, 8) if tiny else (_ranks(), 4096, 7168, 8), strict=True))
+    ranks = torch.cuda.device_count() if _several_gpus() else SHARED_RANKS
+    return dict(zip(names, (2, 32, 256, 8) if tiny else (ranks, 4096, 7168, 8), strict=True))
 
 
 def _kinds() -> list[dict[str, Any]]:
     """What is asked of the ranks, apart from sizes."""
-    several = torch.cuda.device_count() > 1
     static = [{"mode": "static", "wire": wire} for wire in WIRES]
-    kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if several else static
+    kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if _several_gpus() else static
     return [*kinds, {"mode": "exact", "wire": "fp8"}]
 
 
@@ -53,7 +54,7 @@ def _name(kind: dict[str, Any]) -> str:
 def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
     """What the ranks found, all cases in one start of them, by _name; and collective's by wire."""
     transport, sizes = "ipc" if device == "cuda" else "collective", _sizes(tiny)
-    shared = device == "cuda" and torch.cuda.device_count() == 1
+    shared = device == "cuda" and not _several_gpus()
     asked = [{**sizes, "transport": transport, "quick": quick, **kind} for kind in _kinds()]
     # Where ranks share a GPU collective goes through the host, and lasts.
     collective = {"transport": "collective", "mode": "exact", "quick": quick or shared}
@@ -71,7 +72,7 @@ def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]
 
 
 def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
-    sizes, several = _sizes(tiny), torch.cuda.device_count() > 1
+    sizes, several = _sizes(tiny), _several_gpus()
     backend = "nccl" if several else "gloo"
 
     def measure(device: torch.device, quick: bool) -> Timing:

@@ -60,7 +60,10 @@ class Dispatched(tuple[Tensor, ...]):
     topk_weights = property(itemgetter(1), doc="fp32 [R]: the routing weight of each row, applied by the expert")
     offsets = property(itemgetter(2), doc="int32 [G+1]: where each local expert's rows begin")
     source = property(itemgetter(3), doc="int64 [R]: the (token, slot) pair of a row; in static mode T*k for none")
-    position = property(itemgetter(4), doc="int64 [T, k]: the rows of a token, ascending; R where a slot has none here")
+    position = property(
+        itemgetter(4),
+        doc="int64 [T, k]: the rows of a token, ascending; R where a slot has none here, R + 1 if for want of room",
+    )
 
     @property
     def cast(self) -> tuple[Tensor, ...]:

@@ -152,13 +152,10 @@ class DeepSeekV3(nn.Module):
         the vocabulary."""
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
             raise ValueError(f"tokens must be int64 (B, S), got {tokens.dtype} {tuple(tokens.shape)}")
-        if (
-            tokens.is_cpu
-            and not torch.compiler.is_compiling()
-            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size
-        ):
-            found = f"{int(tokens.min())}..{int(tokens.max())}"
-            raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {found}")
+        if tokens.is_cpu and not torch.compiler.is_compiling():
+            least, most = map(int, tokens.aminmax())
+            if least < 0 or most >= self.config.vocab_size:
+                raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {least}..{most}")
         batch, length = tokens.shape
         self._check_length(length)
         h, _ = self.hidden(tokens.flatten(), AttentionContext.batch(batch, length, tokens.device))

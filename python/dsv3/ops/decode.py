@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.moe import check_gate
-from dsv3.ops.registry import check_dtype, define, native
+from dsv3.ops.registry import check_dtype, define, native, require_dtype
 from dsv3.reference import decode as reference
 
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
@@ -490,9 +490,7 @@ def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e
 
 
 def _check_dtypes(name: str, x: Tensor, *others: Tensor) -> None:
-    if any(t.dtype != x.dtype for t in others):
-        found = [str(t.dtype).removeprefix("torch.") for t in (x, *others)]
-        raise ValueError(f"{name}: expected activations and weights of one dtype, got {found}")
+    require_dtype(name, "activations and weights of one dtype", x.dtype, x, *others)
 
 
 def _matrices(weight: Tensor) -> Tensor:

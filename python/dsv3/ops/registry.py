@@ -200,6 +200,13 @@ class ReferenceOps:
             _C.force_references(_forced_references > 0)
 
 
+def require_dtype(name: str, wanted: str, dtype: torch.dtype, *tensors: torch.Tensor) -> None:
+    """A ValueError of the function `name` where a tensor has another dtype; wanted: what it should say was expected."""
+    if any(t.dtype != dtype for t in tensors):
+        found = [str(t.dtype).removeprefix("torch.") for t in tensors]
+        raise ValueError(f"{name}: expected {wanted}, got {found}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> str | None:
     """The objection of a `supports` to a dtype."""
     return None if tensor.dtype in dtypes else f"{name} is {tensor.dtype}".replace("torch.", "")

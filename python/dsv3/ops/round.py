@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv3.ops.registry import check_dtype, define, native
+from dsv3.ops.registry import check_dtype, define, native, require_dtype
 from dsv3.reference import decode as reference
 
 
@@ -66,7 +66,7 @@ def decode_positions(
     if not good or len(block_table) != len(lengths):
         found = ", ".join(str(tuple(t.shape)) for t in (lengths, active, block_table))
         raise ValueError(f"decode_positions: expected lengths and active (B,) and block_table (B, W), got {found}")
-    _check_integers("decode_positions", lengths, active)
+    require_dtype("decode_positions", "tensors of int64", torch.int64, lengths, active)
     table = block_table.contiguous()
     return torch.ops.dsv3.decode_positions(lengths, active, table, first, steps, page, last_position)
 
@@ -91,11 +91,5 @@ def greedy_round(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor
             f"greedy_round: expected result (B, S+1), tokens (B, S), lengths and active (B,) and logits (B, S, V), got "
             f"{shapes} and {tuple(logits.shape)}"
         )
-    _check_integers("greedy_round", result, tokens, lengths, active)
+    require_dtype("greedy_round", "tensors of int64", torch.int64, result, tokens, lengths, active)
     torch.ops.dsv3.greedy_round(result, tokens, lengths, logits.contiguous(), active)
-
-
-def _check_integers(name: str, *tensors: Tensor) -> None:
-    if any(t.dtype != torch.int64 for t in tensors):
-        found = [str(t.dtype).removeprefix("torch.") for t in tensors]
-        raise ValueError(f"{name}: expected tensors of int64, got {found}")

@@ -171,13 +171,21 @@ class _Split:
 
     def __init__(self, folder: Path, name: str, index: TokenIndex) -> None:
         sizes = index.splits[name]
-        self.path = path = folder / f"{name}.bin"
+        self._path = path = folder / f"{name}.bin"
+        self._vocab_size = index.vocab_size
         expected = sizes.num_tokens * np.dtype(index.dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0
         if found != expected:
             raise ValueError(f"{path}: expected {expected} bytes, found {found}")
         self.tokens = np.memmap(path, index.dtype, "r") if expected else np.zeros(0, index.dtype)
         self.starts, self.byte_starts = _load_offsets(folder / f"{name}.offsets.npy", sizes)
+
+    def check(self, tokens: np.ndarray) -> Tensor:
+        """Tokens that were read, for torch. ValueError where the vocabulary lacks one of them: the file is damaged."""
+        if tokens.size and tokens.max() >= self._vocab_size:
+            found = f"found {tokens.max()}: the file is damaged"
+            raise ValueError(f"{self._path}: expected tokens below {self._vocab_size}, {found}")
+        return torch.from_numpy(tokens)
 
 
 def _load_offsets(path: Path, sizes: SplitIndex) -> np.ndarray:
@@ -232,11 +240,7 @@ class TokenDataset:
             epoch, window = divmod(position + row, self.windows_per_epoch)
             self._prepare(epoch)
             rows[row] = self._read(int(self._order[window]) * self.seq_len)
-        if count and rows.max() >= self.index.vocab_size:
-            raise ValueError(
-                f"{self._split.path}: expected tokens below {self.index.vocab_size}, found {rows.max()}: the file is damaged"
-            )
-        return torch.from_numpy(rows)
+        return self._split.check(rows)
 
     def _prepare(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -345,7 +349,7 @@ class ValidationSet:
             for row, (start, stop, first) in enumerate(group):
                 tokens[row, : stop - start] = self._split.tokens[start:stop]
                 mask[row, first - start - 1 : stop - start - 1] = True
-            yield torch.from_numpy(tokens), torch.from_numpy(mask)
+            yield self._split.check(tokens), torch.from_numpy(mask)
 
     def _windows(self) -> Iterator[tuple[int, int, int]]:
         """(start, stop, first target) in the token file; the last window of a document reaches back to be full."""

@@ -60,7 +60,8 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
         except RankLost as error:
             left = (rank for rank in range(parallel.world) if rank not in error.ranks)
             if parallel.rank == next(left):  # one line from all that are left
-                print(f"dsv3: {error}; last checkpoint: {trainer.last_checkpoint}", file=sys.stderr)
+                saved = next(iter(checkpoint.complete(out)), None)  # maybe just now, which no trainer heard of any more
+                print(f"dsv3: {error}; last checkpoint: {saved}", file=sys.stderr)
             return 1
         if trainer.interrupted:
             launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else command()
