@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import Dispatched, ExpertBuffer
+from dsv3.comm.low_latency import Masked
 from dsv3.reference.quant import TILE
 
 EXPERTS, GROUPS, KEPT = 256, 8, 4
@@ -86,8 +87,10 @@ def device_us(call: Callable[[], Any], calls: int, repeats: int, graph: bool) ->
 def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
     calls, repeats = (1, 1) if case["quick"] else (5, 7)
     x, idx, weights = draw(case, device)
-    static = case["mode"] == "static"
+    static, few = case["mode"] == "static", case["mode"] == "low_latency"
     room = {"max_recv": case["tokens"] * case["topk"] * 9 // 8, "max_tokens": case["tokens"]} if static else {}
+    if few:
+        room = {"low_latency": case["tokens"], "hidden": case["hidden"]}
     buffer = ExpertBuffer(
         num_experts=EXPERTS,
         transport=case["transport"],
@@ -100,17 +103,20 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
     assert buffer.transport == case["transport"]
     with torch.no_grad():
 
-        def dispatch() -> Dispatched:
-            return buffer.dispatch(x, idx, weights)
+        def dispatch() -> Dispatched | Masked:
+            return buffer.send(x, idx, weights).receive() if few else buffer.dispatch(x, idx, weights)
 
         handle = dispatch()
-        y = torch.randn(handle.rows.shape, device=device, dtype=torch.bfloat16)
+        y = torch.randn((handle.x if few else handle.rows).shape, device=device, dtype=torch.bfloat16)
+
+        def combine() -> Tensor:
+            return buffer.send_sums(y, handle).receive() if few else buffer.combine(y, handle)
 
         def microseconds(call: Callable[[], Any]) -> float:
-            graph = static and case["transport"] == "ipc"
+            graph = (static or few) and case["transport"] == "ipc"
             return device_us(call, calls, repeats, graph) if device.type == "cuda" else host_us(call)
 
-        found = {"dispatch": microseconds(dispatch), "combine": microseconds(lambda: buffer.combine(y, handle))}
+        found = {"dispatch": microseconds(dispatch), "combine": microseconds(combine)}
     buffer.check()
     buffer.close()
     return found | link_bytes(case, idx)

@@ -3,6 +3,7 @@ share it, and all of them together are one row.
 
 `bytes` are those that count in a GPU's memory: dispatch reads x once and writes every row of an expert once, combine reads
 these rows and writes the output once. That each token also passes a ring to each of its ranks costs time and counts nothing.
+In mode low_latency, of few tokens, each way is its two halves one after the other.
 Between GPUs `link_gbs` is what left a rank for others, a token once for each that it needs, over the time. No speed of a link
 can be told from ranks that share a GPU: there the links are its own memory.
 """
@@ -33,17 +34,24 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def _sizes(tiny: bool) -> dict[str, int]:
+def _sizes(kind: dict[str, Any], tiny: bool) -> dict[str, int]:
     names = "ranks", "tokens", "hidden", "topk"
     ranks = torch.cuda.device_count() if _several_gpus() else SHARED_RANKS
-    return dict(zip(names, (2, 32, 256, 8) if tiny else (ranks, 4096, 7168, 8), strict=True))
+    tokens = 128 if kind["mode"] == "low_latency" else 4096
+    return dict(zip(names, (2, 32, 256, 8) if tiny else (ranks, tokens, 7168, 8), strict=True))
 
 
 def _kinds() -> list[dict[str, Any]]:
     """What is asked of the ranks, apart from sizes."""
     static = [{"mode": "static", "wire": wire} for wire in WIRES]
     kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if _several_gpus() else static
-    return [*kinds, {"mode": "exact", "wire": "fp8"}]
+    few = [{"mode": "low_latency", "wire": wire} for wire in WIRES]
+    return [*kinds, {"mode": "exact", "wire": "fp8"}, *few]
+
+
+def _peer(kind: dict[str, Any]) -> dict[str, Any]:
+    """The kind of peer that moves the same tokens, whatever else differs."""
+    return {"mode": "low_latency" if kind["mode"] == "low_latency" else "exact", "wire": kind["wire"], "peer": True}
 
 
 def _name(kind: dict[str, Any]) -> str:
@@ -52,14 +60,16 @@ def _name(kind: dict[str, Any]) -> str:
 
 @functools.cache
 def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
-    """What the ranks found, all cases in one start of them, by _name; and collective's by wire."""
-    transport, sizes = "ipc" if device == "cuda" else "collective", _sizes(tiny)
+    """What the ranks found, all cases in one start of them, by _name; also of the peers, which are collective."""
+    transport = "ipc" if device == "cuda" else "collective"
     shared = device == "cuda" and not _several_gpus()
-    asked = [{**sizes, "transport": transport, "quick": quick, **kind} for kind in _kinds()]
+    peers = list({_name(_peer(kind)): _peer(kind) for kind in _kinds()}.values())
+    asked = [{**_sizes(kind, tiny), "transport": transport, "quick": quick, **kind} for kind in _kinds()]
     # Where ranks share a GPU collective goes through the host, and lasts.
     collective = {"transport": "collective", "mode": "exact", "quick": quick or shared}
-    asked += [{**sizes, **collective, "wire": wire} for wire in WIRES]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sizes["ranks"])]
+    asked += [{**_sizes(kind, tiny), **kind, **collective} for kind in peers]
+    ranks = str(asked[0]["ranks"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     with shared_gpu() if shared else nullcontext() as env:
         done = subprocess.run(
             [*command, "-m", "bench.comm_worker", json.dumps(asked)],
@@ -68,18 +78,18 @@ def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]
     if done.returncode != 0:
         raise RuntimeError(f"the ranks failed: {done.stderr.strip()[-500:]}")
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip([*map(_name, _kinds()), *WIRES], found, strict=True))
+    return dict(zip(map(_name, [*_kinds(), *peers]), found, strict=True))
 
 
 def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
-    sizes, several = _sizes(tiny), _several_gpus()
+    sizes, several = _sizes(kind, tiny), _several_gpus()
     backend = "nccl" if several else "gloo"
 
     def measure(device: torch.device, quick: bool) -> Timing:
         measured = _measured(device.type, tiny, quick)
         found = measured[_name(kind)]
         facts = {"link_gbs": round(found[f"{op}_bytes"] / found[op] / 1e3, 2)} if several else {}
-        return Timing(found[op], {f"all_to_all_single over {backend}": measured[kind["wire"]][op]}, facts)
+        return Timing(found[op], {f"all_to_all_single over {backend}": measured[_name(_peer(kind))][op]}, facts)
 
     tokens, hidden = sizes["tokens"] * (1 if several else sizes["ranks"]), sizes["hidden"]
     row = hidden + 4 * -(-hidden // TILE) if kind["wire"] == "fp8" and op == "dispatch" else 2 * hidden
@@ -95,5 +105,5 @@ def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
 def cases(tiny: bool) -> list[Case]:
     """The way back does not depend on the wire's FP8."""
     kinds = _kinds()
-    combines = [kind for kind in kinds if kind["mode"] == "static" and kind["wire"] == "bf16"]
+    combines = [kind for kind in kinds if kind["mode"] != "exact" and kind["wire"] == "bf16"]
     return [*(_case("dispatch", kind, tiny) for kind in kinds), *(_case("combine", kind, tiny) for kind in combines)]
