@@ -13,7 +13,7 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kProducers = 10, kOwners = 6;  // warps
+constexpr int kProducers = 20, kOwners = 8;  // warps
 constexpr int kThreads = (kProducers + kOwners) * kWarpSize;
 
 struct CombineParams {
@@ -36,11 +36,13 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk + lane;
   const int64_t found = lane < p.own.topk ? p.position[at] : p.num_rows;
+  if (!warp_wait<true>(r, true, done_flag(r, r.rank, source, channel, item), item + 1 - r.slots, source)) {
+    return false;
+  }
   const bool live = found < p.num_rows, dropped = __any_sync(kAllLanes, found > p.num_rows);
   const int count = __popc(__ballot_sync(kAllLanes, live));
   const int begin = piece * p.piece;
   const Y* const row = static_cast<const Y*>(p.rows) + (live ? found : 0) * p.hidden + begin;
-  if (!warp_wait(r, true, done_flag(r, r.rank, source, channel, item), item + 1 - r.slots, source)) return false;
   Slot* const slot = ring_slot(r, source, r.rank, channel, item);
   if (p.row_weights != nullptr && piece == 0 && lane < p.own.topk) {
     slot->meta.weights[lane] = live ? p.row_weights[found] : __uint_as_float(0x7fffffffu);
@@ -51,7 +53,7 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
       slot->data[v] = make_uint4(kNanWord, kNanWord, kNanWord, kNanWord);
     }
   } else {
-    sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), columns, row, count, 1u << max(count - 1, 0), memory);
+    sum_rows<false, Y, S>(reinterpret_cast<S*>(slot->data), columns, row, count, 0, memory);
   }
   __syncwarp();
   if (lane == 0) store_release(ready_flag(r, source, r.rank, channel, item), item + 1);
@@ -66,11 +68,14 @@ __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams&
   int items = 0;  // of all rings, in turn one a warp
   for (int first = blockIdx.x; first < p.max_tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
+    unsigned from = 0;  // the ranks from which the lane's token came
+    for (int source = 0; token < p.max_tokens && source < r.ranks; ++source) {
+      const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk;
+      from |= static_cast<unsigned>(p.position[at] != p.num_rows) << source;
+    }
     unsigned came = 0;  // of the 32 tokens of rank `lane`
     for (int source = 0; source < r.ranks; ++source) {
-      const int64_t at = (static_cast<int64_t>(source) * p.max_tokens + token) * p.own.topk;
-      const bool here = token < p.max_tokens && p.position[at] != p.num_rows;
-      const unsigned of_source = __ballot_sync(kAllLanes, here);
+      const unsigned of_source = __ballot_sync(kAllLanes, from >> source & 1);
       if (lane == source) came = of_source;
     }
     for (int i = 0; i < kWarpSize; ++i) {
@@ -107,7 +112,7 @@ __device__ __forceinline__ void take_weights(const CombineParams& p, int64_t tok
   if (expert >= 0) p.weights[at] = __ldcg(&from->meta.weights[place]);
 }
 
-template <class Y, class S>
+template <bool kNodes, class Y, class S>
 __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, int warp, uint32_t next,
                                         uint4* memory) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
@@ -120,7 +125,7 @@ __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, 
       Y* const out = static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin;
       const Parts parts = parts_of(p.ranks_per_node, mask, slot);
       const S* const part = reinterpret_cast<const S*>(parts.slot->data);
-      sum_rows<S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
+      sum_rows<kNodes, S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
       if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);
       __syncwarp();
       if (used) store_relaxed(done_flag(r, lane, r.rank, channel, item), item + 1);
@@ -136,7 +141,7 @@ __device__ __forceinline__ void spoil(const CombineParams& p) {
   if (p.weights != nullptr) fill_nan(p.weights, p.own.tokens * p.own.topk * sizeof(float));
 }
 
-template <class Y, class S>
+template <bool kNodes, class Y, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ Rings r, const __grid_constant__ CombineParams p) {
   extern __shared__ uint4 memory[];  // [warp][kWarpBytes / 16]
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       produces ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
   uint32_t next = lane < r.ranks ? *counters : 0;
   uint4* const mine = memory + warp * (kWarpBytes / 16);
-  next = produces ? produce<Y, S>(r, p, warp, next, mine) : own<Y, S>(r, p, warp - kProducers, next, mine);
+  next = produces ? produce<Y, S>(r, p, warp, next, mine) : own<kNodes, Y, S>(r, p, warp - kProducers, next, mine);
   __syncthreads();
   if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Y>(p);
   if (lane < r.ranks && (warp == 0 || warp == kProducers)) *counters = next;
@@ -191,11 +196,12 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
     using Y = decltype(zero);
     DSV3_CHECK(hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    p.piece = piece_columns(hidden, narrow ? 2 : 4);
+    p.piece = piece_columns(hidden, narrow ? 2 : 4, kRun);
     p.pieces = static_cast<int>(ceil_div(hidden, p.piece));
     const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = kThreads / kWarpSize * kWarpBytes};
-    narrow ? launch("comm_combine", combine_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
-           : launch("comm_combine", combine_kernel<Y, float>, shape, stream, r, p);
+    visit_sums<Y>(narrow, ranks_per_node < r.ranks, [&](auto zero, auto nodes) {
+      launch("comm_combine", combine_kernel<nodes(), Y, decltype(zero)>, shape, stream, r, p);
+    });
   });
 }
 

@@ -1,21 +1,27 @@
 // Tokens to the rows of their experts on the ranks of a node.
 //
-// A third of a block's warps send: one reads a piece of a token once, casts it where the wire is FP8, and writes it to a slot
-// of the ring of every rank that needs it, together with its rows there. The others receive: one takes a slot and writes
-// the piece to all these rows. A receiver serves one source alone and takes whatever comes, so rings always drain. Each
-// warp has a slot of shared memory: its loads are all on their way at once, and a ring's slot is free once it lies there.
+// Warps of a block, all by themselves: some read a piece of a token once, cast it where the wire is FP8, and put it into a slot
+// in shared memory, with the token's rows at all ranks. One takes these slots in their order and has bulk copies bring each to
+// the rings of the ranks that need it: lane r serves rank r. The rest receive: a bulk copy brings a slot of a ring to shared
+// memory, others bring it from there to all its rows. A receiver serves one source alone and takes whatever comes, so rings
+// always drain; a ring's slot is free once it lies in shared memory.
 //
-// Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot, of which all that
-// are in use fit the L2 cache. Memory-bound.
+// Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot. Memory-bound.
 #include "../ops.h"
 #include "rows.cuh"
 
 namespace dsv3 {
 namespace {
 
-constexpr int kSenders = 8, kReceivers = 16;  // warps; receivers write twice as much as senders read and write
-constexpr int kThreads = (kSenders + kReceivers) * kWarpSize;
+constexpr int kCasters = 10, kReceivers = 16;  // warps; the first of the block is the sender
+constexpr int kThreads = (1 + kCasters + kReceivers) * kWarpSize;
 static_assert(kReceivers >= kMaxRanks);
+constexpr int kStages = 10;  // slots between casters and sender
+constexpr int kFlight = 5;   // of them on their way at once
+constexpr int kAhead = 8;    // slots of a ring that are looked at together for room
+// A caster that has filled slot n knows that n - kStages has left. So the slot before the one it fills next has a stage whose
+// barrier is at most one phase away: parities tell no more.
+static_assert(kCasters <= kStages);
 
 struct DispatchParams {
   OwnTokens own;
@@ -46,33 +52,103 @@ __device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) 
   return placed(pair, p.own.topk);
 }
 
+struct Memory {
+  Slot stages[kStages], boxes[kReceivers];
+  uint64_t full[kStages], empty[kStages], there[kReceivers];
+  volatile bool stopped;  // the sender has given up
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      cutlass::arch::ClusterBarrier::init(&full[i], 1);
+      cutlass::arch::ClusterBarrier::init(&empty[i], 1);
+    }
+    init_boxes(there);
+    stopped = false;
+  }
+};
+
+// Whether the stage of slot n has passed; the same for all lanes.
+__device__ __forceinline__ bool has_passed(const uint64_t* barriers, int n, int flip) {
+  const uint32_t parity = n / kStages % 2 ^ flip;
+  return __all_sync(kAllLanes, cutlass::arch::ClusterBarrier::try_wait(&barriers[n % kStages], parity));
+}
+
+// Slot n of the channel's, in the order of its tokens, goes through stage n % kStages.
 template <class Way>
-__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, int warp, uint32_t next,
-                                         Slot* stage) {
-  using X = typename Way::X;
+__device__ __forceinline__ void cast(const Rings& r, const DispatchParams& p, int warp, Memory& memory) {
+  using cutlass::arch::ClusterBarrier;
+  for (int n = warp;; n += kCasters) {
+    const int token = blockIdx.x + n / p.pieces * r.channels, begin = n % p.pieces * p.piece;
+    if (token >= p.own.tokens) return;
+    const typename Way::X* const x = static_cast<const typename Way::X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
+    const Pair pair = pair_of(p, token);
+    while (!has_passed(memory.empty, n, 1)) {
+      if (__any_sync(kAllLanes, memory.stopped)) return;
+    }
+    const int stage = n % kStages, columns = min(p.piece, p.hidden - begin);
+    fill_slot<Way>(&memory.stages[stage], p.rule, x + begin, columns, pair, token, p.own.topk);
+    if (threadIdx.x % kWarpSize == 0) ClusterBarrier::arrive(&memory.full[stage]);
+  }
+}
+
+// Lane s counts the ring to rank s from `next` on; returns the count at the end.
+template <class Way>
+__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, uint32_t next, Memory& memory) {
+  using cutlass::arch::ClusterBarrier;
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
-  return for_own_tokens(r, p.own, p.pieces, next, warp, kSenders, [&](int token, unsigned mask, uint32_t item) {
-    const X* const x = static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
+  int landed = 0, flying = 0;  // slots of the channel
+  uint32_t first = next;       // of this lane's ring on their way
+  int mine = 0;
+  uint32_t checked = next;  // those before it have room
+  const auto look = [&](uint32_t item) {
+    uint32_t seen[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) seen[i] = load_relaxed(done_flag(r, r.rank, lane, channel, item + i));
+    bool more = true;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      more = more && static_cast<int32_t>(seen[i] - (item + i + 1 - r.slots)) >= 0;
+      if (more) checked = item + i + 1;
+    }
+  };
+  const auto land = [&] {
+    wait_bulk_stores();
+    if (mine > 0) __threadfence_system();
+    for (; mine > 0; --mine, ++first) store_relaxed(ready_flag(r, lane, r.rank, channel, first), first + 1);
+    __syncwarp();
+    if (lane < flying) ClusterBarrier::arrive(&memory.empty[(landed + lane) % kStages]);
+    landed += flying;
+    flying = 0;
+  };
+  next = for_own_tokens(r, p.own, p.pieces, next, 0, 1, [&](int, unsigned mask, uint32_t item) {
     const bool used = mask >> lane & 1;
-    Pair pair;
     for (int piece = 0; piece < p.pieces; ++piece, ++item) {
-      const int begin = piece * p.piece, vectors = min(p.piece, p.hidden - begin) / Way::kColumns;
-      const uint4* const row = reinterpret_cast<const uint4*>(x + begin);
-      ask(stage, row, 0, vectors);
-      if (piece == 0) pair = pair_of(p, token);
-      const uint32_t* const done = done_flag(r, r.rank, lane, channel, item);
-      if (!warp_wait(r, used, done, item + 1 - r.slots, lane)) return false;
-      Slot* const slot = used ? ring_slot(r, lane, r.rank, channel, item) : nullptr;
-      send_piece<Way>(p.rule, row, vectors, mask, slot, stage);
-      send_meta(pair, token, mask, slot, stage);
-      if (used) store_release(ready_flag(r, lane, r.rank, channel, item), item + 1);
+      const int n = landed + flying, stage = n % kStages, columns = min(p.piece, p.hidden - piece * p.piece);
+      while (!has_passed(memory.full, n, 0)) {
+        if (flying > 0) land();
+      }
+      if (used && item == checked) look(item);
+      const bool full = used && item == checked;
+      if (__any_sync(kAllLanes, full)) {
+        land();
+        const uint32_t* const done = done_flag(r, r.rank, lane, channel, item);
+        if (!warp_wait<true>(r, full, done, item + 1 - r.slots, lane)) return false;
+        if (full) ++checked;
+      }
+      if (used) {
+        bulk_store(ring_slot(r, lane, r.rank, channel, item), &memory.stages[stage], slot_bytes<Way>(columns));
+        if (mine++ == 0) first = item;
+      }
+      if (++flying == kFlight) land();
     }
     return true;
   });
+  land();
+  return next;
 }
 
 template <class Way>
-__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, Slot* stage) {
+__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, Box box) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int sharing = kReceivers / r.ranks, source = warp / sharing;  // warps that serve a source
   if (source >= r.ranks) return;
@@ -83,19 +159,20 @@ __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p,
   for (int i = warp % sharing; i < items; i += sharing) {
     const uint32_t item = begin + i;
     const int piece = i % p.pieces, first = piece * p.piece, columns = min(p.piece, p.hidden - first);
-    if (!warp_wait(r, true, ready_flag(r, r.rank, source, channel, item), item + 1, source)) return;
-    take(stage, ring_slot(r, r.rank, source, channel, item), Way::kCast ? ceil_div(columns, 16) : columns);
+    if (!warp_wait(r, true, ready_flag(r, r.rank, source, channel, item), item + 1, source)) break;
+    box.take(ring_slot(r, r.rank, source, channel, item), slot_bytes<Way>(columns));
     if (lane == 0) store_relaxed(done_flag(r, source, r.rank, channel, item), item + 1);
-    const Meta& meta = stage->meta;
-    const int row = lane < meta.count ? meta.rows[lane] : 0;
-    if (piece == 0 && lane < meta.count && p.position != nullptr) {
+    const Meta& meta = box.slot->meta;
+    const Here here = pairs_here(meta, r.rank);
+    const int row = lane < here.count ? meta.rows[here.first + lane] : 0;
+    if (piece == 0 && lane < here.count && p.position != nullptr) {
       const int64_t token = static_cast<int64_t>(source) * p.max_tokens + meta.token;
       p.position[token * p.own.topk + lane] = row < num_rows ? row : row + 1;
-      if (row < num_rows) p.row_weights[row] = meta.weights[lane];
+      if (row < num_rows) p.row_weights[row] = meta.weights[here.first + lane];
     }
-    write_rows<Way>(p.to, stage, first, columns, row, spoiled);
-    __syncwarp();
+    write_rows<Way>(p.to, box.slot, first, columns, here.count, row, spoiled);
   }
+  wait_bulk_stores();
 }
 
 // A rank was waited for in vain.
@@ -104,7 +181,7 @@ __device__ __forceinline__ void spoil(const DispatchParams& p) {
   const int64_t values = static_cast<int64_t>(p.to.num_rows) * p.hidden;
   if constexpr (Way::kCast && !Way::kDecode) {
     fill_nan(p.to.codes, values);
-    fill_nan(p.to.sf, p.to.num_rows * ceil_div(p.hidden, kTile) * sizeof(float));
+    fill_nan(p.to.sf, p.to.num_rows * p.to.sf_stride * sizeof(float));
   } else {
     fill_nan(p.to.rows, values * sizeof(typename Way::X));
   }
@@ -114,17 +191,23 @@ __device__ __forceinline__ void spoil(const DispatchParams& p) {
 template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ Rings r, const __grid_constant__ DispatchParams p) {
-  extern __shared__ __align__(128) char memory[];  // a slot for every warp
+  extern __shared__ __align__(128) char shared[];
+  Memory& memory = *reinterpret_cast<Memory*>(shared);
+  if (threadIdx.x == 0) memory.init();
+  __syncthreads();
   wait_for_inputs();
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
-  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
   if (local->failed) return spoil<Way>(p);
-  uint32_t next = threadIdx.x % kWarpSize < r.ranks ? local->sent[threadIdx.x % kWarpSize][blockIdx.x] : 0;
-  if (warp < kSenders) {
-    next = send<Way>(r, p, warp, next, stage);
+  uint32_t next = rank < r.ranks ? local->sent[rank][blockIdx.x] : 0;
+  if (warp == 0) {
+    next = send<Way>(r, p, next, memory);
+    memory.stopped = true;
+  } else if (warp <= kCasters) {
+    cast<Way>(r, p, warp - 1, memory);
   } else {
-    receive<Way>(r, p, warp - kSenders, stage);
+    const int receiver = warp - 1 - kCasters;
+    receive<Way>(r, p, receiver, Box(&memory.boxes[receiver], &memory.there[receiver]));
   }
   __syncthreads();
   if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Way>(p);
@@ -134,20 +217,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// x_sf[row, tile] = sf[row, tile] with strides (1, sf_stride): written row by row each scale would fill a sector of its own.
-constexpr int kScaleRows = 64;
-__global__ void __launch_bounds__(256)
+// x_sf[row, tile] = sf[row, tile] with strides (1, sf_stride) and (padded_tiles, 1): written row by row each scale would fill a
+// sector of its own.
+constexpr int kScaleRows = 128, kScaleThreads = 1024;
+__global__ void __launch_bounds__(kScaleThreads)
     order_scales_kernel(float* x_sf, int64_t sf_stride, const float* sf, const int* total, int num_rows, int tiles) {
-  extern __shared__ float block[];  // [tiles][kScaleRows + 1]
+  extern __shared__ float block[];  // [padded tiles][kScaleRows + 1]
   wait_for_inputs();
   const int rows = min(*total, num_rows);
   for (int first = blockIdx.x * kScaleRows; first < rows; first += gridDim.x * kScaleRows) {
     const int count = min(kScaleRows, rows - first);
-    for (int i = threadIdx.x; i < count * tiles; i += blockDim.x) {
-      block[i % tiles * (kScaleRows + 1) + i / tiles] = sf[static_cast<int64_t>(first) * tiles + i];
+    const int vectors = padded_tiles(tiles) / 4;
+    for (int i = threadIdx.x; i < count * vectors; i += kScaleThreads) {
+      const int row = i / vectors, tile = i % vectors * 4;
+      const float4 four = reinterpret_cast<const float4*>(sf)[static_cast<int64_t>(first) * vectors + i];
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) block[(tile + j) * (kScaleRows + 1) + row] = values[j];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kScaleRows * tiles; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kScaleRows * tiles; i += kScaleThreads) {
       const int row = i % kScaleRows, tile = i / kScaleRows;
       if (row < count) x_sf[tile * sf_stride + first + row] = block[tile * (kScaleRows + 1) + row];
     }
@@ -156,11 +245,11 @@ __global__ void __launch_bounds__(256)
 }
 
 template <class Way>
-void start(const Rings& r, DispatchParams& p, int64_t bytes_of_column, cudaStream_t stream) {
-  p.piece = piece_columns(p.hidden, static_cast<int>(bytes_of_column));
+void start(const Rings& r, DispatchParams& p, cudaStream_t stream) {
+  p.piece = piece_columns(p.hidden, Way::kBytes, Way::kCast ? kPieceStep : 1);
   p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
   p.to.hidden = p.hidden;
-  const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = kThreads / kWarpSize * sizeof(Slot)};
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = sizeof(Memory)};
   launch("comm_dispatch", dispatch_kernel<Way>, shape, stream, r, p);
 }
 
@@ -208,25 +297,24 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
                    .rule = scale_rule(amax_floor, true)};
   if (!cast) {
     p.hidden = static_cast<int>(hidden * size / 16);
-    return start<Words>(r, p, 16, stream);
+    return start<Words>(r, p, stream);
   }
   const int tiles = static_cast<int>(ceil_div(hidden, kTile));
   DSV3_CHECK(sf.has_value() == sf_rows.has_value(), "sf and sf_rows go together");
   RowCasts casts{};
   if (sf) {
     casts = row_casts("rows", rows, "sf", *sf, num_rows, hidden, p.rule);
-    check_operand("sf_rows", *sf_rows, Dtype::kFloat32, num_rows, tiles);
+    check_operand("sf_rows", *sf_rows, Dtype::kFloat32, num_rows, padded_tiles(tiles));
     p.to.codes = casts.out;
     p.to.sf = sf_rows->data<float>();
-    p.to.sf_row_stride = tiles;
-    p.to.sf_tile_stride = 1;
+    p.to.sf_stride = padded_tiles(tiles);
   }
   visit_float("x", x.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    sf ? start<Codes<T, false>>(r, p, 1, stream) : start<Codes<T, true>>(r, p, 1, stream);
+    sf ? start<Codes<T, false>>(r, p, stream) : start<Codes<T, true>>(r, p, stream);
   });
   if (!sf) return;
-  const Launch shape{.grid = dim3(r.channels), .block = dim3(256), .smem = tiles * (kScaleRows + 1) * sizeof(float)};
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(kScaleThreads), .smem = padded_tiles(tiles) * (kScaleRows + 1) * sizeof(float)};
   launch("comm_dispatch", order_scales_kernel, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.to.sf, p.total,
          p.to.num_rows, tiles);
 }

@@ -8,8 +8,8 @@
 //   comm_receive_sums  waits; the sums of the ranks added up, as comm_combine adds them
 //
 // Windows take turns (peers.cuh): a call may be sent while the one before is still received, but no two. Bytes that count are
-// those of comm_dispatch and comm_combine; between them slots pass through the L2 cache. What remains is latency: loads of a
-// token or slot are all on their way at once, and a warp has one.
+// those of comm_dispatch and comm_combine; between them slots pass through the L2 cache. What remains is latency: two warps cast
+// a token, whose loads are all on their way at once; otherwise a warp has one token or slot.
 #include "../ops.h"
 #include "rows.cuh"
 #include "sums.cuh"
@@ -17,7 +17,8 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 14, kThreads = kWarps * kWarpSize;
+constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+constexpr int kParts = 2;  // warps that cast a token
 
 struct SendParams {
   OwnTokens own;
@@ -29,6 +30,8 @@ struct SendParams {
 
 struct ReceiveParams {
   RowTarget to;        // [G * R, H]
+  float* sf;           // [tiles][sf_stride], or null
+  int64_t sf_stride;
   float* row_weights;  // [G, R]
   int* counts;         // [G]
   int* arrived;        // [N]: tokens that came from every rank
@@ -116,10 +119,15 @@ __device__ __forceinline__ unsigned ranks_of(const OwnTokens& own, int64_t token
   return found;
 }
 
+// The warps that share a token.
+__device__ __forceinline__ void sync_parts(int pair) {
+  asm volatile("bar.sync %0, %1;" ::"r"(pair + 1), "n"(kParts * kWarpSize) : "memory");
+}
+
 template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     send_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendParams p) {
-  extern __shared__ __align__(128) char memory[];  // a slot for every warp
+  extern __shared__ __align__(128) char memory[];  // a slot for every kParts warps
   __shared__ uint16_t needs[kMaxWindowTokens];
   using X = typename Way::X;
   wait_for_inputs();
@@ -127,12 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Half call(r, kThere, 0);
   for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = ranks_of(p.own, t, r.ranks);
   if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;  // of the last call but one
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
-  for (int token = blockIdx.x + gridDim.x * warp; token < p.own.tokens; token += gridDim.x * kWarps) {
+  const int team = threadIdx.x / kWarpSize / kParts, part = threadIdx.x / kWarpSize % kParts;
+  const int lane = threadIdx.x % kWarpSize;
+  Slot* const stage = reinterpret_cast<Slot*>(memory) + team;
+  for (int token = blockIdx.x + gridDim.x * team; token < p.own.tokens; token += gridDim.x * (kWarps / kParts)) {
     const X* const x = static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
     const unsigned mask = needs[token];
-    const int place = tokens_before(needs, token, r.ranks);
     Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
     if (lane < p.own.topk) {
       const int64_t at = static_cast<int64_t>(token) * p.own.topk + lane;
@@ -142,15 +150,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       pair.weight = p.weights[at];
     }
     pair = placed(pair, p.own.topk);
+    const int place = tokens_before(needs, token, r.ranks);
     for (int piece = 0; piece < p.pieces; ++piece) {
-      const int begin = piece * p.piece, vectors = min(p.piece, p.hidden - begin) / Way::kColumns;
-      const uint4* const row = reinterpret_cast<const uint4*>(x + begin);
-      ask(stage, row, 0, vectors);
-      Slot* const slot = mask >> lane & 1 ? window_slot(r, lane, kThere, call.parity(), r.rank, place, piece) : nullptr;
-      send_piece<Way>(p.rule, row, vectors, mask, slot, stage);
-      send_meta(pair, token, mask, slot, stage);
+      const int begin = piece * p.piece, columns = min(p.piece, p.hidden - begin);
+      fill_slot<Way, 16, kParts>(stage, p.rule, x + begin, columns, pair, token, p.own.topk, part);
+      sync_parts(team);
+      if (part == 0 && (mask >> lane & 1)) {
+        Slot* const slot = window_slot(r, lane, kThere, call.parity(), r.rank, place, piece);
+        bulk_store(slot, stage, slot_bytes<Way>(columns));
+      }
+      wait_bulk_stores_read<0>();
+      sync_parts(team);
     }
   }
+  wait_bulk_stores();
   __syncthreads();
   const int total = tokens_before(needs, p.own.tokens, r.ranks);  // in lane r, for rank r
   finish(r, call, [&](int rank) {
@@ -188,10 +201,10 @@ __device__ __forceinline__ void fill_bits(const Rings& r, const ReceiveParams& p
     const int source = entries.source_of(i, r.ranks);
     const Meta& meta = window_slot(r, r.rank, kThere, call.parity(), source, i - entries.starts[source], 0)->meta;
     for (int w = 0; w < words; ++w) bits[w * total + i] = 0;
-    const int count = __ldcg(&meta.count);
-    for (int j = 0; j < count; ++j) {
+#pragma unroll
+    for (int j = 0; j < kMaxTopk; ++j) {  // loads of all are on their way at once
       const int expert = __ldcg(&meta.rows[j]);
-      bits[expert / 32 * total + i] |= 1u << expert % 32;
+      if (__ldcg(&meta.ranks[j]) == r.rank) bits[expert / 32 * total + i] |= 1u << expert % 32;
     }
   }
 }
@@ -207,6 +220,41 @@ __device__ __forceinline__ int entries_before(const unsigned* bits, int total, i
   return found;
 }
 
+// Scales where they belong: a warp takes 32 rows of an expert, a lane each, so that all lines are written whole.
+__device__ __forceinline__ void write_scales(const Rings& r, const ReceiveParams& p, const Half& call,
+                                             const Entries& entries, const unsigned* bits, int total) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int items = p.local_experts * ceil_div(total, kWarpSize);
+  for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
+    const int expert = item % p.local_experts, index = item / p.local_experts * kWarpSize + lane;
+    int entry = -1;  // of this row
+    for (int first = 0, found = 0; first < total && found <= index - lane + kWarpSize - 1; first += kWarpSize) {
+      const int i = first + lane;
+      const unsigned has = __ballot_sync(kAllLanes, i < total && (bits[expert / 32 * total + i] >> expert % 32 & 1));
+      if (index >= found && index < found + __popc(has)) entry = first + __fns(has, 0, index - found + 1);
+      found += __popc(has);
+    }
+    if (entry < 0) continue;
+    const int source = entries.source_of(entry, r.ranks), place = entry - entries.starts[source];
+    for (int begin = 0, piece = 0; begin < p.hidden; begin += p.piece, ++piece) {
+      const Slot* const slot = window_slot(r, r.rank, kThere, call.parity(), source, place, piece);
+      const int tiles = ceil_div(min(p.piece, p.hidden - begin), kTile);
+      float* const out = p.sf + begin / kTile * p.sf_stride + expert * p.room + index;
+      float4 sf[kPieceTiles / 4];
+#pragma unroll
+      for (int i = 0; i < kPieceTiles / 4; ++i) {  // all on their way at once
+        if (i * 4 < tiles) sf[i] = __ldcg(reinterpret_cast<const float4*>(slot->sf) + i);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kPieceTiles; ++tile) {
+        const float4& four = sf[tile / 4];
+        const float values[4] = {four.x, four.y, four.z, four.w};
+        if (tile < tiles) out[tile * p.sf_stride] = values[tile % 4];
+      }
+    }
+  }
+}
+
 // A rank was waited for in vain: no rows.
 __device__ __forceinline__ void leave_empty(const Rings& r, const ReceiveParams& p) {
   for (int expert = threadIdx.x; expert < p.local_experts; expert += kThreads) p.counts[expert] = 0;
@@ -217,7 +265,9 @@ template <class Way>
 __global__ void __launch_bounds__(kThreads, 1)
     receive_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveParams p) {
   extern __shared__ __align__(128) char memory[];  // a slot for every warp, then the bits
+  __shared__ uint64_t there[kWarps];
   __shared__ Entries entries;
+  if (threadIdx.x == 0) init_boxes(there);
   wait_for_inputs();
   if (local_of(r, r.rank)->failed) return leave_empty(r, p);
   const Half call(r, kThere, 1);
@@ -226,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? __ldcg(&call.state->counts[call.parity()][lane]) : 0);
   __syncthreads();
   const int total = entries.starts[r.ranks], words = ceil_div(p.local_experts, 32);
-  Slot* const stage = reinterpret_cast<Slot*>(memory) + warp;
+  Box box(reinterpret_cast<Slot*>(memory) + warp, &there[warp]);
   unsigned* const bits = reinterpret_cast<unsigned*>(reinterpret_cast<Slot*>(memory) + kWarps);
   fill_bits(r, p, call, entries, total, words, bits);
   __syncthreads();
@@ -239,26 +289,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int i = blockIdx.x + gridDim.x * warp; i < total; i += gridDim.x * kWarps) {
     const int source = entries.source_of(i, r.ranks), place = i - entries.starts[source];
+    Here here;
     int row = -1;
     for (int piece = 0; piece < p.pieces; ++piece) {
       const int first = piece * p.piece, columns = min(p.piece, p.hidden - first);
-      take(stage, window_slot(r, r.rank, kThere, call.parity(), source, place, piece),
-           Way::kCast ? ceil_div(columns, 16) : columns);
-      const Meta& meta = stage->meta;
-      for (int j = 0; piece == 0 && j < meta.count; ++j) {
-        const int expert = meta.rows[j], index = entries_before(bits, total, expert, i);
-        if (lane == j) row = expert * p.room + index;
-      }
+      box.take(window_slot(r, r.rank, kThere, call.parity(), source, place, piece), slot_bytes<Way>(columns));
       if (piece == 0) {
+        const Meta& meta = box.slot->meta;
+        here = pairs_here(meta, r.rank);
+        for (int j = 0; j < here.count; ++j) {
+          const int expert = meta.rows[here.first + j], index = entries_before(bits, total, expert, i);
+          if (lane == j) row = expert * p.room + index;
+        }
         const int64_t entry = static_cast<int64_t>(source) * r.window_tokens + place;
         if (lane == 0) p.tokens[entry] = meta.token;
         if (lane < p.topk) p.rows[entry * p.topk + lane] = row;
-        if (lane < meta.count) p.row_weights[row] = meta.weights[lane];
+        if (lane < here.count) p.row_weights[row] = meta.weights[here.first + lane];
       }
-      write_rows<Way>(p.to, stage, first, columns, row, false);
-      __syncwarp();
+      write_rows<Way>(p.to, box.slot, first, columns, here.count, row, false);
     }
   }
+  if constexpr (Way::kCast) write_scales(r, p, call, entries, bits, total);
+  wait_bulk_stores();
   finish(r, call, [&](int rank) {
     store_release(&local_of(r, rank)->windows[kThere].taken[call.parity()][r.rank], call.epoch + 1);
   });
@@ -267,8 +319,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class Y, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     send_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendSumsParams p) {
-  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
   __shared__ Entries entries;
+  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
   wait_for_inputs();
   if (local_of(r, r.rank)->failed) return;
   const Half call(r, kBack, 0);
@@ -284,8 +336,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int count = __popc(__ballot_sync(kAllLanes, found >= 0));
     const Y* const row = static_cast<const Y*>(p.y) + static_cast<int64_t>(max(found, 0)) * p.hidden + begin;
     Slot* const slot = window_slot(r, source, kBack, call.parity(), r.rank, p.tokens[entry], piece);
-    sum_rows<Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count,
-                   1u << max(count - 1, 0), rows_ahead + warp * (kWarpBytes / 16));
+    sum_rows<false, Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 0,
+                          rows_ahead + warp * (kWarpBytes / 16));
   }
   finish(r, call, [&](int rank) {
     store_release(&local_of(r, rank)->windows[kBack].arrived[call.parity()][r.rank], call.epoch + 1);
@@ -297,10 +349,10 @@ __device__ __forceinline__ void spoil(const ReceiveSumsParams& p) {
   fill_nan(p.out, static_cast<int64_t>(p.own.tokens) * p.hidden * sizeof(Y));
 }
 
-template <class Y, class S>
+template <bool kNodes, class Y, class S>
 __global__ void __launch_bounds__(kThreads, 1)
     receive_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveSumsParams p) {
-  extern __shared__ uint4 rows_ahead[];
+  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
   wait_for_inputs();
   if (local_of(r, r.rank)->failed) return spoil<Y>(p);
   const Half call(r, kBack, 1);
@@ -313,9 +365,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Slot* const slot =
         mask >> lane & 1 ? window_slot(r, r.rank, kBack, call.parity(), lane, token, piece) : nullptr;
     const Parts parts = parts_of(p.ranks_per_node, mask, slot);
-    sum_rows<S, S>(static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin,
-                   min(p.piece, p.hidden - begin), reinterpret_cast<const S*>(parts.slot->data), __popc(mask),
-                   parts.ends, rows_ahead + warp * (kWarpBytes / 16));
+    sum_rows<kNodes, S, S>(static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin,
+                           min(p.piece, p.hidden - begin), reinterpret_cast<const S*>(parts.slot->data), __popc(mask),
+                           parts.ends, rows_ahead + warp * (kWarpBytes / 16));
   }
   finish(r, call, [&](int rank) {
     store_release(&local_of(r, rank)->windows[kBack].taken[call.parity()][r.rank], call.epoch + 1);
@@ -324,8 +376,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Columns of a piece, and how many of them: they must fit the windows.
 template <class P>
-void divide(const Rings& r, P& p, int bytes_of_column) {
-  p.piece = piece_columns(p.hidden, bytes_of_column);
+void divide(const Rings& r, P& p, int bytes_of_column, int step) {
+  p.piece = piece_columns(p.hidden, bytes_of_column, step);
   p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
   DSV3_CHECK(p.pieces <= r.window_pieces, "a row has ", p.pieces, " pieces, and the windows have room for ",
              r.window_pieces);
@@ -362,8 +414,8 @@ void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, b
   p.x = x.data<void>();
   p.weights = weights.data<float>();
   p.hidden = static_cast<int>(cast ? x.size(1) : x.size(1) * size / 16);
-  divide(r, p, cast ? 1 : 16);
-  const Launch shape = of_windows(r, kWarps * sizeof(Slot));
+  cast ? divide(r, p, 1, kPieceStep) : divide(r, p, 16, 1);
+  const Launch shape = of_windows(r, kWarps / kParts * sizeof(Slot));
   if (!cast) return launch("comm_send", send_kernel<Words>, shape, stream, r, p);
   visit_float("x", x.dtype(),
               [&](auto zero) { launch("comm_send", send_kernel<Codes<decltype(zero), false>>, shape, stream, r, p); });
@@ -397,16 +449,15 @@ void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Ten
                   .room = static_cast<int>(room),
                   .hidden = static_cast<int>(cast ? hidden : hidden * size / 16)};
   p.to.hidden = p.hidden;
-  divide(r, p, cast ? 1 : 16);
+  cast ? divide(r, p, 1, kPieceStep) : divide(r, p, 16, 1);
   if (cast) {
     DSV3_CHECK(rows.dtype() == Dtype::kE4M3 && sf->dim() == 3 && sf->dtype() == Dtype::kFloat32 &&
                    sf->size(0) == experts && sf->size(1) == room && sf->size(2) == ceil_div(hidden, kTile) &&
                    sf->stride(0) == room && (room == 1 || sf->stride(1) == 1),
                "sf must be (experts, room, tiles) with strides (room, 1, ...) beside rows in e4m3, got ", *sf);
     p.to.codes = rows.data<uint8_t>();
-    p.to.sf = sf->data<float>();
-    p.to.sf_row_stride = 1;
-    p.to.sf_tile_stride = sf->stride(2);
+    p.sf = sf->data<float>();
+    p.sf_stride = sf->stride(2);
   }
   const size_t bits = size_t(r.ranks) * r.window_tokens * ceil_div(experts, 32) * sizeof(unsigned);
   const size_t smem = kWarps * sizeof(Slot) + bits;
@@ -436,7 +487,7 @@ void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, 
     using Y = decltype(zero);
     DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4);
+    divide(r, p, narrow ? 2 : 4, kRun);
     const Launch shape = of_windows(r, kWarps * kWarpBytes);
     narrow ? launch("comm_send_sums", send_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
            : launch("comm_send_sums", send_sums_kernel<Y, float>, shape, stream, r, p);
@@ -456,10 +507,11 @@ void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t
     using Y = decltype(zero);
     DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4);
+    divide(r, p, narrow ? 2 : 4, kRun);
     const Launch shape = of_windows(r, kWarps * kWarpBytes);
-    narrow ? launch("comm_receive_sums", receive_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
-           : launch("comm_receive_sums", receive_sums_kernel<Y, float>, shape, stream, r, p);
+    visit_sums<Y>(narrow, ranks_per_node < r.ranks, [&](auto zero, auto nodes) {
+      launch("comm_receive_sums", receive_sums_kernel<nodes(), Y, decltype(zero)>, shape, stream, r, p);
+    });
   });
 }
 

@@ -22,17 +22,20 @@ constexpr int kPieceBytes = 8192;               // of a row in a slot
 constexpr int kPieceTiles = kPieceBytes / 128;  // scales of a piece in FP8
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What travels with a piece: the rows at the receiver, ascending, and a number for each.
+// What travels with a piece: all pairs of the token, by rank, then by row: the row at that rank, and a number.
 struct Meta {
-  int token, count;
+  int token;
   int rows[kMaxTopk];
   float weights[kMaxTopk];
+  uint8_t ranks[kMaxTopk];  // kNoRank behind the last
 };
+constexpr uint8_t kNoRank = 255;
 
+// Bulk copies bring it from the top to the last byte in use.
 struct alignas(128) Slot {
-  uint4 data[kPieceBytes / 16];
-  float sf[kPieceTiles];
   Meta meta;
+  alignas(16) float sf[kPieceTiles];
+  alignas(128) uint4 data[kPieceBytes / 16];
 };
 
 // What a rank tells all others before a dispatch.
@@ -149,15 +152,16 @@ inline __device__ __noinline__ bool wait_longer(const Rings& r, bool late, uint6
 }
 
 // Lanes that have `wants` wait until their flag has reached `value`; false, for the whole warp, where one gave up.
-// After it the warp sees what the peers wrote before.
+// After it the warp sees what the peers wrote before, unless kRoom: then it may write where they have read.
+template <bool kRoom = false>
 __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint32_t* flag, uint32_t value, int peer) {
   constexpr int kPolls = 256;  // between two looks at the clock
   uint64_t start = 0;
   for (int polls = 1;; ++polls) {
     const bool there = !wants || static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
     if (__all_sync(kAllLanes, there)) {
-      if (wants) load_acquire(flag);  // once: each empties the L1 cache
-      __syncwarp();                   // a lane may read what another has waited for
+      if (!kRoom && wants) load_acquire(flag);  // once: each empties the L1 cache
+      __syncwarp();                             // a lane may read what another has waited for
       return true;
     }
     if (polls % kPolls != 0) continue;
@@ -214,11 +218,11 @@ __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnToke
 }
 
 // A row of `columns` values of `size` bytes in pieces that fit a slot: as many columns in each but the last, a multiple of
-// 128 where there are several.
-inline int piece_columns(int64_t columns, int size) {
+// `step` where there are several.
+inline int piece_columns(int64_t columns, int size, int step) {
   const int64_t pieces = ceil_div(columns * size, kPieceBytes);
   if (columns == 0) return 1;  // no pieces of any size
-  return static_cast<int>(pieces <= 1 ? columns : ceil_div(ceil_div(columns, pieces), 128) * 128);
+  return static_cast<int>(pieces <= 1 ? columns : ceil_div(ceil_div(columns, pieces), step) * step);
 }
 
 }  // namespace dsv3

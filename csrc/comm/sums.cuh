@@ -5,7 +5,7 @@
 
 namespace dsv3 {
 
-constexpr int kWarpBytes = 14 * 1024;  // of shared memory, for rows on their way
+constexpr int kWarpBytes = 8 * 1024;  // of shared memory, for rows on their way
 
 // A lane takes kRun consecutive columns, kRuns times a warp's width apart; its loads run ahead through memory of its own.
 constexpr int kRun = 8, kRuns = 4;
@@ -68,13 +68,14 @@ __device__ __forceinline__ void store_sums(T* row, int first, int columns, const
   }
 }
 
-// out = the sum of `count` rows in their order, of which lane i knows the i-th. Where `ends` has bit i, rows up to the i-th
-// make a sum of their own, rounded to S, to which later ones are added.
-template <class In, class S, class Out>
+// out = the sum of `count` rows in their order, of which lane i knows the i-th, rounded to S. kNodes: where `ends` has bit i, rows
+// up to the i-th make a sum of their own, rounded to S, to which later ones are added.
+template <bool kNodes, class In, class S, class Out>
 __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
                                          uint4* memory) {
   const int lane = threadIdx.x % kWarpSize;
-  const Ahead<In> ahead{memory + lane};
+  using Loads = Ahead<In>;
+  const Loads ahead{memory + lane};
   const int turns = ceil_div(columns, kTurn), loads = turns * count;
   int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
   const auto ask = [&] {
@@ -85,27 +86,39 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
     if (++next_row >= count) next_row = 0, ++next_turn;
   };
 #pragma unroll 1
-  for (int i = 0; i < Ahead<In>::kStages - 1; ++i) ask();
+  for (int i = 0; i < Loads::kStages - 1; ++i) ask();
   int load = 0;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
-    float total[kRuns][kRun] = {}, sum[kRuns][kRun] = {};
+    float sum[kRuns][kRun] = {};
+    [[maybe_unused]] float total[kNodes ? kRuns : 1][kRun] = {};
 #pragma unroll 1
     for (int i = 0; i < count; ++i, ++load) {
       ask();
       ahead.wait_oldest();
       ahead.add_to(sum, load);
-      if (!(ends >> i & 1)) continue;
+      if constexpr (kNodes) {
+        if (!(ends >> i & 1)) continue;
 #pragma unroll
-      for (int b = 0; b < kRuns; ++b) {
+        for (int b = 0; b < kRuns; ++b) {
 #pragma unroll
-        for (int j = 0; j < kRun; ++j) {
-          total[b][j] += to_float(from_float<S>(sum[b][j]));
-          sum[b][j] = 0.f;
+          for (int j = 0; j < kRun; ++j) {
+            total[b][j] += to_float(from_float<S>(sum[b][j]));
+            sum[b][j] = 0.f;
+          }
         }
       }
     }
-    store_sums(out, turn * kTurn + lane * kRun, columns, total);
+    if constexpr (kNodes) {
+      store_sums(out, turn * kTurn + lane * kRun, columns, total);
+    } else {
+#pragma unroll
+      for (int b = 0; b < kRuns; ++b) {
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) sum[b][j] = to_float(from_float<S>(sum[b][j]));
+      }
+      store_sums(out, turn * kTurn + lane * kRun, columns, sum);
+    }
   }
 }
 
@@ -125,6 +138,16 @@ __device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, con
     if (next < 0 || next / ranks_per_node != rank / ranks_per_node) parts.ends |= 1u << place;
   }
   return parts;
+}
+
+// Calls f with a zero of the dtype of sums, bf16 where `narrow`, and whether there are several nodes, as constants.
+template <class Y, class F>
+void visit_sums(bool narrow, bool nodes, F&& f) {
+  const auto with = [&](auto zero) { nodes ? f(zero, std::true_type{}) : f(zero, std::false_type{}); };
+  if constexpr (sizeof(Y) == 2) {
+    if (narrow) return with(__nv_bfloat16{});
+  }
+  with(0.f);
 }
 
 }  // namespace dsv3

@@ -105,7 +105,7 @@ def few_tokens() -> None:
         pairs = [(masked.x, handle.x), (masked.topk_weights, handle.topk_weights)]
         pairs += [(masked.x_sf, handle.x_sf)] if handle.cast else []
         for found, expected in pairs:
-            rows = torch.cat([found[g, :n].view(torch.uint8) for g, n in enumerate(sizes)])
+            rows = torch.cat([found[g, :n].contiguous().view(torch.uint8) for g, n in enumerate(sizes)])
             assert torch.equal(rows, expected.contiguous().view(torch.uint8))
 
         def step(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:

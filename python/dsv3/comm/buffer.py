@@ -218,8 +218,8 @@ class ExpertBuffer:
         does.
 
         Args:
-            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16; over ipc bf16 or fp32, H a
-                multiple of 8. Ranks may differ in T, and have T = 0.
+            x: [T, H], bf16, fp16, fp32 or fp64; over FP8 bf16 or fp32, H a multiple of 16; over ipc bf16 or fp32, rows of
+                whole 16 bytes. Ranks may differ in T, and have T = 0.
             topk_idx: int64 [T, k], experts in 0..E-1; over ipc k at most 16.
             topk_weights: fp32 [T, k]; of another float dtype, so are the handle's, but not over ipc.
 

@@ -24,10 +24,11 @@ from dsv3.comm.low_latency import Masked, empty_masked
 from dsv3.ops import registry
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.ops.quant import empty_per_token
+from dsv3.reference.quant import TILE
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
-COLUMNS = 8  # that a lane of a sum takes at a time
+VECTOR_BYTES = 16  # rows are whole vectors
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
 SLOTS = 16  # of a ring
@@ -175,11 +176,12 @@ class Link:
             return (
                 f"over ipc tensors must be on {self.device}, got {x.device}, {topk_idx.device}, {topk_weights.device}"
             )
-        fits = x.shape[1] > 0 and x.shape[1] % COLUMNS == 0 and topk_idx.shape[1] <= MAX_TOPK
+        row_bytes = x.shape[1] * x.element_size()
+        fits = row_bytes > 0 and row_bytes % VECTOR_BYTES == 0 and topk_idx.shape[1] <= MAX_TOPK
         if x.dtype not in DTYPES or topk_weights.dtype != torch.float32 or not fits:
             found = f"{x.shape[1]} {x.dtype}, {topk_idx.shape[1]} and {topk_weights.dtype}".replace("torch.", "")
             return (
-                f"over ipc x must be bfloat16 or float32 in rows of a multiple of {COLUMNS} columns, topk at most {MAX_TOPK} "
+                f"over ipc x must be bfloat16 or float32 in rows of whole {VECTOR_BYTES} bytes, topk at most {MAX_TOPK} "
                 f"and the weights float32, got {found}"
             )
         return None
@@ -230,8 +232,9 @@ class Link:
         data, *sf = empty_per_token(x, rows, x.shape[1]) if cast else (x.new_empty(rows, x.shape[1]),)
         row_weights = weights.new_empty(rows)
         position = way.topk_idx.new_full((self.layout.ranks * told.max_tokens, way.topk_idx.shape[1]), rows)
+        tiles = -(-x.shape[1] // TILE)
         registry.native().comm_dispatch(
-            data, *((sf[0], torch.empty_like(sf[0], memory_format=torch.contiguous_format)) if cast else (None, None)),
+            data, *((sf[0], weights.new_empty(rows, -(-tiles // 4) * 4)) if cast else (None, None)),
             row_weights, position, x, weights, *way, told.offsets, told.max_tokens, cast, FLOOR, self._peers,
         )  # fmt: skip
         return data, row_weights, position, *sf
