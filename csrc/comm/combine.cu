@@ -7,6 +7,8 @@
 // All of them take the tokens of a channel in the same order, so the first token that is not finished always can be.
 //
 // Bytes that count: every row read once, out written once; between them each (token, rank) passes a slot in the L2 cache.
+#include <type_traits>
+
 #include "../ops.h"
 #include "sums.cuh"
 
@@ -116,7 +118,7 @@ template <bool kNodes, class Y, class S>
 __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, int warp, uint32_t next,
                                         uint4* memory) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
-  return for_own_tokens(r, p.own, p.pieces, next, warp, kOwners, [&](int token, unsigned mask, uint32_t item) {
+  return for_own_tokens(r, p.own, p.pieces, next, warp, kOwners, kAllLanes, [&](int token, unsigned mask, uint32_t item) {
     const bool used = mask >> lane & 1;
     for (int piece = 0; piece < p.pieces; ++piece, ++item) {
       if (!warp_wait(r, used, ready_flag(r, r.rank, lane, channel, item), item + 1, lane)) return false;

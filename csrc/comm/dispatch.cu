@@ -4,7 +4,7 @@
 // in shared memory, with the token's rows at all ranks. One takes these slots in their order and has bulk copies bring each to
 // the rings of the ranks that need it: lane r serves rank r. The rest receive: a bulk copy brings a slot of a ring to shared
 // memory, others bring it from there to all its rows. A receiver serves one source alone and takes whatever comes, so rings
-// always drain; a ring's slot is free once it lies in shared memory.
+// always drain; a ring's slot is free once it lies in shared memory. Tokens for the own rank go to their rows without a ring.
 //
 // Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot. Memory-bound.
 #include "../ops.h"
@@ -19,9 +19,7 @@ static_assert(kReceivers >= kMaxRanks);
 constexpr int kStages = 10;  // slots between casters and sender
 constexpr int kFlight = 5;   // of them on their way at once
 constexpr int kAhead = 8;    // slots of a ring that are looked at together for room
-// A caster that has filled slot n knows that n - kStages has left. So the slot before the one it fills next has a stage whose
-// barrier is at most one phase away: parities tell no more.
-static_assert(kCasters <= kStages);
+static_assert(kCasters == kStages);  // each has its stage, so that it is never more than a phase of the barriers ahead
 
 struct DispatchParams {
   OwnTokens own;
@@ -52,6 +50,22 @@ __device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) 
   return placed(pair, p.own.topk);
 }
 
+// What all receive of a slot: positions and weights, then rows.
+template <class Way>
+__device__ __forceinline__ void deliver(const Rings& r, const DispatchParams& p, int source, Slot* slot, int piece,
+                                        bool spoiled) {
+  const int lane = threadIdx.x % kWarpSize, begin = piece * p.piece, num_rows = p.to.num_rows;
+  const Meta& meta = slot->meta;
+  const Here here = pairs_here(meta, r.rank);
+  const int row = lane < here.count ? meta.rows[here.first + lane] : 0;
+  if (piece == 0 && lane < here.count && p.position != nullptr) {
+    const int64_t token = static_cast<int64_t>(source) * p.max_tokens + meta.token;
+    p.position[token * p.own.topk + lane] = row < num_rows ? row : row + 1;
+    if (row < num_rows) p.row_weights[row] = meta.weights[here.first + lane];
+  }
+  write_rows<Way>(p.to, slot, begin, min(p.piece, p.hidden - begin), here.count, row, spoiled);
+}
+
 struct Memory {
   Slot stages[kStages], boxes[kReceivers];
   uint64_t full[kStages], empty[kStages], there[kReceivers];
@@ -74,26 +88,32 @@ __device__ __forceinline__ bool has_passed(const uint64_t* barriers, int n, int 
 }
 
 // Slot n of the channel's, in the order of its tokens, goes through stage n % kStages.
+// direct: the own rank's rows are written from there.
 template <class Way>
-__device__ __forceinline__ void cast(const Rings& r, const DispatchParams& p, int warp, Memory& memory) {
+__device__ __forceinline__ void cast(const Rings& r, const DispatchParams& p, int warp, bool direct, Memory& memory) {
   using cutlass::arch::ClusterBarrier;
   for (int n = warp;; n += kCasters) {
     const int token = blockIdx.x + n / p.pieces * r.channels, begin = n % p.pieces * p.piece;
-    if (token >= p.own.tokens) return;
+    if (token >= p.own.tokens) break;
     const typename Way::X* const x = static_cast<const typename Way::X*>(p.x) + static_cast<int64_t>(token) * p.hidden;
     const Pair pair = pair_of(p, token);
     while (!has_passed(memory.empty, n, 1)) {
-      if (__any_sync(kAllLanes, memory.stopped)) return;
+      if (__any_sync(kAllLanes, memory.stopped)) return wait_bulk_stores();
     }
-    const int stage = n % kStages, columns = min(p.piece, p.hidden - begin);
-    fill_slot<Way>(&memory.stages[stage], p.rule, x + begin, columns, pair, token, p.own.topk);
-    if (threadIdx.x % kWarpSize == 0) ClusterBarrier::arrive(&memory.full[stage]);
+    wait_bulk_stores_read<0>();
+    __syncwarp();
+    Slot* const stage = &memory.stages[warp];
+    fill_slot<Way>(stage, p.rule, x + begin, min(p.piece, p.hidden - begin), pair, token, p.own.topk);
+    if (threadIdx.x % kWarpSize == 0) ClusterBarrier::arrive(&memory.full[warp]);
+    if (direct) deliver<Way>(r, p, r.rank, stage, n % p.pieces, false);
   }
+  wait_bulk_stores();
 }
 
-// Lane s counts the ring to rank s from `next` on; returns the count at the end.
+// Lane s counts the ring to rank s from `next` on; returns the count at the end. direct: there is none to the own rank.
 template <class Way>
-__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, uint32_t next, Memory& memory) {
+__device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p, uint32_t next, bool direct,
+                                         Memory& memory) {
   using cutlass::arch::ClusterBarrier;
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   int landed = 0, flying = 0;  // slots of the channel
@@ -120,7 +140,8 @@ __device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p
     landed += flying;
     flying = 0;
   };
-  next = for_own_tokens(r, p.own, p.pieces, next, 0, 1, [&](int, unsigned mask, uint32_t item) {
+  const unsigned served = direct ? ~(1u << r.rank) : kAllLanes;
+  next = for_own_tokens(r, p.own, p.pieces, next, 0, 1, served, [&](int, unsigned mask, uint32_t item) {
     const bool used = mask >> lane & 1;
     for (int piece = 0; piece < p.pieces; ++piece, ++item) {
       const int n = landed + flying, stage = n % kStages, columns = min(p.piece, p.hidden - piece * p.piece);
@@ -148,29 +169,20 @@ __device__ __forceinline__ uint32_t send(const Rings& r, const DispatchParams& p
 }
 
 template <class Way>
-__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, Box box) {
+__device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, bool direct, bool spoiled,
+                                        Box box) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   const int sharing = kReceivers / r.ranks, source = warp / sharing;  // warps that serve a source
-  if (source >= r.ranks) return;
+  if (source >= r.ranks || (direct && source == r.rank)) return;
   const int items = p.arrivals[source * r.channels + channel] * p.pieces;
   const uint32_t begin = local_of(r, r.rank)->received[source][channel];
-  const int num_rows = p.to.num_rows;
-  const bool spoiled = *p.total > num_rows;
   for (int i = warp % sharing; i < items; i += sharing) {
     const uint32_t item = begin + i;
-    const int piece = i % p.pieces, first = piece * p.piece, columns = min(p.piece, p.hidden - first);
+    const int piece = i % p.pieces, columns = min(p.piece, p.hidden - piece * p.piece);
     if (!warp_wait(r, true, ready_flag(r, r.rank, source, channel, item), item + 1, source)) break;
     box.take(ring_slot(r, r.rank, source, channel, item), slot_bytes<Way>(columns));
     if (lane == 0) store_relaxed(done_flag(r, source, r.rank, channel, item), item + 1);
-    const Meta& meta = box.slot->meta;
-    const Here here = pairs_here(meta, r.rank);
-    const int row = lane < here.count ? meta.rows[here.first + lane] : 0;
-    if (piece == 0 && lane < here.count && p.position != nullptr) {
-      const int64_t token = static_cast<int64_t>(source) * p.max_tokens + meta.token;
-      p.position[token * p.own.topk + lane] = row < num_rows ? row : row + 1;
-      if (row < num_rows) p.row_weights[row] = meta.weights[here.first + lane];
-    }
-    write_rows<Way>(p.to, box.slot, first, columns, here.count, row, spoiled);
+    deliver<Way>(r, p, source, box.slot, piece, spoiled);
   }
   wait_bulk_stores();
 }
@@ -199,21 +211,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
   if (local->failed) return spoil<Way>(p);
+  const bool spoiled = *p.total > p.to.num_rows, direct = !Way::kDecode && !spoiled;
   uint32_t next = rank < r.ranks ? local->sent[rank][blockIdx.x] : 0;
   if (warp == 0) {
-    next = send<Way>(r, p, next, memory);
+    next = send<Way>(r, p, next, direct, memory);
     memory.stopped = true;
   } else if (warp <= kCasters) {
-    cast<Way>(r, p, warp - 1, memory);
+    cast<Way>(r, p, warp - 1, direct, memory);
   } else {
     const int receiver = warp - 1 - kCasters;
-    receive<Way>(r, p, receiver, Box(&memory.boxes[receiver], &memory.there[receiver]));
+    receive<Way>(r, p, receiver, direct, spoiled, Box(&memory.boxes[receiver], &memory.there[receiver]));
   }
   __syncthreads();
   if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Way>(p);
   if (rank < r.ranks) {
     local->sent[rank][blockIdx.x] = next;
-    local->received[rank][blockIdx.x] += p.arrivals[rank * r.channels + blockIdx.x] * p.pieces;
+    if (!direct || rank != r.rank) {
+      local->received[rank][blockIdx.x] += p.arrivals[rank * r.channels + blockIdx.x] * p.pieces;
+    }
   }
 }
 

@@ -188,10 +188,10 @@ struct OwnTokens {
 
 // Calls f(token, mask of the ranks that it needs, item) with this warp's share of the channel's tokens in their order, a
 // token's turn being that of its place among them; in lane r, item counts the ring of rank r from `next` on, `pieces` a
-// token. Returns the count after all tokens, whosever they are.
+// token. Returns the count after all tokens, whosever they are. Ranks that are not in `served` are left out of masks and counts.
 template <class F>
 __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnTokens& own, int pieces, uint32_t next,
-                                                   int warp, int warps, F&& f) {
+                                                   int warp, int warps, unsigned served, F&& f) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   for (int first = channel; first < own.tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
@@ -203,6 +203,7 @@ __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnToke
         if (rank < static_cast<unsigned>(r.ranks)) ranks |= 1u << rank;
       }
     }
+    ranks &= served;
     unsigned users = 0;  // of the ring of rank `lane` among the 32 tokens
     for (int rank = 0; rank < r.ranks; ++rank) {
       const unsigned users_of_rank = __ballot_sync(kAllLanes, ranks >> rank & 1);

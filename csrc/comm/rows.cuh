@@ -138,8 +138,10 @@ struct Box {
   __device__ __forceinline__ Box(Slot* slot, uint64_t* there)
       : slot(slot), there(reinterpret_cast<TransactionBarrier*>(there)) {}
 
-  // Brings a slot here, for the whole warp.
+  // Brings a slot here, for the whole warp, once the last one has left.
   __device__ __forceinline__ void take(const Slot* from, int bytes) {
+    wait_bulk_stores_read<0>();
+    __syncwarp();
     if (threadIdx.x % kWarpSize == 0) {
       fence_proxy();
       there->arrive_and_expect_tx(bytes);
@@ -156,7 +158,8 @@ __device__ __forceinline__ void init_boxes(uint64_t (&there)[kBoxes]) {
   init_barriers(reinterpret_cast<TransactionBarrier*>(there), kBoxes);
 }
 
-// Writes a slot's columns to its rows, of which lane i of `count` holds the i-th; rows beyond the last there is are left out.
+// Brings a slot's columns to its rows, of which lane i of `count` holds the i-th; rows beyond the last there is are left out. The
+// slot is in use until this lane's bulk stores have read it.
 template <class Way>
 __device__ __forceinline__ void write_rows(const RowTarget& to, Slot* slot, int begin, int columns, int count, int row,
                                            bool spoiled) {
@@ -195,8 +198,6 @@ __device__ __forceinline__ void write_rows(const RowTarget& to, Slot* slot, int 
       bulk_store(static_cast<uint4*>(to.rows) + at, slot->data, columns * 16);
     }
   }
-  wait_bulk_stores_read<0>();
-  __syncwarp();
 }
 
 }  // namespace dsv3
