@@ -56,6 +56,7 @@ class Decoder:
         max_pages: width of the block table.
         max_prefill_tokens: what a forward pass of a prefill takes at most, of new tokens and again of cached ones at a time; at
             least 1, and `depth`.
+        kv_cache_dtype: "fp8", or None for that of the weights.
         cuda_graphs: whether `launch` replays CUDA graphs.
     """
 
@@ -68,6 +69,7 @@ class Decoder:
         num_pages: int,
         max_pages: int,
         max_prefill_tokens: int,
+        kv_cache_dtype: str | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         config, weight = model.config, model.embed.weight
@@ -75,8 +77,8 @@ class Decoder:
         assert max_prefill_tokens >= max(depth, 1)
         self.model, self.depth = model, depth
         self.device, dtype = weight.device, weight.dtype
-        layers = config.num_hidden_layers + depth
-        self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=dtype)
+        layers, cache_dtype = config.num_hidden_layers + depth, kv_cache_dtype or dtype
+        self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=cache_dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
         self._max_prefill_tokens = max_prefill_tokens
 
@@ -275,7 +277,8 @@ class Decoder:
         settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
         positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
         ctx = AttentionContext(positions, block_table=table[:, :width], seq_lens=seq_lens, slot_mapping=slots)
-        if ops.attends_few(steps * heads, width) and all(fits(x, ctx, batch * steps) for x in self.model.layers):
+        few = ops.attends_few(steps * heads, width, self.cache[0])
+        if few and all(fits(x, ctx, batch * steps) for x in self.model.layers):
             return ctx
         return dataclasses.replace(ctx, schedule=ops.mla_schedule(seq_lens, steps, heads))
 
