@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dsv3.inference.cache import PagePool, check_kv_cache_dtype, pages_for
-from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder, Pending
+from dsv3.inference.decoder import FILTERED, GREEDY, NO_TOKEN, PLAIN, Decoder, Pending
 from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
@@ -171,7 +171,8 @@ class Engine:
                 hold whole characters and joined give the completion's text ("" without a tokenizer).
 
         Raises:
-            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary.
+            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary;
+                and later, when logits are NaN.
         """
         requests = self._requests(prompts, params)
         self._scheduler.waiting.extend(requests)
@@ -306,6 +307,12 @@ class Engine:
         stream = request.text if on_token is not None or request.params.stop else None
         taken = 0
         for token in tokens:
+            if token == NO_TOKEN:
+                at = len(request.prompt) + len(request.output)
+                raise ValueError(
+                    f"prompt {request.index}: expected numbers as logits of token {at}, got NaN: the weights hold what is not "
+                    "finite, or activations overflow"
+                )
             taken += 1
             request.output.append(token)
             if stream is not None:
