@@ -280,6 +280,11 @@ def test_prompt_outside_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_p
         (["--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["--dtype", "int4"], "dtype must be bfloat16, float32 or fp8, found 'int4'"),
+        (
+            ["--kv-cache-dtype", "int4"],
+            "kv_cache_dtype must be \"fp8\", or left out for that of the weights, got 'int4'",
+        ),
+        (["--kv-cache-dtype", "fp8"], "needs kv_lora_rank 512 and qk_rope_head_dim 64, got 16 and 8"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:99"], "device 'cuda:99' was asked for, and torch finds "),
         (["--no-such-option"], "No such option: --no-such-option"),

@@ -98,12 +98,14 @@ def generate(
     speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8; by default that of the weights")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto is a GPU where there is one")] = "auto",
 ) -> None:
     """Continue a prompt, streaming; the speed goes to stderr."""
     import torch
 
     from dsv3 import DeepSeekV3, Engine, SamplingParams
+    from dsv3.inference.cache import check_kv_cache_dtype
     from dsv3.parallel.data import find_device
     from dsv3.terminal import printable
 
@@ -111,8 +113,10 @@ def generate(
     params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
     if dtype not in (None, "bfloat16", "float32", "fp8"):
         raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
+    check_kv_cache_dtype(kv_cache_dtype)
     loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device))
-    engine = Engine(loaded, tokenizer=tokenizer or model, speculative=speculative, max_batch=1)
+    options = {"speculative": speculative, "max_batch": 1, "kv_cache_dtype": kv_cache_dtype}
+    engine = Engine(loaded, tokenizer=tokenizer or model, **options)
     engine.generate([prompt], params, on_token=lambda _, ids, text: print(printable(text), end="", flush=True))
     drafts = f", {engine.stats.acceptance_rate:.0%} of the drafts accepted" if engine.stats.drafted else ""
     print(

@@ -28,7 +28,7 @@ class _Stub(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList()
-        self.config = small_config(num_nextn_predict_layers=depth)
+        self.config = small_config(num_nextn_predict_layers=depth, kv_lora_rank=512, qk_rope_head_dim=64)
         self.embed = nn.Embedding(64, 32)
         self.mtp = [lambda h, tokens, ctx, cache: (self.embed(tokens) + h, None) for _ in range(depth)]
 
@@ -41,10 +41,11 @@ class _Stub(nn.Module):
 
 @pytest.mark.parametrize("mode", [GREEDY, PLAIN, FILTERED])
 @pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "fp8"])
 @torch.no_grad()
-def test_a_round_reads_nothing_on_the_host(depth, mode):
+def test_a_round_reads_nothing_on_the_host(kv_cache_dtype, depth, mode):
     """On the meta device there are no values: what the host reads, and shapes that depend on values, are errors there."""
-    decoder = Decoder(_Stub(depth).to("meta"), depth=depth, **SIZES)
+    decoder = Decoder(_Stub(depth).to("meta"), depth=depth, kv_cache_dtype=kv_cache_dtype, **SIZES)
     state = [id(t) for t in vars(decoder).values()]
     result = decoder.round(4, 2, mode)
     assert result.shape == (4, depth + 2)

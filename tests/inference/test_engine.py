@@ -364,6 +364,52 @@ def test_bad_requests(model):
     assert dsv3.generate(model, [], GREEDY) == []
 
 
+NAN = "expected numbers as logits of token {}, got NaN: the weights hold what is not finite, or activations overflow"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=0), SamplingParams(seed=0, top_p=0.9)])
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize(
+    "broken", ["embed.weight", "layers.0.attention.kv_a.weight", "layers.1.moe.experts.down", "norm.weight"]
+)
+@torch.no_grad()
+def test_weights_that_are_nan(broken, speculative, params):
+    model = random_model(small_config())
+    model.get_parameter(broken).fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"prompt 0: {NAN.format(3)}"):
+        dsv3.generate(model, [[1, 2, 3]] * 3, params, speculative=speculative)
+
+
+@torch.no_grad()
+def test_one_word_of_the_head_that_is_nan(device):
+    model = random_model(small_config(), device)
+    model.head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match=f"prompt 0: {NAN.format(2)}"):
+        dsv3.generate(model, [[1, 2]], GREEDY)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=0, max_tokens=64, ignore_eos=True)])
+@pytest.mark.parametrize("speculative", [False, True])
+@torch.no_grad()
+def test_nan_while_decoding(device, speculative, params):
+    """It is said at the first token that it makes, and the engine goes on when the weights are good again."""
+    model, prompts = random_model(small_config(), device), random_prompts(3)
+    engine = Engine(model, speculative=speculative)
+    expected, head = engine.generate(prompts, params), model.head.weight.clone()
+
+    def spoil(index: int, new: list[int], piece: str) -> None:
+        taken[index] += len(new)
+        if taken[1] >= 10:
+            model.head.weight.fill_(torch.nan)
+
+    taken = [0, 0, 0]
+    with pytest.raises(ValueError, match=r"prompt 0: expected numbers as logits of token \d+, got NaN"):
+        engine.generate(prompts, params, on_token=spoil)
+    assert taken[1] >= 10
+    model.head.weight.copy_(head)
+    assert engine.generate(prompts, params) == expected
+
+
 def test_stats_count_what_happened(model):
     engine = Engine(model, speculative=False)
     engine.generate([[1, 2], [3]], dataclasses.replace(GREEDY, max_tokens=10))

@@ -44,11 +44,12 @@ def uneven(params: SamplingParams, count: int) -> list[SamplingParams]:
     "params", [GREEDY, SamplingParams(seed=0, temperature=0.8), SamplingParams(top_p=0.8, top_k=20)]
 )
 @pytest.mark.parametrize("speculative", [False, True])
-def test_graphs_give_the_tokens_of_rounds_launched_one_by_one(device, speculative, params):
+@pytest.mark.parametrize("kv_cache_dtype", [None, "fp8"])
+def test_graphs_give_the_tokens_of_rounds_launched_one_by_one(device, kv_cache_dtype, speculative, params):
     """13 prompts, of which 8 run at a time: batches grow, shrink, and have rows of which nobody is."""
     model, prompts = make_model(device), random_prompts(13)
     each = uneven(dataclasses.replace(params, ignore_eos=True), 13)
-    options = {"speculative": speculative, "max_batch": 8}
+    options = {"speculative": speculative, "max_batch": 8, "kv_cache_dtype": kv_cache_dtype}
     engine, plain = graphed(model, **options), Engine(model, cuda_graphs=False, **options)
     expected = plain.generate(prompts, each)
     assert engine.generate(prompts, each) == expected

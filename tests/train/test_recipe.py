@@ -91,6 +91,8 @@ def test_the_cache_holds_576_values_a_token_in_pages_of_64() -> None:
     cache = allocate_cache(config, 3, layers=config.num_cache_layers, device=torch.device("meta"), dtype=torch.bfloat16)
     assert [tuple(c.shape) for c in cache] == [(3, 64, 1, 576)] * 62  # 61 layers and MTP's
     assert sum(c[0, 0].nbytes for c in cache[:61]) == 70272  # bytes a token, as published
+    cache = allocate_cache(config, 3, layers=config.num_cache_layers, device=torch.device("meta"), dtype="fp8")
+    assert [(tuple(c.shape), c.dtype) for c in cache] == [((3, 64, 1, 656), torch.uint8)] * 62
 
 
 def test_the_bias_follows_the_load_of_the_whole_batch(token_folder: Path, tmp_path: Path) -> None:

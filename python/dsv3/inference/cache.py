@@ -6,16 +6,40 @@ import torch
 from torch import Tensor
 
 from dsv3.config import Config
+from dsv3.ops.attention import LATENT, ROPE
+from dsv3.reference.attention import FP8_ROW
 
 PAGE = 64
+FP8 = "fp8"
+
+
+def check_kv_cache_dtype(kv_cache_dtype: str | None) -> None:
+    """ValueError for what no cache can hold, whatever the model."""
+    if kv_cache_dtype not in (None, FP8):
+        raise ValueError(f'kv_cache_dtype must be "fp8", or left out for that of the weights, got {kv_cache_dtype!r}')
 
 
 def allocate_cache(
-    config: Config, num_pages: int, *, layers: int, device: torch.device, dtype: torch.dtype
+    config: Config, num_pages: int, *, layers: int, device: torch.device, dtype: torch.dtype | str
 ) -> list[Tensor]:
-    """One tensor [num_pages, 64, 1, kv_lora_rank + qk_rope_head_dim] a layer, main layers first, then MTP, zeroed."""
-    shape = num_pages, PAGE, 1, config.latent_dim
-    return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+    """One tensor a layer, main layers first, then MTP, zeroed.
+
+    Args:
+        dtype: of [num_pages, 64, 1, kv_lora_rank + qk_rope_head_dim]; or "fp8", for uint8 [num_pages, 64, 1, 656], whose rows
+            are those of mla_append_kv: for latents of 512 values and 64 rotated ones, 656 bytes a token where bf16 has 1152.
+
+    Raises:
+        ValueError: "fp8" for a model whose latents are of another size.
+    """
+    columns = config.latent_dim
+    if dtype == FP8:
+        sizes = config.kv_lora_rank, config.qk_rope_head_dim
+        if sizes != (LATENT, ROPE):
+            raise ValueError(
+                f'kv_cache_dtype="fp8" needs kv_lora_rank {LATENT} and qk_rope_head_dim {ROPE}, got {sizes[0]} and {sizes[1]}'
+            )
+        columns, dtype = FP8_ROW, torch.uint8
+    return [torch.zeros(num_pages, PAGE, 1, columns, device=device, dtype=dtype) for _ in range(layers)]
 
 
 def pages_for(tokens: int) -> int:

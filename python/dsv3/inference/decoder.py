@@ -32,6 +32,8 @@ from dsv3.model.few import fits
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
+# In place of a token that came of logits which are NaN, where the host reads it: the device goes on with some token.
+NO_TOKEN = -1
 
 
 class Pending:
@@ -56,6 +58,7 @@ class Decoder:
         max_pages: width of the block table.
         max_prefill_tokens: what a forward pass of a prefill takes at most, of new tokens and again of cached ones at a time; at
             least 1, and `depth`.
+        kv_cache_dtype: "fp8", or None for that of the weights.
         cuda_graphs: whether `launch` replays CUDA graphs.
     """
 
@@ -68,6 +71,7 @@ class Decoder:
         num_pages: int,
         max_pages: int,
         max_prefill_tokens: int,
+        kv_cache_dtype: str | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         config, weight = model.config, model.embed.weight
@@ -75,8 +79,8 @@ class Decoder:
         assert max_prefill_tokens >= max(depth, 1)
         self.model, self.depth = model, depth
         self.device, dtype = weight.device, weight.dtype
-        layers = config.num_hidden_layers + depth
-        self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=dtype)
+        layers, cache_dtype = config.num_hidden_layers + depth, kv_cache_dtype or dtype
+        self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=cache_dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
         self._max_prefill_tokens = max_prefill_tokens
 
@@ -142,7 +146,8 @@ class Decoder:
             self._addresses = now
 
     def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
-        """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n].
+        """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n], NO_TOKEN
+        where a logit is NaN.
 
         They have at most max_prefill_tokens together, or it is one prompt, whose beginning is stored in pieces of so many.
         """
@@ -154,7 +159,8 @@ class Decoder:
         ctx = self._prefill_context(first, [len(p) - begin for p in prompts], begin)
 
         h, _ = self.model.hidden(tokens, ctx, self.cache)
-        new, _ = self._sample(h[last], rows, count, DRAW, mode)
+        logits = self.model.logits(h[last])
+        new, _ = self._sample(logits, rows, count, DRAW, mode)
         self.lengths[rows] = count
         self.tokens[rows, 0] = new
         following = tokens.roll(-1).index_copy(0, last, new)
@@ -163,10 +169,10 @@ class Decoder:
             self.past_tokens[rows], self.past_h[rows] = following[past], h[past]
         for k in range(self.depth):
             h, _ = self.model.mtp[k](h, following, ctx, self.cache)
-            draft, probs = self._sample(h[last], rows, count + 1 + k, DRAFT, mode)
+            draft, probs = self._sample(self.model.logits(h[last]), rows, count + 1 + k, DRAFT, mode)
             self._keep_draft(rows, k, draft, probs)
             following = following.roll(-1).index_copy(0, last, draft)
-        return new
+        return new.masked_fill(logits.isnan().any(-1), NO_TOKEN)
 
     def _store_beginning(self, first: int, prompt: list[int]) -> int:
         """Stores tokens of row `first`'s prompt, for the model and its modules, until the rest is one piece. Returns how many.
@@ -204,7 +210,7 @@ class Decoder:
         """One round of the first `batch` rows, looking at the first `width` pages of each.
 
         Returns `result` int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens
-        count. The next round overwrites it.
+        count, and are NO_TOKEN where their logits are NaN. The next round overwrites it.
         """
         rows = slice(0, batch)
         n, result = self.lengths[rows], self.result[rows]
@@ -222,6 +228,8 @@ class Decoder:
         if self.depth:
             h = h.view(batch, 1 + self.depth, -1)
             self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
+        # A NaN in h is one in every logit; what the head has was seen in the prefill, which looks at all.
+        result[:, :-1].masked_fill_(logits[..., 0].isnan(), NO_TOKEN)
         return result
 
     def _accept(self, logits: Tensor, rows: slice, mode: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +259,7 @@ class Decoder:
         flat_at = self._rows[rows] * (2 * depth) + at
         for k in range(depth):
             h, _ = self.model.mtp[k](h, following[:, k : k + 2 * depth].flatten(), ctx, self.cache)
-            draft, probs = self._sample(h[flat_at], rows, n + accepted + (k + 2), DRAFT, mode)
+            draft, probs = self._sample(self.model.logits(h[flat_at]), rows, n + accepted + (k + 2), DRAFT, mode)
             self._keep_draft(rows, k, draft, probs)
             following.scatter_(1, (at + (k + 1))[:, None], draft[:, None])
 
@@ -275,7 +283,8 @@ class Decoder:
         settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
         positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
         ctx = AttentionContext(positions, block_table=table[:, :width], seq_lens=seq_lens, slot_mapping=slots)
-        if ops.attends_few(steps * heads, width) and all(fits(x, ctx, batch * steps) for x in self.model.layers):
+        few = ops.attends_few(steps * heads, width, self.cache[0])
+        if few and all(fits(x, ctx, batch * steps) for x in self.model.layers):
             return ctx
         return dataclasses.replace(ctx, schedule=ops.mla_schedule(seq_lens, steps, heads))
 
@@ -285,9 +294,10 @@ class Decoder:
         settings = [t[rows].view(shape) for t in (self.temperature, self.top_p, self.top_k)]
         return probabilities(logits, *settings, filtered=mode == FILTERED)
 
-    def _sample(self, h: Tensor, rows: slice, place: Tensor, stream: int, mode: int) -> tuple[Tensor, Tensor | None]:
-        """A token a row from h [B, H], for token number `place` [B]; and the distribution [B, V], None where greedy."""
-        logits = self.model.logits(h)
+    def _sample(
+        self, logits: Tensor, rows: slice, place: Tensor, stream: int, mode: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A token a row from logits [B, V], for token number `place` [B]; and the distribution [B, V], None where greedy."""
         if mode == GREEDY:
             return logits.argmax(-1), None
         p = self._probabilities(logits, rows, mode)

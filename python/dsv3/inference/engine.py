@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dsv3.inference.cache import PagePool, pages_for
-from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder, Pending
+from dsv3.inference.cache import PagePool, check_kv_cache_dtype, pages_for
+from dsv3.inference.decoder import FILTERED, GREEDY, NO_TOKEN, PLAIN, Decoder, Pending
 from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
@@ -85,12 +85,16 @@ class Engine:
         max_prefill_tokens: a forward pass over prompts takes at most so many tokens, which bounds its memory: several prompts
             together, or a piece of a longer one on top of those before, whose keys and values are made of the cache again, so
             many at a time. At least 1, and the number of MTP modules that draft.
+        kv_cache_dtype: of the cache, MTP's included. None: that of the weights, in bf16 2 * (kv_lora_rank + qk_rope_head_dim)
+            bytes a token and layer, 1152 in the released model. "fp8": 656 bytes, for models of its kv_lora_rank (512) and
+            qk_rope_head_dim (64): latents in e4m3 with a power-of-two scale for every 128, the rotated part in bf16.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
 
     Raises:
         ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU
-            (elsewhere references ask the device), or sizes that cannot work.
+            (elsewhere references ask the device), a kv_cache_dtype that there is not or not for such latents, or sizes that
+            cannot work.
     """
 
     def __init__(
@@ -103,8 +107,10 @@ class Engine:
         max_context: int | None = None,
         num_pages: int | None = None,
         max_prefill_tokens: int = 16384,
+        kv_cache_dtype: str | None = None,
         cuda_graphs: bool | None = None,
     ) -> None:
+        check_kv_cache_dtype(kv_cache_dtype)
         config = model.config
         weight = model.embed.weight
         capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
@@ -143,7 +149,8 @@ class Engine:
             "max_prefill_tokens": max_prefill_tokens,
         }
         graphs = capturable if cuda_graphs is None else cuda_graphs
-        self._decoder = Decoder(model, depth=self._depth, cuda_graphs=graphs, **sizes)
+        options = {"kv_cache_dtype": kv_cache_dtype, "cuda_graphs": graphs}
+        self._decoder = Decoder(model, depth=self._depth, **sizes, **options)
         self._min_width = MIN_WIDTH if graphs else 1
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
@@ -164,7 +171,8 @@ class Engine:
                 hold whole characters and joined give the completion's text ("" without a tokenizer).
 
         Raises:
-            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary.
+            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary;
+                and later, when logits are NaN.
         """
         requests = self._requests(prompts, params)
         self._scheduler.waiting.extend(requests)
@@ -299,6 +307,12 @@ class Engine:
         stream = request.text if on_token is not None or request.params.stop else None
         taken = 0
         for token in tokens:
+            if token == NO_TOKEN:
+                at = len(request.prompt) + len(request.output)
+                raise ValueError(
+                    f"prompt {request.index}: expected numbers as logits of token {at}, got NaN: the weights hold what is not "
+                    "finite, or activations overflow"
+                )
             taken += 1
             request.output.append(token)
             if stream is not None:
@@ -338,6 +352,7 @@ def generate(
     speculative: bool | None = None,
     on_token: OnToken | None = None,
     max_batch: int = 32,
+    kv_cache_dtype: str | None = None,
     cuda_graphs: bool | None = None,
 ) -> list[Completion]:
     """Completions of all prompts by an engine just for them; see Engine and Engine.generate for arguments and errors."""
@@ -356,5 +371,6 @@ def generate(
     context, depth = model.config.max_position_embeddings, len(model.mtp)
     pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)
     sizes = {"max_batch": max_batch, "num_pages": 2 + sum(pages[:max_batch])}
-    engine = Engine(model, tokenizer=tokenizer, speculative=speculative, cuda_graphs=cuda_graphs, **sizes)
+    options = {"speculative": speculative, "kv_cache_dtype": kv_cache_dtype, "cuda_graphs": cuda_graphs}
+    engine = Engine(model, tokenizer=tokenizer, **options, **sizes)
     return engine.generate(prompts, params, on_token=on_token)

@@ -71,7 +71,7 @@ def attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor
     q = q.view(ctx.seq_lens.shape[0], -1, m.num_heads, c.latent_dim)
     keys = cache, ctx.block_table, ctx.seq_lens
     settings = {"softmax_scale": m.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
-    if ops.attends_few(q.shape[1] * m.num_heads, ctx.block_table.shape[1]):
+    if ops.attends_few(q.shape[1] * m.num_heads, ctx.block_table.shape[1], cache):
         latent = ops.few_attention(q, *keys, **settings)
     else:
         latent, _ = ops.mla_decode(q, *keys, schedule=ctx.schedule, **settings)

@@ -171,7 +171,8 @@ class DeepSeekV3(nn.Module):
         """tokens int64 [T] -> (h [T, H] after the final norm, the statistics of the MoE blocks in order, none of which a
         decoding step of few tokens may give).
 
-        `cache`: one [pages, page, 1, kv_lora_rank + rope] a layer, main layers then MTP's; written through ctx.slot_mapping.
+        `cache`: one [pages, page, 1, kv_lora_rank + rope] a layer, or the FP8 form of mla_append_kv, main layers then MTP's;
+        written through ctx.slot_mapping.
         """
         x, stats = self.embed(tokens), []
         if cache is not None and all(few.fits(layer, ctx, len(x)) for layer in self.layers):

@@ -304,10 +304,10 @@ def mla_absorb(
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
 
 
-def attends_few(rows: int, width: int) -> bool:
-    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence and block
-    tables of `width` pages."""
-    return rows <= ROWS_A_SEQUENCE and width * PAGE <= KEYS
+def attends_few(rows: int, width: int, cache: Tensor) -> bool:
+    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence, block tables of
+    `width` pages and this cache. An FP8 cache is read by mla_decode alone."""
+    return rows <= ROWS_A_SEQUENCE and width * PAGE <= KEYS and cache.dtype != torch.uint8
 
 
 def few_attention(

@@ -201,6 +201,13 @@ def _absorbed_alone(q: Tensor, kv: Tensor, counts: list[list[int]], scale: float
 def _used_pages(block_table: Tensor, seq_lens: Tensor, pages: int, page: int) -> tuple[Tensor, Tensor]:
     """int64 [B, W+1]: the pages of every sequence, 0 for what it does not use; and which sequences name no page there. The
     last column stands for whatever the table has no entry for."""
+    places = block_table.shape[1] * page
+    if seq_lens.is_cpu and (seq_lens > places).any():
+        row = int((seq_lens > places).nonzero()[0])
+        raise RuntimeError(
+            f"seq_lens must be at most the {places} keys that {block_table.shape[1]} pages a row of block_table hold, "
+            f"got seq_lens[{row}] = {int(seq_lens[row])}"
+        )
     table = pad(block_table.long(), (0, 1), value=-1)
     begin = torch.arange(table.shape[1], device=table.device) * page
     wrong = (begin < seq_lens[:, None]) & ((table < 0) | (table >= pages))
