@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from bench.comm_traffic import (
+    CASTERS,
     FORWARDERS,
     OWNERS,
     PIECE_BYTES,
     PRODUCERS,
     RECEIVERS,
     REST_BYTES,
-    SENDERS,
     WARP_BYTES,
     Job,
     Machine,
@@ -223,7 +223,7 @@ class Simulation:
                 yield (source if source // self.width == node else node * self.width + source % self.width), needs
 
     def dispatch(self, routes: np.ndarray) -> None:
-        """Senders read a token and write it to its ranks here and its entries elsewhere; forwarders serve a node each,
+        """Casters read a token and have it written to its ranks here and its entries elsewhere; forwarders serve a node each,
         receivers a rank each, and take what has arrived."""
         job, sizes = self.job, self.job.slot_bytes("dispatch")
         size, pieces, row = sum(sizes) / len(sizes), len(sizes), job.row_bytes("dispatch") / len(sizes)
@@ -235,7 +235,7 @@ class Simulation:
                 queues[channel, target, source] = Queue()
         for source in range(job.ranks):
             for place, (channel, token) in enumerate(self.tokens()):
-                plan = plans.setdefault((channel, source, place // self.sample % SENDERS), [])
+                plan = plans.setdefault((channel, source, place // self.sample % CASTERS), [])
                 for _ in range(pieces):
                     items = []
                     for entry, needs in self.ways(routes, source, token):
@@ -248,7 +248,7 @@ class Simulation:
                         ]
                     plan.append(items)
 
-        def sender(channel: int, rank: int, plan: list[list[Item]]) -> Process:
+        def caster(channel: int, rank: int, plan: list[list[Item]]) -> Process:
             for items in plan:
                 yield self.read(channel, rank, 2 * job.hidden / pieces, True, PIECE_BYTES)
                 yield from self.send(channel, items, size, queues)
@@ -269,7 +269,7 @@ class Simulation:
             for _ in range(max(1, RECEIVERS // self.width if near else FORWARDERS // job.nodes)):
                 self.clock.go(receiver(channel, queue))
         for (channel, rank, _), plan in plans.items():
-            self.clock.go(sender(channel, rank, plan))
+            self.clock.go(caster(channel, rank, plan))
 
     def combine(self, routes: np.ndarray) -> None:
         """Producers sum a token's rows and send the sum to its rank here, or to the GPU of its rank's index here, which adds up

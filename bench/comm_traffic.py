@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 # Fixed by csrc/comm (peers.cuh, dispatch.cu, combine.cu) and python/dsv3/comm/ipc.py; tests/test_comm_model.py compares.
-SENDERS, RECEIVERS, PRODUCERS, OWNERS = 8, 16, 10, 6  # warps a channel
+CASTERS, RECEIVERS, PRODUCERS, OWNERS = 10, 16, 20, 8  # warps a channel
 PIECE_BYTES = 8192  # of a row in a slot
 REST_BYTES = 512  # scales and meta, which dispatch writes with every piece
-WARP_BYTES = 14 * 1024  # of rows on their way to a warp of combine
+WARP_BYTES = 8 * 1024  # of rows on their way to a warp of combine
 NUM_SMS, SPARE_SMS, SLOTS = 20, 4, 16
 TILE = 128
 

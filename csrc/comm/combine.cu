@@ -7,8 +7,6 @@
 // All of them take the tokens of a channel in the same order, so the first token that is not finished always can be.
 //
 // Bytes that count: every row read once, out written once; between them each (token, rank) passes a slot in the L2 cache.
-#include <type_traits>
-
 #include "../ops.h"
 #include "sums.cuh"
 
@@ -102,7 +100,7 @@ __device__ __forceinline__ uint32_t produce(const Rings& r, const CombineParams&
 __device__ __forceinline__ void take_weights(const CombineParams& p, int64_t token, const Slot* slot) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t at = token * p.own.topk + lane;
-  const int expert = lane < p.own.topk ? static_cast<int>(p.own.topk_idx[at]) : -1;
+  const int expert = lane < p.own.topk ? p.own.expert(at) : -1;
   const int rank = expert >= 0 ? expert / p.own.local_experts : 0;
   int place = 0;
   for (int j = 0; j < p.own.topk; ++j) {
@@ -118,22 +116,23 @@ template <bool kNodes, class Y, class S>
 __device__ __forceinline__ uint32_t own(const Rings& r, const CombineParams& p, int warp, uint32_t next,
                                         uint4* memory) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
-  return for_own_tokens(r, p.own, p.pieces, next, warp, kOwners, kAllLanes, [&](int token, unsigned mask, uint32_t item) {
-    const bool used = mask >> lane & 1;
-    for (int piece = 0; piece < p.pieces; ++piece, ++item) {
-      if (!warp_wait(r, used, ready_flag(r, r.rank, lane, channel, item), item + 1, lane)) return false;
-      const Slot* const slot = used ? ring_slot(r, r.rank, lane, channel, item) : nullptr;
-      const int begin = piece * p.piece;
-      Y* const out = static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin;
-      const Parts parts = parts_of(p.ranks_per_node, mask, slot);
-      const S* const part = reinterpret_cast<const S*>(parts.slot->data);
-      sum_rows<kNodes, S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
-      if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);
-      __syncwarp();
-      if (used) store_relaxed(done_flag(r, lane, r.rank, channel, item), item + 1);
-    }
-    return true;
-  });
+  return for_own_tokens(
+      r, p.own, p.pieces, next, warp, kOwners, kAllLanes, [&](int token, unsigned mask, uint32_t item) {
+        const bool used = mask >> lane & 1;
+        for (int piece = 0; piece < p.pieces; ++piece, ++item) {
+          if (!warp_wait(r, used, ready_flag(r, r.rank, lane, channel, item), item + 1, lane)) return false;
+          const Slot* const slot = used ? ring_slot(r, r.rank, lane, channel, item) : nullptr;
+          const int begin = piece * p.piece;
+          Y* const out = static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin;
+          const Parts parts = parts_of(p.ranks_per_node, mask, slot);
+          const S* const part = reinterpret_cast<const S*>(parts.slot->data);
+          sum_rows<kNodes, S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
+          if (p.weights != nullptr && piece == 0) take_weights(p, token, slot);
+          __syncwarp();
+          if (used) store_relaxed(done_flag(r, lane, r.rank, channel, item), item + 1);
+        }
+        return true;
+      });
 }
 
 // A rank was waited for in vain.
@@ -150,15 +149,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_inputs();
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (local->failed) return spoil<Y>(p);
+  if (has_failed(r)) return spoil<Y>(p);
   const bool produces = warp < kProducers;
   uint32_t* const counters =
       produces ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
   uint32_t next = lane < r.ranks ? *counters : 0;
   uint4* const mine = memory + warp * (kWarpBytes / 16);
   next = produces ? produce<Y, S>(r, p, warp, next, mine) : own<kNodes, Y, S>(r, p, warp - kProducers, next, mine);
-  __syncthreads();
-  if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Y>(p);
+  if (has_failed(r)) return spoil<Y>(p);
   if (lane < r.ranks && (warp == 0 || warp == kProducers)) *counters = next;
 }
 
@@ -184,7 +182,8 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
   CombineParams p{.own = {.topk_idx = topk_idx.data<int64_t>(),
                           .tokens = static_cast<int>(tokens),
                           .topk = static_cast<int>(topk),
-                          .local_experts = static_cast<int>(num_experts / r.ranks)},
+                          .local_experts = static_cast<int>(num_experts / r.ranks),
+                          .experts = static_cast<int>(num_experts)},
                   .out = out.data<void>(),
                   .weights = weights ? weights->data<float>() : nullptr,
                   .rows = rows.data<void>(),

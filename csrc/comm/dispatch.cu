@@ -16,9 +16,9 @@ namespace {
 constexpr int kCasters = 10, kReceivers = 16;  // warps; the first of the block is the sender
 constexpr int kThreads = (1 + kCasters + kReceivers) * kWarpSize;
 static_assert(kReceivers >= kMaxRanks);
-constexpr int kStages = 10;  // slots between casters and sender
-constexpr int kFlight = 5;   // of them on their way at once
-constexpr int kAhead = 8;    // slots of a ring that are looked at together for room
+constexpr int kStages = 10;          // slots between casters and sender
+constexpr int kFlight = 5;           // of them on their way at once
+constexpr int kAhead = 8;            // slots of a ring that are looked at together for room
 static_assert(kCasters == kStages);  // each has its stage, so that it is never more than a phase of the barriers ahead
 
 struct DispatchParams {
@@ -42,7 +42,7 @@ __device__ __forceinline__ Pair pair_of(const DispatchParams& p, int64_t token) 
   Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
   if (lane < p.own.topk) {
     const int64_t at = token * p.own.topk + lane;
-    const int expert = static_cast<int>(p.own.topk_idx[at]);
+    const int expert = p.own.expert(at);
     pair.rank = expert / p.own.local_experts;
     pair.row = static_cast<int>(p.pairs[at]) + p.shift[expert];
     if (p.weights != nullptr) pair.weight = p.weights[at];
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_inputs();
   Local* const local = local_of(r, r.rank);
   const int warp = threadIdx.x / kWarpSize, rank = threadIdx.x;  // of a thread that counts
-  if (local->failed) return spoil<Way>(p);
+  if (has_failed(r)) return spoil<Way>(p);
   const bool spoiled = *p.total > p.to.num_rows, direct = !Way::kDecode && !spoiled;
   uint32_t next = rank < r.ranks ? local->sent[rank][blockIdx.x] : 0;
   if (warp == 0) {
@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int receiver = warp - 1 - kCasters;
     receive<Way>(r, p, receiver, direct, spoiled, Box(&memory.boxes[receiver], &memory.there[receiver]));
   }
-  __syncthreads();
-  if (*static_cast<volatile uint32_t*>(&local->failed)) return spoil<Way>(p);
+  if (has_failed(r)) return spoil<Way>(p);
   if (rank < r.ranks) {
     local->sent[rank][blockIdx.x] = next;
     if (!direct || rank != r.rank) {
@@ -280,7 +279,7 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
              " and ", rows);
   const int64_t tokens = x.size(0), hidden = x.size(1), topk = topk_idx.size(1), num_rows = rows.size(0);
   const int64_t size = x.dtype() == Dtype::kFloat32 ? 4 : 2;
-  DSV3_CHECK(hidden * size % 16 == 0 && (!cast || hidden % 16 == 0),
+  DSV3_CHECK(hidden > 0 && hidden * size % 16 == 0 && (!cast || hidden % 16 == 0),
              "hidden does not fill vectors of 16 bytes: ", hidden);
   DSV3_CHECK(topk >= 1 && topk <= kMaxTopk, "topk must be in 1..", kMaxTopk, ", got ", topk);
   check_operand("x", x, x.dtype());
@@ -290,6 +289,7 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
   check_operand("shift", shift, Dtype::kInt32);
   check_operand("arrivals", arrivals, Dtype::kInt32, r.ranks, r.channels);
   check_operand("total", total, Dtype::kInt32);
+  DSV3_CHECK(row_weights.has_value() == position.has_value(), "row_weights and position go together");
   if (row_weights) check_operand("row_weights", *row_weights, Dtype::kFloat32, num_rows);
   if (position) check_operand("position", *position, Dtype::kInt64, r.ranks * max_tokens, topk);
   if (weights) check_operand("weights", *weights, Dtype::kFloat32, tokens, topk);
@@ -297,7 +297,8 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
   DispatchParams p{.own = {.topk_idx = topk_idx.data<int64_t>(),
                            .tokens = static_cast<int>(tokens),
                            .topk = static_cast<int>(topk),
-                           .local_experts = static_cast<int>(shift.numel() / r.ranks)},
+                           .local_experts = static_cast<int>(shift.numel() / r.ranks),
+                           .experts = static_cast<int>(shift.numel())},
                    .x = x.data<void>(),
                    .pairs = pairs.data<int64_t>(),
                    .shift = shift.data<int>(),
@@ -315,6 +316,8 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
     return start<Words>(r, p, stream);
   }
   const int tiles = static_cast<int>(ceil_div(hidden, kTile));
+  const size_t smem = padded_tiles(tiles) * (kScaleRows + 1) * sizeof(float);  // of the kernel that orders scales
+  DSV3_CHECK(!sf || smem <= 227 * 1024, "scales of ", hidden, " columns are more than a block has memory for");
   DSV3_CHECK(sf.has_value() == sf_rows.has_value(), "sf and sf_rows go together");
   RowCasts casts{};
   if (sf) {
@@ -329,7 +332,7 @@ void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> 
     sf ? start<Codes<T, false>>(r, p, stream) : start<Codes<T, true>>(r, p, stream);
   });
   if (!sf) return;
-  const Launch shape{.grid = dim3(r.channels), .block = dim3(kScaleThreads), .smem = padded_tiles(tiles) * (kScaleRows + 1) * sizeof(float)};
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(kScaleThreads), .smem = smem};
   launch("comm_dispatch", order_scales_kernel, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.to.sf, p.total,
          p.to.num_rows, tiles);
 }

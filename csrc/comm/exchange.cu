@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
   Local* const local = local_of(r, r.rank);
   const uint32_t epoch = local->epoch;
   const int parity = epoch % 2;
-  if (local->failed) return leave_empty(r, p);
+  if (has_failed(r)) return leave_empty(r, p);
   count(r, p, counted);
   tell(r, p, counted, parity);
   __syncthreads();

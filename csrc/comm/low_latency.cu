@@ -29,8 +29,8 @@ struct SendParams {
 };
 
 struct ReceiveParams {
-  RowTarget to;        // [G * R, H]
-  float* sf;           // [tiles][sf_stride], or null
+  RowTarget to;  // [G * R, H]
+  float* sf;     // [tiles][sf_stride], or null
   int64_t sf_stride;
   float* row_weights;  // [G, R]
   int* counts;         // [G]
@@ -88,6 +88,7 @@ __device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tel
     __threadfence_system();
   }
   if (!__shfl_sync(kAllLanes, last, 0)) return;
+  __syncwarp();
   if (threadIdx.x < r.ranks) tell(static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     call.state->blocks[call.half] = 0;
@@ -109,16 +110,6 @@ __device__ __forceinline__ int tokens_before(const uint16_t* needs, int end, int
   return found;
 }
 
-__device__ __forceinline__ unsigned ranks_of(const OwnTokens& own, int64_t token, int ranks) {
-  unsigned found = 0;
-  for (int j = 0; j < own.topk; ++j) {
-    const unsigned rank =
-        static_cast<unsigned>(own.topk_idx[token * own.topk + j]) / static_cast<unsigned>(own.local_experts);
-    if (rank < static_cast<unsigned>(ranks)) found |= 1u << rank;
-  }
-  return found;
-}
-
 // The warps that share a token.
 __device__ __forceinline__ void sync_parts(int pair) {
   asm volatile("bar.sync %0, %1;" ::"r"(pair + 1), "n"(kParts * kWarpSize) : "memory");
@@ -129,11 +120,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     send_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendParams p) {
   extern __shared__ __align__(128) char memory[];  // a slot for every kParts warps
   __shared__ uint16_t needs[kMaxWindowTokens];
+  static_assert(kMaxRanks <= 16);
   using X = typename Way::X;
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return;
+  if (has_failed(r)) return;
   const Half call(r, kThere, 0);
-  for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = ranks_of(p.own, t, r.ranks);
+  for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = p.own.ranks(t);
   if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;  // of the last call but one
   const int team = threadIdx.x / kWarpSize / kParts, part = threadIdx.x / kWarpSize % kParts;
   const int lane = threadIdx.x % kWarpSize;
@@ -144,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Pair pair{.rank = -1, .place = 0, .row = 0, .weight = 0.f};
     if (lane < p.own.topk) {
       const int64_t at = static_cast<int64_t>(token) * p.own.topk + lane;
-      const int expert = static_cast<int>(p.own.topk_idx[at]);
+      const int expert = p.own.expert(at);
       pair.rank = expert / p.own.local_experts;
       pair.row = expert % p.own.local_experts;
       pair.weight = p.weights[at];
@@ -164,7 +156,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   wait_bulk_stores();
-  __syncthreads();
   const int total = tokens_before(needs, p.own.tokens, r.ranks);  // in lane r, for rank r
   finish(r, call, [&](int rank) {
     WindowState& there = local_of(r, rank)->windows[kThere];
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Entries entries;
   if (threadIdx.x == 0) init_boxes(there);
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return leave_empty(r, p);
+  if (has_failed(r)) return leave_empty(r, p);
   const Half call(r, kThere, 1);
   if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return leave_empty(r, p);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -322,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Entries entries;
   extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return;
+  if (has_failed(r)) return;
   const Half call(r, kBack, 0);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? p.arrived[lane] : 0);
@@ -354,14 +345,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     receive_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveSumsParams p) {
   extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
   wait_for_inputs();
-  if (local_of(r, r.rank)->failed) return spoil<Y>(p);
+  if (has_failed(r)) return spoil<Y>(p);
   const Half call(r, kBack, 1);
   if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return spoil<Y>(p);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int items = p.own.tokens * p.pieces;
   for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
     const int token = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
-    const unsigned mask = ranks_of(p.own, token, r.ranks);
+    const unsigned mask = p.own.ranks(token);
     const Slot* const slot =
         mask >> lane & 1 ? window_slot(r, r.rank, kBack, call.parity(), lane, token, piece) : nullptr;
     const Parts parts = parts_of(p.ranks_per_node, mask, slot);
@@ -391,7 +382,17 @@ OwnTokens own_tokens(const Rings& r, const Tensor& topk_idx, int64_t num_experts
   return {.topk_idx = topk_idx.data<int64_t>(),
           .tokens = static_cast<int>(topk_idx.size(0)),
           .topk = static_cast<int>(topk_idx.size(1)),
-          .local_experts = static_cast<int>(num_experts / r.ranks)};
+          .local_experts = static_cast<int>(num_experts / r.ranks),
+          .experts = static_cast<int>(num_experts)};
+}
+
+// Shared memory of a block that receives.
+size_t receive_bytes(const Rings& r, int64_t local_experts) {
+  const size_t bits = size_t(r.ranks) * r.window_tokens * ceil_div(local_experts, 32) * sizeof(unsigned);
+  const size_t smem = kWarps * sizeof(Slot) + bits;
+  DSV3_CHECK(smem <= 227 * 1024 - sizeof(Entries) - 1024, r.ranks, " ranks of ", r.window_tokens, " tokens and ",
+             local_experts, " local experts are more than a block has memory for");
+  return smem;
 }
 
 Launch of_windows(const Rings& r, size_t smem) {
@@ -405,6 +406,7 @@ void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, b
   const Rings& r = peers.rings();
   SendParams p{.own = own_tokens(r, topk_idx, num_experts), .rule = scale_rule(amax_floor, true)};
   DSV3_CHECK(x.dim() == 2, "x must be (tokens, hidden), got ", x);
+  receive_bytes(r, p.own.local_experts);  // before anything is sent
   check_operand("x", x, x.dtype(), p.own.tokens, x.size(1));
   check_operand("weights", weights, Dtype::kFloat32, p.own.tokens, p.own.topk);
   const int size = x.dtype() == Dtype::kFloat32 ? 4 : 2;
@@ -459,11 +461,7 @@ void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Ten
     p.sf = sf->data<float>();
     p.sf_stride = sf->stride(2);
   }
-  const size_t bits = size_t(r.ranks) * r.window_tokens * ceil_div(experts, 32) * sizeof(unsigned);
-  const size_t smem = kWarps * sizeof(Slot) + bits;
-  DSV3_CHECK(smem <= 227 * 1024 - sizeof(Entries) - 1024, r.ranks, " ranks of ", r.window_tokens, " tokens and ",
-             experts, " local experts are more than a block has memory for");
-  const Launch shape = of_windows(r, smem);
+  const Launch shape = of_windows(r, receive_bytes(r, experts));
   if (!cast) return launch("comm_receive", receive_kernel<Words>, shape, stream, r, p);
   launch("comm_receive", receive_kernel<Codes<__nv_bfloat16, false>>, shape, stream, r, p);
 }

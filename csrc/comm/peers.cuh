@@ -171,19 +171,35 @@ __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint
   }
 }
 
-// What a kernel gives that gave up waiting: NaN in e4m3, bf16 and fp32, from all of its blocks.
+// Whether a wait has been given up before; the same for all threads of the block.
+__device__ __forceinline__ bool has_failed(const Rings& r) {
+  return __syncthreads_or(*static_cast<volatile uint32_t*>(&local_of(r, r.rank)->failed) != 0);
+}
+
+// What a kernel gives that gave up waiting: NaN in e4m3, bf16 and fp32. By each of its blocks that did, for all of them: others may
+// have had nothing to wait for.
 constexpr unsigned kNanWord = 0x7fff7fffu;
 __device__ __forceinline__ void fill_nan(void* begin, int64_t bytes) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes / 4; i += step) {
-    static_cast<unsigned*>(begin)[i] = kNanWord;
-  }
+  for (int64_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<unsigned*>(begin)[i] = kNanWord;
 }
 
 // Where a rank's own tokens go. Ranks hold equal runs of experts.
 struct OwnTokens {
   const int64_t* topk_idx;  // [tokens, topk]
-  int tokens, topk, local_experts;
+  int tokens, topk, local_experts, experts;
+
+  // Of a pair; the nearest that there is.
+  __device__ __forceinline__ int expert(int64_t pair) const {
+    return static_cast<int>(min(max(topk_idx[pair], int64_t{0}), int64_t{experts - 1}));
+  }
+  // A bit for every rank that a token needs.
+  __device__ __forceinline__ unsigned ranks(int64_t token) const {
+    unsigned found = 0;
+    for (int j = 0; j < topk; ++j) {
+      found |= 1u << static_cast<unsigned>(expert(token * topk + j)) / static_cast<unsigned>(local_experts);
+    }
+    return found;
+  }
 };
 
 // Calls f(token, mask of the ranks that it needs, item) with this warp's share of the channel's tokens in their order, a
@@ -195,15 +211,7 @@ __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnToke
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   for (int first = channel; first < own.tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
-    unsigned ranks = 0;
-    if (token < own.tokens) {
-      for (int j = 0; j < own.topk; ++j) {
-        const unsigned rank = static_cast<unsigned>(own.topk_idx[static_cast<int64_t>(token) * own.topk + j]) /
-                              static_cast<unsigned>(own.local_experts);
-        if (rank < static_cast<unsigned>(r.ranks)) ranks |= 1u << rank;
-      }
-    }
-    ranks &= served;
+    const unsigned ranks = token < own.tokens ? own.ranks(token) & served : 0;
     unsigned users = 0;  // of the ring of rank `lane` among the 32 tokens
     for (int rank = 0; rank < r.ranks; ++rank) {
       const unsigned users_of_rank = __ballot_sync(kAllLanes, ranks >> rank & 1);
@@ -222,7 +230,6 @@ __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnToke
 // `step` where there are several.
 inline int piece_columns(int64_t columns, int size, int step) {
   const int64_t pieces = ceil_div(columns * size, kPieceBytes);
-  if (columns == 0) return 1;  // no pieces of any size
   return static_cast<int>(pieces <= 1 ? columns : ceil_div(ceil_div(columns, pieces), step) * step);
 }
 

@@ -50,7 +50,6 @@ class Peers {
   bool take_long_wait();
 
   const Rings& rings() const { return rings_; }
-  int device() const { return device_; }
 
  private:
   void allocate();

@@ -1,6 +1,8 @@
 // Sums of rows, in fp32 and in their order: by a warp, whose loads run ahead.
 #pragma once
 
+#include <type_traits>
+
 #include "peers.cuh"
 
 namespace dsv3 {

@@ -66,7 +66,7 @@ def low_latency(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor, r
             y[g, :count] = experts(rows, masked.topk_weights[g, :count], expert)
         sums.append(buffer.send_sums(y, masked))
     assert torch.equal(sums[0].receive(), out)
-    sums[1].receive()
+    assert torch.equal(sums[1].receive(), 2 * out), "of tokens twice as large, bit for bit"
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -114,7 +114,11 @@ def few_tokens() -> None:
             return buffer.send_sums(rows.contiguous(), masked).receive()
 
         rows = handle.x_sf[:, :1].to(x.dtype).expand_as(handle.x) if handle.cast else handle.x
-        assert torch.equal(step(buffer, x, idx, weights), buffer.combine(rows.contiguous(), handle))
+        expected = buffer.combine(rows.contiguous(), handle)
+        assert torch.equal(step(buffer, x, idx, weights), expected)
+        astray = torch.where(idx == EXPERTS - 1, idx + 1000, torch.where(idx == 0, idx - 1000, idx))
+        apart = torch.cat([weights.new_zeros(1), weights.flatten()])[1:].view_as(weights)  # not where vectors begin
+        assert torch.equal(step(buffer, x, astray, apart), expected), "the nearest experts"
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             step(buffer, x, idx, weights)

@@ -177,6 +177,31 @@ def test_combine_takes_the_rows_as_they_came() -> None:
             buffer.combine(y, handle)
 
 
+def test_low_latency_says_what_does_not_fit() -> None:
+    for low_latency, hidden in ((0, 8), (4, 0), (4, None), (None, 8)):
+        with pytest.raises(ValueError, match="low_latency and hidden go together and are at least 1"):
+            ExpertBuffer(num_experts=4, low_latency=low_latency, hidden=hidden)
+    with pytest.raises(ValueError, match="low_latency must be at most max_tokens, got 4 and 3"):
+        ExpertBuffer(num_experts=4, low_latency=4, hidden=8, max_tokens=3, max_recv=8)
+    x, idx, weights = torch.ones(3, 8), torch.tensor([[0, 3], [1, 0], [2, 3]]), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="send: the buffer was made without low_latency"):
+        ExpertBuffer(num_experts=4).send(x, idx, weights)
+    buffer = ExpertBuffer(num_experts=4, low_latency=3, hidden=8)
+    for bad in (x[:, :4], x[0], torch.ones(4, 8)):
+        with pytest.raises(ValueError, match=r"send: x must be at most 3 rows of 8, got \("):
+            buffer.send(bad, idx, weights)
+    with pytest.raises(ValueError, match="receive: an expert got 6 rows of at most 3 tokens: its tokens have it twice"):
+        buffer.send(x, torch.zeros_like(idx), weights).receive()
+    pending = buffer.send(x, idx, weights)
+    masked = pending.receive()
+    with pytest.raises(RuntimeError, match="receive: this has been received already"):
+        pending.receive()
+    for y in (masked.x.bfloat16(), masked.x[:, :2]):
+        with pytest.raises(ValueError, match=r"send_sums: y must be \(4, 3, 8\) float32, got \(4, \d, 8\)"):
+            buffer.send_sums(y, masked)
+    assert torch.equal(buffer.send_sums(masked.x, masked).receive(), 2 * x)
+
+
 def test_local_sums_experts_in_ascending_order(device: torch.device) -> None:
     """2^24 + 1 + 1 in fp32 depends on the order, and the order is the experts', not that of the choices."""
     x = torch.ones(1, 8, device=device)

@@ -364,7 +364,7 @@ def test_bad_requests(model):
     assert dsv3.generate(model, [], GREEDY) == []
 
 
-NAN = "expected numbers as logits of token {}, got NaN: the weights hold what is not finite, or activations overflow"
+NAN = "expected finite logits of token {}, got NaN or infinity: the weights hold what is not finite, or activations overflow"
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=0), SamplingParams(seed=0, top_p=0.9)])
@@ -378,6 +378,16 @@ def test_weights_that_are_nan(broken, speculative, params):
     model.get_parameter(broken).fill_(torch.nan)
     with pytest.raises(ValueError, match=f"prompt 0: {NAN.format(3)}"):
         dsv3.generate(model, [[1, 2, 3]] * 3, params, speculative=speculative)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=0)])
+@torch.no_grad()
+def test_weights_that_are_infinite(device, params, speculative):
+    model = random_model(small_config(), device)
+    model.norm.weight[0] = torch.inf
+    with pytest.raises(ValueError, match=f"prompt 0: {NAN.format(2)}"):
+        dsv3.generate(model, [[1, 2]], params, speculative=speculative)
 
 
 @torch.no_grad()
@@ -403,7 +413,7 @@ def test_nan_while_decoding(device, speculative, params):
             model.head.weight.fill_(torch.nan)
 
     taken = [0, 0, 0]
-    with pytest.raises(ValueError, match=r"prompt 0: expected numbers as logits of token \d+, got NaN"):
+    with pytest.raises(ValueError, match=r"prompt 0: expected finite logits of token \d+, got NaN or infinity"):
         engine.generate(prompts, params, on_token=spoil)
     assert taken[1] >= 10
     model.head.weight.copy_(head)

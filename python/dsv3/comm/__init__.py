@@ -2,5 +2,6 @@
 
 from dsv3.comm.alive import RankLost
 from dsv3.comm.buffer import Dispatched, ExpertBuffer
+from dsv3.comm.low_latency import Masked, Pending
 
-__all__ = ["Dispatched", "ExpertBuffer", "RankLost"]
+__all__ = ["Dispatched", "ExpertBuffer", "Masked", "Pending", "RankLost"]

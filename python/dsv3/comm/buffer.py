@@ -173,8 +173,10 @@ class ExpertBuffer:
                 raise ValueError(f"{name} must be an int, got {number!r}")
         if (max_recv is None) != (max_tokens is None) or min(max_recv or 1, max_tokens or 1) < 0:
             raise ValueError(f"max_recv and max_tokens go together and are at least 0, got {max_recv} and {max_tokens}")
-        if (low_latency is None) != (hidden is None) or min(low_latency or 1, hidden or 1) < 1:
+        if (low_latency is None) != (hidden is None) or (low_latency is not None and min(low_latency, hidden) < 1):
             raise ValueError(f"low_latency and hidden go together and are at least 1, got {low_latency} and {hidden}")
+        if None not in (low_latency, max_tokens) and low_latency > max_tokens:
+            raise ValueError(f"low_latency must be at most max_tokens, got {low_latency} and {max_tokens}")
         if wire_dtype not in WIRES:
             raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRES))}, got {wire_dtype}")
         if transport in ("collective", "ipc") and not dist.is_initialized():
@@ -289,12 +291,16 @@ class ExpertBuffer:
 
         Args:
             x: [T, H] of the buffer's hidden; dtypes and the rest as of `dispatch`.
+            topk_idx: as of `dispatch`, but a token's experts all differ. Over ipc it is read again when the sums are received,
+                and has to stay as it is until then.
 
         Raises:
-            ValueError: what does not fit, on this rank alone.
+            ValueError: what does not fit; over ipc, and for shapes, on this rank alone.
         """
         most, hidden = self._few
-        if most is None or x.dim() != 2 or x.shape[1] != hidden or x.shape[0] > most:
+        if most is None:
+            raise ValueError("send: the buffer was made without low_latency")
+        if x.dim() != 2 or x.shape[1] != hidden or x.shape[0] > most:
             raise ValueError(f"send: x must be at most {most} rows of {hidden}, got {tuple(x.shape)}")
         if self._link is None:
             return low_latency.send(self, x, topk_idx, topk_weights, most * self.layout.ranks)
@@ -303,22 +309,22 @@ class ExpertBuffer:
         problem = counts.problem(x, topk_idx, topk_weights, cast) or self._link.problem(x, topk_idx, topk_weights)
         if problem is not None:
             raise ValueError(f"send: {problem}")
-        link, x, topk_idx = self._link, x.detach().contiguous(), topk_idx.contiguous()
-        link.send(x, topk_idx, topk_weights.detach().contiguous(), cast)
+        link, x, topk_idx = self._link, x.detach(), topk_idx.contiguous()
+        link.send(x, topk_idx, topk_weights.detach(), cast)
         return Pending(lambda: link.receive(x, topk_idx, cast))
 
     def send_sums(self, y: Tensor, masked: Masked) -> Pending[Tensor]:
         """Low-latency combine of y [G, R, H]: `receive` gives [T, H], the sums that `combine` gives.
 
-        Raises ValueError, on this rank alone, where y has not the shape of the received rows or their dtype before the wire.
+        Raises ValueError, on this rank alone, where y has not the shape of the received rows and the dtype of what was sent.
         """
-        if y.shape != masked.x.shape or (masked.x_sf is None and y.dtype != masked.x.dtype):
-            expected, got = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (masked.x, y))
-            raise ValueError(f"send_sums: y must be like the received rows, {expected}, got {got}")
+        if (y.shape, y.dtype) != (masked.x.shape, masked.dtype):
+            found = f"{tuple(masked.x.shape)} {masked.dtype}, got {tuple(y.shape)} {y.dtype}".replace("torch.", "")
+            raise ValueError(f"send_sums: y must be {found}")
         if self._link is None:
             return low_latency.send_sums(self, y, masked)
         self._link.raise_lost()
-        link, y, fp32 = self._link, y.detach().contiguous(), self.wire_dtype == torch.float32
+        link, y, fp32 = self._link, y.detach(), self.wire_dtype == torch.float32
         link.send_sums(y, masked, fp32)
         return Pending(lambda: link.receive_sums(y, masked, fp32))
 

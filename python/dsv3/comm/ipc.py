@@ -33,7 +33,6 @@ NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
 SLOTS = 16  # of a ring
 PIECE_BYTES = 8192  # kPieceBytes (csrc/comm/peers.cuh)
-MAX_WINDOW_TOKENS = 1024  # kMaxWindowTokens
 FLOOR = 1e-4  # smallest amax of a cast tile, as of per_token_cast
 
 log = logging.getLogger("dsv3")
@@ -250,6 +249,7 @@ class Link:
 
     def send(self, x: Tensor, topk_idx: Tensor, weights: Tensor, cast: bool) -> None:
         """The first half of a dispatch in low-latency mode."""
+        x, weights = _aligned(x), _aligned(weights)
         self._keep_order()
         registry.native().comm_send(x, weights, topk_idx, self.layout.num_experts, cast, FLOOR, self._peers)
 
@@ -263,10 +263,11 @@ class Link:
         counts, *way = (topk_idx.new_empty(size, dtype=torch.int32) for size in sizes)
         self._keep_order()
         registry.native().comm_receive(rows, sf, weights, counts, *way, self._peers)
-        return Masked(rows, sf, weights, counts, (topk_idx, *way))
+        return Masked(rows, sf, weights, counts, x.dtype, (topk_idx, *way))
 
     def send_sums(self, y: Tensor, masked: Masked, fp32: bool) -> None:
         """The first half of a combine."""
+        y = _aligned(y)
         self._keep_order()
         registry.native().comm_send_sums(y, *masked.way[1:], fp32, self._peers)
 

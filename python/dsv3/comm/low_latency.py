@@ -8,7 +8,6 @@ nothing. The other transports do the same with what a dispatch gives them, at a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
@@ -30,14 +29,22 @@ class Masked(NamedTuple):
     x_sf: Tensor | None  # fp32 [G, R, ceil(H/128)], strides (R, 1, G*R rounded up to 4): scales of e4m3
     topk_weights: Tensor  # fp32 [G, R]: the routing weight of each row
     counts: Tensor  # int32 [G]
-    way: tuple[Tensor, ...]  # how they came: for combine
+    dtype: torch.dtype  # of what was sent, and of the rows that go back
+    way: tuple[Tensor, ...]  # how they came: for send_sums
 
 
-@dataclass(frozen=True)
 class Pending(Generic[Result]):
-    """What has been sent. `receive` is called once, in the order of the sends, with at most one other sent in between."""
+    """What has been sent. It is received in the order of the sends, with at most one other sent in between."""
 
-    receive: Callable[[], Result]
+    def __init__(self, receive: Callable[[], Result]) -> None:
+        self._receive: Callable[[], Result] | None = receive
+
+    def receive(self) -> Result:
+        """What came. Raises RuntimeError the second time."""
+        if self._receive is None:
+            raise RuntimeError("receive: this has been received already")
+        receive, self._receive = self._receive, None
+        return receive()
 
 
 def empty_masked(like: Tensor, experts: int, room: int, *, cast: bool) -> tuple[Tensor, Tensor | None]:
@@ -53,6 +60,10 @@ def from_sorted(handle: Dispatched, room: int) -> Masked:
     """The rows of a dispatch, which are sorted by expert, in the masked layout."""
     counts, places = handle.offsets.diff(), _places(handle, room)
     experts = len(counts)
+    if counts.device.type == "cpu" and int(counts.max()) > room:
+        raise ValueError(
+            f"receive: an expert got {int(counts.max())} rows of at most {room} tokens: its tokens have it twice"
+        )
     x, sf = empty_masked(handle.rows, experts, room, cast=bool(handle.cast))
     weights = handle.topk_weights.new_empty(experts, room)
 
@@ -64,7 +75,7 @@ def from_sorted(handle: Dispatched, room: int) -> Masked:
     fill(weights, handle.topk_weights.detach())
     if sf is not None:
         fill(sf, handle.x_sf)
-    return Masked(x, sf, weights, counts, handle)
+    return Masked(x, sf, weights, counts, handle.rows.dtype, handle)
 
 
 def to_sorted(y: Tensor, handle: Dispatched) -> Tensor:

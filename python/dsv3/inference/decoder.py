@@ -32,7 +32,7 @@ from dsv3.model.few import fits
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
-# In place of a token that came of logits which are NaN, where the host reads it: the device goes on with some token.
+# In place of a token that came of logits which are not finite, where the host reads it: the device goes on with some token.
 NO_TOKEN = -1
 
 
@@ -147,7 +147,7 @@ class Decoder:
 
     def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
         """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n], NO_TOKEN
-        where a logit is NaN.
+        where a logit is not finite.
 
         They have at most max_prefill_tokens together, or it is one prompt, whose beginning is stored in pieces of so many.
         """
@@ -172,7 +172,7 @@ class Decoder:
             draft, probs = self._sample(self.model.logits(h[last]), rows, count + 1 + k, DRAFT, mode)
             self._keep_draft(rows, k, draft, probs)
             following = following.roll(-1).index_copy(0, last, draft)
-        return new.masked_fill(logits.isnan().any(-1), NO_TOKEN)
+        return new.masked_fill(~logits.isfinite().all(-1), NO_TOKEN)
 
     def _store_beginning(self, first: int, prompt: list[int]) -> int:
         """Stores tokens of row `first`'s prompt, for the model and its modules, until the rest is one piece. Returns how many.
@@ -210,7 +210,7 @@ class Decoder:
         """One round of the first `batch` rows, looking at the first `width` pages of each.
 
         Returns `result` int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens
-        count, and are NO_TOKEN where their logits are NaN. The next round overwrites it.
+        count, and are NO_TOKEN where their logits are not finite. The next round overwrites it.
         """
         rows = slice(0, batch)
         n, result = self.lengths[rows], self.result[rows]
@@ -228,8 +228,8 @@ class Decoder:
         if self.depth:
             h = h.view(batch, 1 + self.depth, -1)
             self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
-        # A NaN in h is one in every logit; what the head has was seen in the prefill, which looks at all.
-        result[:, :-1].masked_fill_(logits[..., 0].isnan(), NO_TOKEN)
+        # What is not finite in h makes no logit finite; what the head has was seen in the prefill, which looks at all.
+        result[:, :-1].masked_fill_(~logits[..., 0].isfinite(), NO_TOKEN)
         return result
 
     def _accept(self, logits: Tensor, rows: slice, mode: int) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,7 @@ class Engine:
 
         Raises:
             ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary;
-                and later, when logits are NaN.
+                and later, when logits are not finite.
         """
         requests = self._requests(prompts, params)
         self._scheduler.waiting.extend(requests)
@@ -310,8 +310,8 @@ class Engine:
             if token == NO_TOKEN:
                 at = len(request.prompt) + len(request.output)
                 raise ValueError(
-                    f"prompt {request.index}: expected numbers as logits of token {at}, got NaN: the weights hold what is not "
-                    "finite, or activations overflow"
+                    f"prompt {request.index}: expected finite logits of token {at}, got NaN or infinity: the weights hold "
+                    "what is not finite, or activations overflow"
                 )
             taken += 1
             request.output.append(token)
