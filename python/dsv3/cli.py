@@ -117,10 +117,18 @@ def generate(
     loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device))
     options = {"speculative": speculative, "max_batch": 1, "kv_cache_dtype": kv_cache_dtype}
     engine = Engine(loaded, tokenizer=tokenizer or model, **options)
+    shown = False
+
+    def show(index: int, ids: list[int], text: str) -> None:
+        nonlocal shown
+        shown = True
+        print(printable(text), end="", flush=True)
+
     try:
-        engine.generate([prompt], params, on_token=lambda _, ids, text: print(printable(text), end="", flush=True))
+        engine.generate([prompt], params, on_token=show)
     finally:
-        print(flush=True)
+        if shown:  # also an error begins a line of its own
+            print(flush=True)
     drafts = f", {engine.stats.acceptance_rate:.0%} of the drafts accepted" if engine.stats.drafted else ""
     print(
         f"[{engine.stats.generated_tokens} tokens, {engine.stats.tokens_per_second:.0f} a second{drafts}]",

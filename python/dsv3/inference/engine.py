@@ -87,8 +87,8 @@ class Engine:
             many at a time. At least 1, and the number of MTP modules that draft.
         kv_cache_dtype: of the cache, MTP's included. None: that of the weights, in bf16 2 * (kv_lora_rank + qk_rope_head_dim)
             bytes a token and layer, 1152 in the released model. "fp8": 656 bytes, for models of its kv_lora_rank (512) and
-            qk_rope_head_dim (64): latents in e4m3 with a power-of-two scale for every 128, the rotated part in bf16. Later pieces of a
-            long prompt then see rounded keys, so the output depends a little on where it is cut.
+            qk_rope_head_dim (64): latents in e4m3 with a power-of-two scale for every 128, the rotated part in bf16. Later
+            pieces of a long prompt then see rounded keys, so the output depends a little on where it is cut.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
 
