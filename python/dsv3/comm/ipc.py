@@ -23,6 +23,7 @@ from dsv3.comm.alive import lost_ranks, naming_lost_ranks
 from dsv3.comm.low_latency import Masked, empty_masked
 from dsv3.ops import registry
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
+from dsv3.ops.grad import Function
 from dsv3.ops.quant import empty_per_token
 from dsv3.reference.quant import TILE
 
@@ -294,7 +295,7 @@ class Link:
         return out, weights
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     """rows, weights, position; over FP8 rows stand for the data and the scales that follow (see fp8.spread_cast)."""
 
     @staticmethod
@@ -324,7 +325,7 @@ class _Spread(torch.autograd.Function):
         return *grads, None, None, None
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, link: Link, way: Way, position: Tensor, offsets: Tensor, wire: Any) -> Tensor:
         ctx.save_for_backward(*way, offsets)

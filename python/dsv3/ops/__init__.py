@@ -1,4 +1,5 @@
-"""The differentiable ops, in the order of the model. `torch.ops.dsv3.*` are the primitives beneath them."""
+"""The differentiable ops, in the order of the model; gradients of their gradients raise. `torch.ops.dsv3.*` are the primitives
+beneath them."""
 
 import dsv3.ops.mla_attention_backward  # noqa: F401  (registers the primitive)
 from dsv3.ops.attention import mla_append_kv, mla_cached_rows, mla_decode, mla_schedule

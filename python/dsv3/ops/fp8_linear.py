@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
-from dsv3.ops.grad import apply
+from dsv3.ops.grad import Function, apply
 from dsv3.ops.linear import Quantized, WgradQueue, now_or_later
 from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
@@ -98,7 +98,7 @@ def _cast_gradient(dy: Tensor, offsets: Tensor | None, transpose: bool, pow2_sca
     return (data, sf), (data_t, sf_t)
 
 
-class _Fp8Linear(torch.autograd.Function):
+class _Fp8Linear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, param: Tensor, weight: Fp8Weight, cast: Cast, wgrad: WgradQueue | None, keep_input: bool
@@ -161,7 +161,7 @@ class _MLP:
     pow2_scale: bool
 
 
-class _Fp8MLP(torch.autograd.Function):
+class _Fp8MLP(Function):
     """Keeps x in FP8 and what goes into SwiGLU; SwiGLU's output is made again."""
 
     @staticmethod

@@ -6,6 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Function(torch.autograd.Function):
+    """Of an op whose backward is made of primitives, which nothing differentiates: gradients of second order raise
+    RuntimeError instead of being zeros."""
+
+    def __init_subclass__(cls) -> None:
+        cls.backward = staticmethod(once_differentiable(cls.backward))
 
 
 class _Forgetful:
@@ -19,7 +28,7 @@ class _Forgetful:
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[Function], *args: Any) -> Any:
     """function.apply(*args); without autograd's part, which takes longer than many a kernel, where no argument needs a
     gradient."""
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):

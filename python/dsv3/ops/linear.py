@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import apply
+from dsv3.ops.grad import Function, apply
 from dsv3.ops.registry import define
 from dsv3.reference import linear as reference
 from dsv3.reference.quant import dequantize
@@ -93,7 +93,7 @@ def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     return None
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
@@ -163,7 +163,7 @@ def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Te
     return out if main_grad is None else None
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
         ctx.save_for_backward(x, offsets)
@@ -209,7 +209,7 @@ def grouped_linear(
     return apply(_GroupedLinear, x, dense(weight, x.dtype), offsets, wgrad)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import apply
+from dsv3.ops.grad import Function, apply
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import loss as reference
 
@@ -37,7 +37,7 @@ define(
 )
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         differentiate = ctx.needs_input_grad[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3.ops import registry
-from dsv3.ops.grad import apply
+from dsv3.ops.grad import Function, apply
 from dsv3.ops.registry import define
 from dsv3.reference import attention as reference
 
@@ -92,7 +92,7 @@ define(
 )
 
 
-class _MlaAttention(torch.autograd.Function):
+class _MlaAttention(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, deterministic: bool, *settings: Any

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import apply
+from dsv3.ops.grad import Function, apply
 from dsv3.ops.quant import check_floats, check_floor, check_offsets, empty_per_token
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import moe as reference
@@ -71,7 +71,7 @@ define(
 )
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
         index, weights, counts = torch.ops.dsv3.moe_gate(logits, bias, *settings)
@@ -195,7 +195,7 @@ define(
 )
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
@@ -207,7 +207,7 @@ class _Permute(torch.autograd.Function):
         return torch.ops.dsv3.moe_unpermute(drows.contiguous(), position, None), None, None
 
 
-class _Unpermute(torch.autograd.Function):
+class _Unpermute(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, source: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(source, position, *(() if weights is None else (y, weights)))
@@ -349,7 +349,7 @@ define(
 )
 
 
-class _Swiglu(torch.autograd.Function):
+class _Swiglu(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weights)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3.ops.grad import accumulate, apply
+from dsv3.ops.grad import Function, accumulate, apply
 from dsv3.ops.quant import check_floats, check_floor, empty_per_token
 from dsv3.ops.registry import check_dtype, define, native, sm_count
 from dsv3.reference import norm as reference
@@ -101,7 +101,7 @@ define(
 )
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
         y, summed, rstd = torch.ops.dsv3.rmsnorm(x, residual, weight, eps)
@@ -118,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dx if ctx.has_residual else None, accumulate(weight, dweight), None
 
 
-class _RMSNormCast(torch.autograd.Function):
+class _RMSNormCast(Function):
     """_RMSNorm that also returns y_fp8 and y_sf."""
 
     @staticmethod
@@ -254,7 +254,7 @@ define(
 )
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int) -> Tensor:
         torch.ops.dsv3.rope_(x, cos, sin, positions, head_dim, False)
