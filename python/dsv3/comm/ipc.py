@@ -25,7 +25,6 @@ from dsv3.ops import registry
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.ops.grad import Function
 from dsv3.ops.quant import empty_per_token
-from dsv3.reference.quant import TILE
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
@@ -232,9 +231,8 @@ class Link:
         data, *sf = empty_per_token(x, rows, x.shape[1]) if cast else (x.new_empty(rows, x.shape[1]),)
         row_weights = weights.new_empty(rows)
         position = way.topk_idx.new_full((self.layout.ranks * told.max_tokens, way.topk_idx.shape[1]), rows)
-        tiles = -(-x.shape[1] // TILE)
         registry.native().comm_dispatch(
-            data, *((sf[0], weights.new_empty(rows, -(-tiles // 4) * 4)) if cast else (None, None)),
+            data, *((sf[0], weights.new_empty(rows, -(-sf[0].shape[1] // 4) * 4)) if cast else (None, None)),
             row_weights, position, x, weights, *way, told.offsets, told.max_tokens, cast, FLOOR, self._peers,
         )  # fmt: skip
         return data, row_weights, position, *sf

@@ -60,10 +60,8 @@ def from_sorted(handle: Dispatched, room: int) -> Masked:
     """The rows of a dispatch, which are sorted by expert, in the masked layout."""
     counts, places = handle.offsets.diff(), _places(handle, room)
     experts = len(counts)
-    if counts.device.type == "cpu" and int(counts.max()) > room:
-        raise ValueError(
-            f"receive: an expert got {int(counts.max())} rows of at most {room} tokens: its tokens have it twice"
-        )
+    if counts.is_cpu and (most := int(counts.max())) > room:
+        raise ValueError(f"receive: an expert got {most} rows of at most {room} tokens: its tokens have it twice")
     x, sf = empty_masked(handle.rows, experts, room, cast=bool(handle.cast))
     weights = handle.topk_weights.new_empty(experts, room)
 

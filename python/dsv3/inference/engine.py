@@ -206,7 +206,7 @@ class Engine:
         try:
             ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
         except TypeError:
-            raise ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}") from None
+            raise _no_prompt(index, prompt) from None
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, got none")
         vocab, context = self._config.vocab_size, self._context
@@ -344,6 +344,10 @@ def _mode(requests: list[Request]) -> int:
     return FILTERED if any(r.params.filtered for r in requests) else PLAIN
 
 
+def _no_prompt(index: int, prompt: object) -> ValueError:
+    return ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}")
+
+
 def generate(
     model: DeepSeekV3,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -362,7 +366,7 @@ def generate(
         prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     for index, prompt in enumerate(prompts):
         if not hasattr(prompt, "__len__"):
-            raise ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}")
+            raise _no_prompt(index, prompt)
     params = SamplingParams() if params is None else params
     longest = (
         params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)
