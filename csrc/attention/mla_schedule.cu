@@ -4,8 +4,8 @@
 // one after the other on a line of costs, and worker w begins where w equal shares of it end: in the middle of a sequence
 // (at an even tile, since tiles go through in pairs), or, where the order of sums must not depend on the batch, at the next
 // piece of kInvariantTiles. So every thread can work out the workers that begin in its sequences by itself.
-// What is cut leaves 64 x 512 fp32 a block for another kernel to combine. Whole sequences are taken instead if the longest
-// share is then no more than kSplitTiles longer.
+// What is cut leaves 64 x 512 fp32 a block for another kernel to combine. Whole sequences are taken instead, the longest first
+// and each by the worker that has least, if the longest share is then no more than kSplitTiles longer.
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
@@ -17,12 +17,16 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPieceTiles = 2, kFewestTiles = 2, kSplitTiles = 6;
 constexpr int kWhole = 1 << 30;
-constexpr int kKept = 8192;  // lengths of a batch that are kept in shared memory, in tiles
+constexpr int kKept = 8192;        // lengths of a batch that are kept in shared memory, in tiles
+constexpr int kMostWhole = 1024;   // sequences that may be taken whole: sorting takes the square of it
+constexpr int kMostWorkers = 160;  // of whole sequences
 
 struct ScheduleShared {
   int tiles[kKept];
+  int sorted[kMostWhole], taken_by[kMostWhole];  // sequences, the longest first; their workers
   int64_t sums[kThreads / kWarpSize];
-  int longest, budget;  // tiles of a sequence; of a worker that takes whole sequences, 0 for none
+  int longest;  // tiles of a sequence
+  bool whole;
 };
 
 // The sum of x over the threads before this one, and over all.
@@ -86,34 +90,69 @@ struct Line {
   }
 };
 
-// By a warp: the smallest budget, one a lane from `from` on (what the longest costs or more), with which every worker can
-// take whole sequences; 0 if none.
-__device__ int whole_budget(const Line& line, int from) {
-  const int budget = from + static_cast<int>(threadIdx.x);
-  int left = budget, worker = 0;
-  for (int group = 0; group < line.s.groups; ++group) {
-    for (int i = 0; i < line.s.batch; ++i) {
-      const int cost = line.cost(line.tiles(i));
-      worker += cost > left;
-      left = (cost > left ? budget : left) - cost;
+// Puts the sequences in the order of their lengths, the longest first.
+__device__ void sort_sequences(const Line& line, ScheduleShared& shared) {
+  const int sequences = line.s.sequences();
+  for (int i = static_cast<int>(threadIdx.x); i < sequences; i += kThreads) {
+    const int mine = line.tiles(i % line.s.batch);
+    int place = 0;
+    for (int j = 0; j < sequences; ++j) {
+      const int other = line.tiles(j % line.s.batch);
+      place += other > mine || (other == mine && j < i);
     }
+    shared.sorted[place] = i;
   }
-  const unsigned fits = __ballot_sync(0xffffffffu, worker < line.s.workers);
-  return fits == 0 ? 0 : from + __ffs(static_cast<int>(fits)) - 1;
 }
 
-// By one thread: where workers with that budget begin.
-__device__ void write_whole(const Line& line, int budget) {
-  int left = budget, worker = 0;
-  for (int sequence = 0; sequence < line.s.sequences(); ++sequence) {
-    const int cost = line.cost(line.tiles(sequence % line.s.batch));
-    if (cost > left) {
-      line.s.begin()[++worker] = {sequence, 0, 0};
-      left = budget;
+// By a warp: gives each sequence of shared.sorted whole to the worker that has least so far (the rule of longest processing time
+// first); whether none gets more than `most`. Lane l keeps the loads of workers l, l + 32 and so on.
+__device__ bool pack_whole(const Line& line, uint32_t most, ScheduleShared& shared) {
+  const int lane = static_cast<int>(threadIdx.x), sequences = line.s.sequences();
+  uint32_t loads[kMostWorkers / kWarpSize] = {};
+  for (int first = 0; first < sequences; first += kWarpSize) {
+    const int k = first + lane;
+    const uint32_t cost = k < sequences ? line.cost(line.tiles(shared.sorted[k] % line.s.batch)) : 0;
+    int taken_by = 0;
+    for (int i = 0; i < min(kWarpSize, sequences - first); ++i) {
+      uint32_t least = ~0u;  // load and worker
+#pragma unroll
+      for (int w = 0; w < kMostWorkers / kWarpSize; ++w) {
+        const int worker = w * kWarpSize + lane;
+        if (worker < line.s.workers) least = min(least, loads[w] * kMostWorkers + worker);
+      }
+      least = __reduce_min_sync(0xffffffffu, least);
+      const int worker = static_cast<int>(least % kMostWorkers);
+      const uint32_t more = __shfl_sync(0xffffffffu, cost, i);
+      if (least / kMostWorkers + more > most) return false;
+#pragma unroll
+      for (int w = 0; w < kMostWorkers / kWarpSize; ++w) {
+        if (w * kWarpSize + lane == worker) loads[w] += more;
+      }
+      if (lane == i) taken_by = worker;
     }
-    left -= cost;
+    if (k < sequences) shared.taken_by[k] = taken_by;
   }
-  while (++worker <= line.s.workers) line.s.begin()[worker] = {line.s.sequences(), 0, 0};
+  return true;
+}
+
+// By all threads: the order in which workers take whole sequences.
+__device__ void write_whole(const Line& line, const ScheduleShared& shared) {
+  const int sequences = line.s.sequences(), thread = static_cast<int>(threadIdx.x);
+  for (int k = thread; k < sequences; k += kThreads) {
+    const int worker = shared.taken_by[k];
+    int before = 0, own = 0;  // sequences of workers before this one, and of this one before k
+    for (int j = 0; j < sequences; ++j) {
+      before += shared.taken_by[j] < worker;
+      own += shared.taken_by[j] == worker && j < k;
+    }
+    line.s.order()[before + own] = shared.sorted[k];
+    if (own == 0) line.s.begin()[worker].piece = shared.sorted[k];
+  }
+  for (int worker = thread; worker <= line.s.workers; worker += kThreads) {
+    int before = 0;
+    for (int j = 0; j < sequences; ++j) before += shared.taken_by[j] < worker;
+    line.s.begin()[worker].sequence = before;
+  }
 }
 
 // By all threads: every worker's begin, and where each sequence's partial results lie.
@@ -136,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) mla_schedule_kernel(DecodeSchedule s
   for (int i = threadIdx.x; i < min(s.batch, kKept); i += kThreads) {
     shared.tiles[i] = ceil_div(num_keys(seq_lens, i), kTileKeys);
   }
-  if (threadIdx.x == 0) shared.longest = shared.budget = 0;
+  if (threadIdx.x == 0) shared.longest = 0;
   __syncthreads();
   const int each = ceil_div(s.sequences(), kThreads), thread = static_cast<int>(threadIdx.x);
   Line line{
@@ -161,18 +200,20 @@ __global__ void __launch_bounds__(kThreads) mla_schedule_kernel(DecodeSchedule s
             });
   const Scan before(partials << 32 | splits, shared.sums);
   const auto all_splits = static_cast<int>(before.total & 0xffffffff);
-  if (all_splits > 0 && !invariant && threadIdx.x < kWarpSize) {
-    const int64_t from = max(line.share, static_cast<int64_t>(shared.longest + kPieceTiles));
-    const int64_t most = line.share + kPieceTiles + kSplitTiles;
-    const int budget = from <= most ? whole_budget(line, static_cast<int>(from)) : 0;
-    if (threadIdx.x == 0 && budget <= most) shared.budget = budget;
-  }
-  __syncthreads();
-  if (shared.budget > 0) {
-    if (threadIdx.x > 0) return;
-    write_whole(line, shared.budget);
-    s.piece_tiles() = kWhole;
-    return;
+  const int64_t most = line.share + kPieceTiles + kSplitTiles;
+  if (all_splits > 0 && !invariant && shared.longest + kPieceTiles <= most && s.sequences() <= kMostWhole &&
+      s.workers <= kMostWorkers && most < ~0u / kMostWorkers) {
+    sort_sequences(line, shared);
+    __syncthreads();
+    if (threadIdx.x < kWarpSize) shared.whole = pack_whole(line, static_cast<uint32_t>(most), shared);
+    __syncthreads();
+    if (shared.whole) {
+      write_whole(line, shared);
+      if (threadIdx.x > 0) return;
+      s.ordered() = 1;
+      s.piece_tiles() = kWhole;
+      return;
+    }
   }
   write_cut(line, before.before >> 32, before.before & 0xffffffff);
   const auto used = static_cast<int>(min(ceil_div(costs.total, line.share), static_cast<int64_t>(s.workers)));

@@ -3,7 +3,7 @@
 // of its rows; all first groups come before all second ones, so that workers which take the same keys do so at about the
 // same time and all but one find them in the L2 cache. A worker takes what lies between its begin and the next worker's;
 // what it takes of a sequence is a piece, and the pieces of a sequence that has several leave partial results, which are
-// then combined in their order.
+// then combined in their order. Where no sequence is cut they may be taken in another order, which is then part of the schedule.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr int kInvariantTiles = 16;  // of a piece, where the order of sums must
 constexpr int cluster_blocks(int64_t rows) { return rows > kBlockRows ? 2 : 1; }
 
 struct Begin {
-  int sequence, tile, piece;
+  int sequence, tile, piece;  // with an order: the place in it, 0, and which sequence has that place
 };
 
 // The parts of the int32 tensor, whose size depends on the batch and on the device alone.
@@ -35,10 +35,13 @@ struct DecodeSchedule {
   __host__ __device__ int sequences() const { return batch * groups; }
   __host__ __device__ int& splits() const { return data[0]; }       // sequences of several pieces
   __host__ __device__ int& piece_tiles() const { return data[1]; }  // the most in a piece
+  __host__ __device__ int& ordered() const { return data[2]; }      // whether there is an order
   __host__ __device__ Begin* begin() const { return reinterpret_cast<Begin*>(data + kHeader); }
   // The first of a sequence's partial results, [sequences() + 1]; and the numbers of the split sequences.
   __host__ __device__ int* first_partial() const { return data + kHeader + 3 * (workers + 1); }
   __host__ __device__ int* split() const { return first_partial() + sequences() + 1; }
+  // In the same place, since nothing is split where there is one.
+  __host__ __device__ int* order() const { return split(); }
 };
 
 struct Piece {
@@ -59,12 +62,14 @@ class Pieces {
     at_ = schedule.begin()[worker];
     end_ = schedule.begin()[worker + 1];
     piece_tiles_ = schedule.piece_tiles();
+    ordered_ = schedule.ordered() != 0;
   }
   __device__ __forceinline__ bool next(Piece& piece) {
     if (at_.sequence > end_.sequence || (at_.sequence == end_.sequence && at_.tile >= end_.tile)) return false;
     if (at_.sequence >= schedule_.sequences()) return false;
-    piece.batch = at_.sequence % schedule_.batch;
-    piece.group = at_.sequence / schedule_.batch;
+    const int sequence = ordered_ ? at_.piece : at_.sequence;
+    piece.batch = sequence % schedule_.batch;
+    piece.group = sequence / schedule_.batch;
     piece.length = num_keys(seq_lens_, piece.batch);
     const int tiles = ceil_div(piece.length, kTileKeys);
     piece.begin = at_.tile;
@@ -74,6 +79,7 @@ class Pieces {
     piece.partial = whole ? -1 : schedule_.first_partial()[at_.sequence] + at_.piece;
     if (piece.end >= tiles) {
       at_ = {at_.sequence + 1, 0, 0};
+      if (ordered_ && at_.sequence < end_.sequence) at_.piece = schedule_.order()[at_.sequence];
     } else {
       at_.tile = piece.end;
       ++at_.piece;
@@ -85,6 +91,7 @@ class Pieces {
   DecodeSchedule schedule_;
   const int* seq_lens_;
   int piece_tiles_;
+  bool ordered_;
   Begin at_, end_;
 };
 

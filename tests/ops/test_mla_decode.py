@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3 import ops
+from dsv3.ops.attention import _workers
 from dsv3.testing import check_compile, check_registration
 
 BF16 = torch.bfloat16
@@ -227,6 +228,26 @@ def test_repetition_and_schedules(kv, device):
                 assert same(case(**settings), found)
                 assert same(case(schedule=schedule, **settings), found)
             assert torch.equal(schedule, before)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("s_q", [1, 2])
+def test_whole_sequences_in_another_order(s_q, kv, device):
+    """Of many sequences none is cut, whatever their lengths: workers take them by length."""
+    case = make(varied(200, 400, s_q), s_q, 128, device, kv=kv)
+    schedule = case.schedule()
+    _, workers, sequences = _workers(case.seq_lens, s_q, 128)
+    splits, _, ordered, _ = schedule[:4].tolist()
+    assert (splits, ordered) == (0, 1)
+    begins, order = schedule[4 : 7 + 3 * workers].view(-1, 3), schedule[-sequences:]
+    assert torch.equal(order.sort().values, torch.arange(sequences, dtype=torch.int32, device=device))
+    assert (begins[0, 0], begins[-1, 0]) == (0, sequences)
+    assert (begins[:, 0].diff() >= 0).all()
+    tiles = (case.seq_lens[order.long() % 200] + 63) // 64 + 2
+    shares = torch.stack([part.sum() for part in tiles.tensor_split(begins[1:-1, 0].cpu().long())])
+    assert shares.max() <= -(-int(tiles.sum()) // workers) + 8
+    check(case(schedule=schedule), plain(case), kv)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
