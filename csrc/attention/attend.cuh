@@ -54,7 +54,6 @@ struct Consumer {
   const DecodeParams& p;
   DecodeShared& s;
   uint32_t rank, queries, keys, full, empty, phases = 0, queries_phase = 0;
-  RingState<kRotated> ring;  // of the first buffer's tile
   int warp, lane, thread;
 
   __device__ __forceinline__ Consumer(const DecodeParams& params, DecodeShared& shared, uint32_t rank_)
@@ -69,34 +68,18 @@ struct Consumer {
   }
   __device__ __forceinline__ int local_row(int r) const { return warp * 16 + lane / 4 + 8 * r; }
   __device__ __forceinline__ uint32_t phase(int buffer) const { return phases >> buffer & 1; }
-  // Of the tile in a buffer, the place and use of the ring of rotated columns.
-  __device__ __forceinline__ RingState<kRotated> ring_of(int buffer) const {
-    RingState<kRotated> at = ring;
-    if (buffer == 1) at.advance();
-    return at;
-  }
-  // The address of these columns, and then of its probabilities.
+  // The address of a tile's rotated columns, and then of its probabilities.
   __device__ __forceinline__ uint32_t rotated(int buffer) const {
-    const int sub = C::kFp8 ? 2 * kValueSubs + ring_of(buffer).stage : buffer * kSubs + kSubs - 1;
-    return keys + sub * kSubBytes;
-  }
-  __device__ __forceinline__ void advance_ring(int tiles) {
-    for (int i = 0; i < tiles; ++i) ring.advance();
-  }
-  __device__ __forceinline__ void wait_rotated() {
-    const RingState<kRotated> at = ring_of(kHalf);
-    wait_barrier(shared_address(&s.rotated_full[at.stage]), at.phase);
+    return keys + (buffer * kSubs + kSubs - 1) * kSubBytes;
   }
 
   // Issues the scores of this warpgroup's buffer: the columns of a half, as soon as they are there.
   template <int kWhich>
   __device__ __forceinline__ void start_scores(float (&scores)[32]) {
     // NOTE: made anew a tile: kept from one to the next, every sub-block's addresses would fill registers.
-    const uint32_t tile = uniform(matrix_descriptor(keys + kHalf * C::kTileSubs * kSubBytes)), left = uniform(queries);
-    constexpr bool kWithRotated = C::kFp8 ? kWhich == 1 : kWhich != kHalf, kFirst = kWhich == 0;
+    const uint32_t tile = uniform(matrix_descriptor(keys + kHalf * kSubs * kSubBytes)), left = uniform(queries);
+    constexpr bool kFirst = kWhich == 0;
     wait_barrier(full + (kHalf * 2 + kWhich) * 8, phase(kHalf));
-    if (C::kFp8) cute::tma_store_fence();  // threads have stored them
-    if (C::kFp8 && kWithRotated) wait_rotated();
     detail::fence_registers(scores);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -104,7 +87,7 @@ struct Consumer {
       const int sub = kWhich * 4 + i;
       add_scores(left + sub * (kSubBytes / 16), tile + sub * (kSubBytes / 16), scores, kFirst && i == 0);
     }
-    if constexpr (kWithRotated) {
+    if constexpr (kWhich != kHalf) {
       add_scores(left + (kSubs - 1) * (kSubBytes / 16), uniform(matrix_descriptor(rotated(kHalf))), scores, false);
     }
     cute::warpgroup_commit_batch();
@@ -115,7 +98,7 @@ struct Consumer {
     rescale(out, state, soft.max);
     state.sum[0] += soft.sum[0];
     state.sum[1] += soft.sum[1];
-    const uint32_t tile = uniform(values_descriptor(keys + (kHalf * C::kTileSubs + kHalf * 4) * kSubBytes));
+    const uint32_t tile = uniform(values_descriptor(keys + (kHalf * kSubs + kHalf * 4) * kSubBytes));
     detail::fence_registers(soft.probabilities);
     detail::fence_registers(out);
     cute::warpgroup_arrive();
@@ -127,7 +110,7 @@ struct Consumer {
     named_sync(kReady + kOther, 2 * kWarpgroup);
     const float max[2] = {s.row_max[local_row(0)], s.row_max[local_row(1)]};
     rescale(out, state, max);
-    const uint32_t tile = uniform(values_descriptor(keys + (kOther * C::kTileSubs + kHalf * 4) * kSubBytes));
+    const uint32_t tile = uniform(values_descriptor(keys + (kOther * kSubs + kHalf * 4) * kSubBytes));
     const uint32_t given = uniform(matrix_descriptor(rotated(kOther)));
     detail::fence_registers(out);
     cute::warpgroup_arrive();
@@ -141,9 +124,6 @@ struct Consumer {
   __device__ __forceinline__ void finish_values(int buffer, float (&out)[128]) {
     cute::warpgroup_wait<0>();
     detail::fence_registers(out);
-    if (C::kFp8 && buffer != kHalf && lane == 0) {  // whose probabilities nobody needs any more
-      cutlass::arch::ClusterBarrier::arrive(&s.rotated_empty[ring_of(buffer).stage]);
-    }
     release_half<C>(empty, buffer * 2 + kHalf, rank);
     phases ^= 1u << buffer;
   }
@@ -160,7 +140,7 @@ struct Consumer {
     const int valid = (piece.length - first) * 128;
     for (int sub = 0; sub < kValueSubs; ++sub) {
       for (int i = valid + thread * 16; i < kSubBytes; i += kWarpgroup * 16) {
-        *reinterpret_cast<uint4*>(s.keys[kHalf * C::kTileSubs + sub] + i) = uint4{};
+        *reinterpret_cast<uint4*>(s.keys[kHalf][sub] + i) = uint4{};
       }
     }
     cute::tma_store_fence();
@@ -207,13 +187,9 @@ struct Consumer {
       make_probabilities(piece, tile, visible, scores, state, soft);
       start_own_values(soft, out, state);
       finish_values(0, out);
-      if (!both) {
-        advance_ring(1);
-        break;
-      }
+      if (!both) break;
       start_other_values(out, state);
       finish_values(1, out);
-      advance_ring(2);
       if (more) {
         start_scores<0>(scores);
         start_scores<1>(scores);
@@ -236,7 +212,6 @@ struct Consumer {
       start_other_values(out, state);
       if (!both) {
         finish_values(0, out);
-        advance_ring(1);
         break;
       }
       Softened soft;
@@ -244,7 +219,6 @@ struct Consumer {
       finish_values(0, out);
       start_own_values(soft, out, state);
       finish_values(1, out);
-      advance_ring(2);
     }
   }
 

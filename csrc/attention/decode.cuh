@@ -1,4 +1,4 @@
-// The kernel of mla_decode: absorbed attention of a piece of a sequence (schedule.cuh) by a cluster of blocks, of which
+// The kernel of mla_decode for a bf16 cache: absorbed attention of a piece of a sequence (schedule.cuh) by a cluster of blocks, of which
 // each has 64 rows (a step and a head each) and all share the keys, which arrive once for the cluster by multicast.
 //
 // A block keeps its queries and two tiles of keys, and no values: those are the keys' first 512 columns. Two warpgroups
@@ -26,20 +26,17 @@ namespace dsv3 {
 constexpr int kLatent = 512, kKeyColumns = 576, kSubs = kKeyColumns / kSubColumns, kValueSubs = kLatent / kSubColumns;
 constexpr int kHalfColumns = kLatent / 2;
 
-template <int kCluster_, bool kFp8_>
+template <int kCluster_>
 struct DecodeConfig {
   static constexpr int kCluster = kCluster_;  // blocks
-  static constexpr bool kFp8 = kFp8_;         // of the cache
   static constexpr int kThreads = 3 * kWarpgroup;
-  // Of 504 a thread of each warpgroup; the codes of an FP8 cache wait in the loading warpgroup's.
-  static constexpr int kConsumerRegisters = !kFp8 ? 232 : kCluster == 1 ? 208 : 216;
-  static constexpr int kLoaderRegisters = 504 - 2 * kConsumerRegisters;
-  static constexpr int kTileSubs = kFp8 ? kValueSubs : kSubs;  // in a buffer
-  static constexpr int kGroups = kTileKeys / 8 / kCluster;     // of 8 keys, that a block converts
+  // Of 504 a thread of each warpgroup.
+  static constexpr int kConsumerRegisters = 232, kLoaderRegisters = 40;
 };
 
 struct DecodeParams {
-  CUtensorMap queries, keys;  // [batch * steps * heads, 576], [pages * page, 576]; of an FP8 cache the rotated columns
+  CUtensorMap queries, keys;  // [batch * steps * heads, 576], [pages * page, 576], of a bf16 cache
+  const __nv_bfloat16* q;     // the same queries
   const uint8_t* cache;       // where it is FP8
   const int* block_table;     // [batch, table_width], rows table_stride apart
   const int* seq_lens;        // [batch]
@@ -59,18 +56,12 @@ struct DecodeParams {
 // A tile arrives in two halves, each with a barrier: the columns that one warpgroup uses as values and, beside those of the
 // warpgroup that does not make its scores, the rotated ones. These are not needed once there are scores; the
 // probabilities then take their place, on their way to that warpgroup.
-//
-// Of an FP8 cache the halves are without the rotated columns. Those have a ring of kRotated places behind the two buffers,
-// so that they can arrive while the codes of the tile before are converted.
-constexpr int kRotated = 3;
-
 struct DecodeShared {
   alignas(1024) uint8_t queries[kSubs][kSubBytes];
-  alignas(1024) uint8_t keys[2 * kValueSubs + kRotated][kSubBytes];  // two buffers of kTileSubs each, and the ring
+  alignas(1024) uint8_t keys[2][kSubs][kSubBytes];
   float row_max[kBlockRows];
   float row_sum[2][2][kBlockRows];
   uint64_t queries_full, queries_empty, full[4], empty[4];  // [buffer * 2 + half]
-  uint64_t rotated_full[kRotated], rotated_empty[kRotated];
   int bad[2];  // of every second piece: it has a page that the pool does not have
 };
 
@@ -85,12 +76,8 @@ __device__ __forceinline__ void init_decode_barriers(DecodeShared& s) {
   ClusterBarrier::init(&s.queries_full, 1);
   ClusterBarrier::init(&s.queries_empty, 2 * kWarpgroupWarps);
   for (int slot = 0; slot < 4; ++slot) {
-    ClusterBarrier::init(&s.full[slot], C::kFp8 ? kWarpgroupWarps : 1);
+    ClusterBarrier::init(&s.full[slot], 1);
     ClusterBarrier::init(&s.empty[slot], kWarpgroupWarps * C::kCluster);
-  }
-  for (int slot = 0; slot < kRotated; ++slot) {
-    ClusterBarrier::init(&s.rotated_full[slot], 1);
-    ClusterBarrier::init(&s.rotated_empty[slot], kWarpgroupWarps);
   }
   cutlass::arch::fence_barrier_init();
 }

@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       if (part > 0 && part >= parts) break;
-      uint8_t* const target = s.keys[buffer * C::kTileSubs + sub] + part * (kSubBytes / parts);
+      uint8_t* const target = s.keys[buffer][sub] + part * (kSubBytes / parts);
       if constexpr (C::kCluster == 1) {
         tma_load(target, p.keys, full, sub * kSubColumns, rows[part], hint);
       } else {

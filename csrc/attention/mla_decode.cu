@@ -1,8 +1,7 @@
 // Absorbed attention over the paged latent cache (DeepSeek-V2, section 2.1; FlashAttention's running softmax):
 //   q [B, S, Hq, 576], cache [pages, page, 1, 576] -> out [B, S, Hq, 512], lse [B, Hq, S]
-// The cache is bf16 (load.cuh) or FP8, rows of 656 bytes (load_fp8.cuh); the products are of bf16 either way.
 //   out = softmax(softmax_scale q k^T) k[:, :512] over the keys of a sequence, or those that a causal step sees
-// Two kernels: decode.cuh over the pieces of mla_schedule, combine.cuh over what is split. Roofline: at 128 heads the
+// Two kernels: decode.cuh (bf16) or decode_fp8.cuh over the pieces of mla_schedule, combine.cuh over what is split. Roofline: at 128 heads the
 // matrix products (242 FLOP a byte of cache), at few heads or few sequences reading the cache once. README.md.
 #include <algorithm>
 #include <cmath>
@@ -10,9 +9,9 @@
 #include "../hopper/tensor_map.h"
 #include "../ops.h"
 #include "attend.cuh"
+#include "attend_fp8.cuh"
 #include "combine.cuh"
 #include "load.cuh"
-#include "load_fp8.cuh"
 
 namespace dsv3 {
 
@@ -32,13 +31,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) mla_decode_kernel(const __grid
   const uint32_t warpgroup = uniform_warp() / kWarpgroupWarps;
   if (warpgroup == 2) {
     cutlass::arch::warpgroup_reg_dealloc<C::kLoaderRegisters>();
-    if constexpr (C::kFp8) {
-      Fp8Loader<C>(p, s, rank).run();
-    } else {
-      const int warp = uniform_warp() % kWarpgroupWarps;
-      if (warp < 2) produce_keys<C>(p, s, rank, warp);
-      if (warp == 2) produce_queries<C>(p, s, rank);
-    }
+    const int warp = uniform_warp() % kWarpgroupWarps;
+    if (warp < 2) produce_keys<C>(p, s, rank, warp);
+    if (warp == 2) produce_queries<C>(p, s, rank);
   } else {
     cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
     if (warpgroup == 0) {
@@ -49,19 +44,48 @@ __global__ void __launch_bounds__(C::kThreads, 1) mla_decode_kernel(const __grid
   }
 }
 
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) mla_decode_fp8_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& s = *reinterpret_cast<Fp8Shared<C>*>(raw);
+  const uint32_t rank = rank_in_cluster<C::kCluster>();
+  if (threadIdx.x == 0) init_fp8_barriers<C>(s);
+  sync_cluster<C::kCluster>();
+  wait_for_inputs();
+  release_dependents();
+  if (uniform_warp() / kWarpgroupWarps == C::kWarpgroups) {
+    cutlass::arch::warpgroup_reg_dealloc<C::kLoaderRegisters>();
+    if (uniform_warp() % kWarpgroupWarps == 0) produce_codes<C>(p, s, rank);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
+    Fp8Consumer<C>(p, s, rank).run();
+  }
+  if constexpr (C::kCluster > 1) sync_cluster<C::kCluster>();  // until nothing arrives here any more
+}
+
 namespace {
 
 MatrixView bf16_rows(const Tensor& t, int64_t rows) {
   return {t.data<void>(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rows, kKeyColumns, kKeyColumns * 2};
 }
 
-template <class C>
-void run(const DecodeParams& p, cudaStream_t stream) {
-  static_assert(sizeof(DecodeShared) <= 227 * 1024, "queries and keys do not fit");
-  const Launch shape{dim3(p.schedule.workers * C::kCluster), dim3(C::kThreads), sizeof(DecodeShared), C::kCluster};
-  launch("mla_decode", mla_decode_kernel<C>, shape, stream, p);
+template <class C, class Shared>
+void run(void (*kernel)(DecodeParams), const DecodeParams& p, cudaStream_t stream) {
+  static_assert(sizeof(Shared) <= 227 * 1024, "queries and keys do not fit");
+  const Launch shape{dim3(p.schedule.workers * C::kCluster), dim3(C::kThreads), sizeof(Shared), C::kCluster};
+  launch("mla_decode", kernel, shape, stream, p);
   const Launch rows{dim3(sm_count() * 8), dim3(kCombineThreads)};
   launch("mla_decode", mla_combine_kernel<C::kCluster * kBlockRows>, rows, stream, p);
+}
+template <int kCluster>
+void run_bf16(const DecodeParams& p, cudaStream_t stream) {
+  using Config = DecodeConfig<kCluster>;
+  run<Config, DecodeShared>(mla_decode_kernel<Config>, p, stream);
+}
+template <int kRows, int kCluster>
+void run_fp8(const DecodeParams& p, cudaStream_t stream) {
+  using Config = Fp8Config<kRows, kCluster>;
+  run<Config, Fp8Shared<Config>>(mla_decode_fp8_kernel<Config>, p, stream);
 }
 
 }  // namespace
@@ -98,12 +122,12 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
   check_operand("partial", partial, Dtype::kFloat32, partials, cluster * kBlockRows, kLatent);
   check_operand("partial_lse", partial_lse, Dtype::kFloat32, partials, cluster * kBlockRows);
   DecodeParams p{};
-  p.queries = tensor_map(bf16_rows(q, batch * steps * heads), kBlockRows, kSubColumns, true);
-  const auto* const rotated = cache.data<uint8_t>() + kFp8Rotated;
-  const MatrixView keys =
-      fp8 ? MatrixView{rotated, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, pages * page, kSubColumns, kFp8Row}
-          : bf16_rows(cache, pages * page);
-  p.keys = tensor_map(keys, static_cast<int>(std::min<int64_t>(page, kTileKeys)), kSubColumns, true);
+  if (!fp8) {
+    const int page_rows = static_cast<int>(std::min<int64_t>(page, kTileKeys));
+    p.queries = tensor_map(bf16_rows(q, batch * steps * heads), kBlockRows, kSubColumns, true);
+    p.keys = tensor_map(bf16_rows(cache, pages * page), page_rows, kSubColumns, true);
+  }
+  p.q = q.data<__nv_bfloat16>();
   p.cache = cache.data<uint8_t>();
   p.block_table = block_table.data<int>();
   p.seq_lens = seq_lens.data<int>();
@@ -123,10 +147,14 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
   p.steps = static_cast<int>(steps);
   p.scale_log2 = static_cast<float>(softmax_scale / M_LN2);
   p.causal = causal;
-  if (fp8) {
-    cluster == 1 ? run<DecodeConfig<1, true>>(p, stream) : run<DecodeConfig<2, true>>(p, stream);
+  if (!fp8) {
+    cluster == 1 ? run_bf16<1>(p, stream) : run_bf16<2>(p, stream);
+  } else if (cluster == 2) {
+    run_fp8<64, 2>(p, stream);
+  } else if (p.rows > 32) {
+    run_fp8<64, 1>(p, stream);
   } else {
-    cluster == 1 ? run<DecodeConfig<1, false>>(p, stream) : run<DecodeConfig<2, false>>(p, stream);
+    p.rows > 16 ? run_fp8<32, 1>(p, stream) : run_fp8<16, 1>(p, stream);
   }
 }
 

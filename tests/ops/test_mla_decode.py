@@ -194,6 +194,53 @@ def test_large_scores(kv, device):
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+@pytest.mark.parametrize("sizes", ["up", "down", "columns", "tiny", "zero"])
+def test_fp8_scales_of_all_sizes(sizes, heads, device):
+    """Latents that grow or shrink along a sequence, or differ between the four parts of a key that have a scale each: within
+    the limits, measured by the largest latent."""
+    length = 700
+    exponents = {
+        "up": torch.arange(length) // 24 - 15,
+        "down": 15 - torch.arange(length) // 24,
+        "columns": torch.randint(-12, 12, (length, 4)),
+        "tiny": torch.full((length,), -20),
+        "zero": torch.where(torch.arange(length) % 3 == 0, 0, -200),  # codes of 0, whose scale is 1
+    }[sizes]
+    size = torch.exp2(exponents.float()).view(length, -1).expand(length, 4).repeat_interleave(128, -1).to(device)
+    case = make([length, 300], 1, heads, device, kv="fp8")
+    rows = small(2 * length, WIDTH, device=device)
+    rows[:, :LATENT] *= size.repeat(2, 1)
+    packed, values = fp8_rows(rows)
+    place = torch.arange(length, device=device)
+    for i, n in enumerate(case.seq_lens.tolist()):
+        at = case.table[i].long()[place[:n] // 64] * 64 + place[:n] % 64
+        case.cache.view(-1, FP8_WIDTH)[at], case.keys[i, :n] = packed[i * length :][:n], values[i * length :][:n]
+        # Scores that matter but do not leave one key alone.
+        case.q[i, ..., :LATENT] = (case.q[i, ..., :LATENT].float() / case.keys[i].abs().max()).to(BF16)
+    largest = case.keys[..., :LATENT].abs().amax((1, 2))[:, None, None, None]
+    (out, lse), (exact, exact_lse) = case(), plain(case)
+    check(((out.float() / largest).to(BF16), lse), (exact / largest, exact_lse), "fp8")
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_a_head_does_not_see_the_others(kv, device):
+    """Queries of any size, infinite or no number: other heads of the block are bit for bit the same."""
+    case = make([200, 64], 2, 8, device, kv=kv)
+    found = case()
+    case.q[:, :, 1] *= 1e30
+    case.q[:, :, 3] *= 1e-30
+    case.q[:, :, 4] = INF
+    case.q[:, :, 6, 7] = NAN
+    out, lse = case()
+    for head in (0, 2, 5, 7):
+        assert torch.equal(out[:, :, head], found[0][:, :, head]), head
+        assert torch.equal(lse[:, head], found[1][:, head]), head
+    exact, exact_lse = plain(case)
+    assert out[:, :, 6].isnan().all()
+    check((out[:, :, 3:4], lse[:, 3:4]), (exact[:, :, 3:4], exact_lse[:, 3:4]), kv)
+
+
 # ---- what must not matter ----
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("page", [16, 64, 128])
@@ -233,8 +280,9 @@ def test_repetition_and_schedules(kv, device):
 @pytest.mark.cuda
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("s_q", [1, 2])
-def test_whole_sequences_in_another_order(s_q, kv, device):
+def test_whole_sequences_in_another_order(s_q, kv):
     """Of many sequences none is cut, whatever their lengths: workers take them by length."""
+    device = "cuda"
     case = make(varied(200, 400, s_q), s_q, 128, device, kv=kv)
     schedule = case.schedule()
     _, workers, sequences = _workers(case.seq_lens, s_q, 128)
