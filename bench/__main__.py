@@ -69,6 +69,7 @@ def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Fa
     measured = []
     device = torch.device("cuda", torch.cuda.current_device())
     for case, small in zip(load(family, tiny=False), load(family, tiny=True), strict=True):
+        registry.FALLBACKS.clear()  # of the case before, whose model may have sizes without kernels
         try:
             if case.measure is None:  # others are too long to run twice
                 check_case(small, device, compiled=False)

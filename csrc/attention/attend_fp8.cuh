@@ -148,7 +148,7 @@ class Fp8Consumer {
   static constexpr float kRaised = 7.f, kLargest = 32768.f;
   static_assert(kRaised + kSlack == 15.f, "kLargest is 2^(kRaised + kSlack)");
   // A unit is 2^-3 of the largest scale when it is chosen, and 2^-7 of what is met later at most: 448 2^7 is an fp16.
-  static constexpr float kUnit = 0x1p-3f, kMostUnits = 0x1p7f, kLeastUnit = 0x1p-100f;
+  static constexpr float kUnit = 0x1p-3f, kMostUnits = 0x1p7f, kLeastUnit = 0x1p-126f;
   // Named barriers: 0 is __syncthreads. kReady: probabilities for the other warpgroup; kOwn: within one.
   enum : int { kReady = 1, kOwn = kReady + C::kWarpgroups, kEnd = kOwn + C::kWarpgroups };
 
@@ -409,7 +409,7 @@ class Fp8Consumer {
   }
   // The largest up to x, and it within bounds: at least `least`, and with a normal reciprocal. NaN counts as nothing.
   static __device__ __forceinline__ float power_of_two(float x, float least) {
-    return __int_as_float(__float_as_int(fminf(fmaxf(x, least), 0x1p100f)) & 0x7f800000);
+    return __int_as_float(__float_as_int(fminf(fmaxf(x, least), 0x1p126f)) & 0x7f800000);
   }
   static __device__ __forceinline__ float reciprocal(float x) {
     return __int_as_float((254 << 23) - __float_as_int(x));
