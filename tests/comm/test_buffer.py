@@ -249,6 +249,21 @@ def test_casting_before_the_way_is_casting_after_it(
     assert all(grad.any() for grad in expected)
 
 
+def test_a_gradient_that_came_as_fp8_is_no_part_of_a_sum(device: torch.device) -> None:
+    """Results of FP8 experts get their gradient as FP8 from the buffer; used a second time they would need its values."""
+    buffer = ExpertBuffer(num_experts=2, transport="local", wire_dtype=FP8)
+    x, (idx, weights) = torch.randn(4, 32, device=device), (t.to(device) for t in indices(4))
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((2, 64, 32), (2, 32, 32))]
+    handle = buffer.dispatch(x, idx, weights)
+    made = [Fp8Weight.make(param) for param in params]
+    y = fp8_experts(handle.rows, handle.topk_weights, handle.offsets, *made, cast=handle.cast)
+    out = buffer.combine(y, handle)
+    out.sum().backward(retain_graph=True)
+    assert all(param.grad.isfinite().all() and param.grad.any() for param in params)
+    with pytest.raises(RuntimeError, match="the gradient came as FP8, and the result has been used a second time"):
+        (out.sum() + y.sum()).backward()
+
+
 def test_rows_that_stand_for_fp8_take_no_memory() -> None:
     handle = ExpertBuffer(num_experts=4, wire_dtype=FP8).dispatch(
         torch.ones(8, 32), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1)

@@ -92,6 +92,18 @@ def test_which_products_are_in_fp8(device, monkeypatch):
     assert {names[p] for p in model.fp8.made} == used
 
 
+def test_rows_reach_the_experts_as_fp8(device):
+    """Where the experts compute in it, and no longer."""
+    model = model_of("fp8", device)
+    wires = [block.moe.buffer for block in model.layers if block.is_moe]
+    assert wires
+    assert all(buffer.wire_dtype == torch.float8_e4m3fn for buffer in wires)
+    model.set_precision("bf16")
+    assert all(buffer.wire_dtype is None for buffer in wires)
+    unfit = model_of("fp8", device, BASE)
+    assert all(block.moe.buffer.wire_dtype is None for block in unfit.layers if block.is_moe)
+
+
 def test_sizes_that_do_not_fit_stay_as_they_are(device):
     """kv_a has 40 rows and the experts' inner size is 24: no multiples of 16."""
     model = model_of("fp8", device, BASE)

@@ -62,6 +62,18 @@ class _MLP(torch.autograd.Function):
         return dx.to(x.dtype), None if weights is None else d_weights, d_gate_up, d_down, None
 
 
+class _Arrived(torch.autograd.Function):
+    """What came as FP8, for the tensor that stands for it."""
+
+    @staticmethod
+    def forward(ctx, x, data, sf):
+        return quant.dequantize(data, sf).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, None, None
+
+
 def fp8_linear(x, weight, *, wgrad=None, shared_input=False):
     return _Linear.apply(x, weight.param, shared_input)
 
@@ -71,6 +83,7 @@ def fp8_mlp(x, gate_up, down, *, wgrad=None):
 
 
 def fp8_experts(x, weights, offsets, gate_up, down, *, cast=None, wgrad=None):
+    x = x if cast is None else _Arrived.apply(x, *cast)
     bounds = offsets.tolist()
     parts = zip(bounds[:-1], bounds[1:], gate_up.param, down.param, strict=True)
     return torch.cat([_MLP.apply(x[a:b], weights[a:b], first, second, True) for a, b, first, second in parts])

@@ -225,6 +225,22 @@ def test_gradients(lengths, causal, device):
         assert relative_error(x, y) <= 2 * relative_error(z, y) + 1e-4
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["one tensor", "two tensors"])
+def test_halves_of_keys_and_values(beside, device):
+    """split_kv gives the views that split gives; gradients that lie in one tensor, as mla_attention's do, become kv's without a
+    copy, others are put together."""
+    kv = torch.randn(5, 3, NOPE + VALUE, device=device, dtype=BF16, requires_grad=True)
+    k_nope, v = ops.split_kv(kv, NOPE)
+    assert torch.equal(k_nope, kv[..., :NOPE])
+    assert torch.equal(v, kv[..., NOPE:])
+    assert k_nope.data_ptr() == kv.data_ptr()
+    whole = torch.randn_like(kv)
+    halves = whole.split([NOPE, VALUE], -1)
+    (grad,) = torch.autograd.grad([k_nope, v], kv, halves if beside else [half.clone() for half in halves])
+    assert torch.equal(grad, whole)
+    assert (grad.data_ptr() == whole.data_ptr()) == beside
+
+
 # ---- registration, graphs, errors ----
 def test_registration_compile_graph(device):
     args = make([100, 30], [120, 30], 2, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv3.comm.steps import Step, Sum, back, there
-from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast
+from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast, GradientCast
 from dsv3.ops.quant import per_token_cast
 from dsv3.reference.quant import dequantize, empty_row_scales
 
@@ -42,10 +42,17 @@ class _SpreadCast(torch.autograd.Function):
         return None if drows is None else back(drows.contiguous(), ctx.steps), None
 
 
-class _SumCast(Sum):
+class _SumCast(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return dequantize(*cast_there(dout, ctx.steps, amax_floor=GRADIENT_FLOOR)).to(dout.dtype), None
+    def forward(ctx: Any, y: Tensor, steps: Sequence[Step], gradient: GradientCast | None) -> Tensor:
+        ctx.gradient = gradient
+        return Sum.forward(ctx, y, steps)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        cast = cast_there(dout, ctx.steps, amax_floor=GRADIENT_FLOOR)
+        dy = dequantize(*cast).to(dout.dtype) if ctx.gradient is None else ctx.gradient.leave(cast, dout.dtype)
+        return dy, None, None
 
 
 def spread_cast(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +65,6 @@ def spread_cast(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tenso
 
 
 def add_up_cast(y: Tensor, steps: Sequence[Step]) -> Tensor:
-    """steps.add_up whose backward casts the gradient, sends it as FP8 and gives y's in its own dtype, which holds every
-    product of a code and its scale exactly: who casts it again loses nothing."""
-    return _SumCast.apply(y, steps)
+    """steps.add_up whose backward casts the gradient and sends it as FP8. A y that comes from fp8_experts gets it so; another
+    gets it in its own dtype, which holds every product of a code and its scale exactly: who casts it again loses nothing."""
+    return _SumCast.apply(y, steps, getattr(y, "gradient_cast", None))

@@ -237,8 +237,8 @@ class MLA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """mla_attention of q [Tq, heads, D] to the latents [Tk, kv_lora_rank] after their norm and keys [Tk, rope] rotated."""
         c = self.config
-        widths = [c.qk_nope_head_dim, c.v_head_dim]
-        k_nope, v = self.kv_b(latent, wgrad).view(-1, self.num_heads, sum(widths)).split(widths, -1)
+        kv = self.kv_b(latent, wgrad).view(-1, self.num_heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, v = ops.split_kv(kv, c.qk_nope_head_dim)
         return ops.mla_attention(q, k_nope, k_rope, v, *lengths, causal=causal, softmax_scale=self.softmax_scale)
 
     @torch.no_grad()

@@ -110,6 +110,12 @@ class MoE(nn.Module):
         self.shared = MLP(config.hidden_size, inter, **at) if inter else None
         self.buffer = ExpertBuffer(num_experts=config.n_routed_experts, transport="local")
 
+    def set_wire(self, fp8: bool) -> None:
+        """Whether rows reach the experts as FP8, where these compute in it and are all here; between ranks parallel/ says."""
+        if self.buffer.transport == "local":
+            fits = all(n % 16 == 0 for n in self.experts.down.shape[1:])
+            self.buffer.wire_dtype = torch.float8_e4m3fn if fp8 and fits else None
+
 
 def balance_loss(logits: Tensor, segment: Tensor | int, *, topk: int, score: str) -> Tensor:
     """Sequence-wise balance loss without its factor alpha (V3 report, equations 17 to 20), mean over the sequences: fp32 [].

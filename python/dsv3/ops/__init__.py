@@ -18,7 +18,7 @@ from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
-from dsv3.ops.mla_attention import mla_attention, mla_merge
+from dsv3.ops.mla_attention import mla_attention, mla_merge, split_kv
 from dsv3.ops.moe import (
     Permutation,
     SwigluCastGradients,
@@ -83,6 +83,7 @@ __all__ = [
     "rmsnorm",
     "rmsnorm_cast",
     "rope_",
+    "split_kv",
     "swiglu",
     "swiglu_cast",
     "swiglu_cast_backward",

@@ -153,12 +153,32 @@ def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
     return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
 
 
+@dataclass
+class GradientCast:
+    """Where a gradient that came as FP8 waits for the experts whose result it belongs to."""
+
+    made: Cast | None = None
+
+    def leave(self, cast: Cast, dtype: torch.dtype) -> Tensor:
+        """Keeps the gradient's cast; what stands for it in autograd is NaN that takes no memory."""
+        self.made = cast
+        return torch.full((), float("nan"), dtype=dtype, device=cast[0].device).expand(cast[0].shape)
+
+    def take(self, dy: Tensor) -> Cast | None:
+        """What was left. Raises RuntimeError where autograd has added another gradient to it."""
+        made, self.made = self.made, None
+        if made is not None and dy.numel() and any(dy.stride()):
+            raise RuntimeError("fp8_experts: the gradient came as FP8, and the result has been used a second time")
+        return made
+
+
 @dataclass(frozen=True)
 class _MLP:
     gate_up: Fp8Weight
     down: Fp8Weight
     wgrad: WgradQueue | None
     pow2_scale: bool
+    gradient: GradientCast | None = None
 
 
 class _Fp8MLP(Function):
@@ -185,7 +205,12 @@ class _Fp8MLP(Function):
         (*x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
         need_dx, _, need_first, need_second = ctx.needs_input_grad[:4]
         # What is large is let go as soon as it has been used: here a step's memory is at its highest.
-        dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
+        dy_cast = None if mlp.gradient is None else mlp.gradient.take(dy)
+        if dy_cast is None:
+            dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
+        else:
+            settings = {"pow2_scale": mlp.pow2_scale, "amax_floor": GRADIENT_FLOOR}
+            dy_t = cast_transpose(dy_cast, offsets, **settings) if need_second else None
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
@@ -260,15 +285,19 @@ def fp8_experts(
         wgrad: as in `fp8_linear`.
 
     Returns:
-        [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`.
+        [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`. Its attribute `gradient_cast` is for whoever has the
+        gradient as FP8 (see dsv3/comm/fp8.py).
 
     Raises:
         ValueError: shapes that do not fit.
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
-    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True)
+    gradient = GradientCast()
+    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=gradient)
     cast = cast or _cast_of(x, pow2_scale=True)
-    return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
+    y = apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
+    y.gradient_cast = gradient
+    return y
 
 
 def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:

@@ -110,6 +110,30 @@ class _MlaAttention(Function):
         return (dq, dk_nope, dk_rope, dv, *[None] * 7)
 
 
+class _SplitKv(Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+        return kv[..., :nope], kv[..., nope:]
+
+    @staticmethod
+    def backward(ctx: Any, dk_nope: Tensor, dv: Tensor) -> tuple[Tensor, None]:
+        heads, nope, width = dv.shape[1], dk_nope.shape[2], dk_nope.shape[2] + dv.shape[2]
+        strides = heads * width, width, 1
+        one = dk_nope.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
+        beside = dv.storage_offset() - dk_nope.storage_offset() == nope
+        if one and beside and dk_nope.stride() == dv.stride() == strides:
+            return dk_nope.as_strided((len(dv), heads, width), strides), None
+        return torch.cat([dk_nope, dv], -1), None
+
+
+def split_kv(kv: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """Views k_nope [T, H, nope] and v [T, H, Dv] of kv [T, H, nope + Dv]; differentiable.
+
+    The gradients that mla_attention gives for both lie in one tensor, which is kv's as it is: nothing is put together.
+    """
+    return apply(_SplitKv, kv, nope)
+
+
 def mla_attention(
     q: Tensor,
     k_nope: Tensor,
