@@ -146,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "cast_transpose", dsv3::cast_transpose);
   define(m, "per_token_cast_and_transpose", dsv3::per_token_cast_and_transpose);
   define(m, "fp8_gemm", dsv3::fp8_gemm);
+  m.def("fp8_gemm_turns", dsv3::fp8_gemm_turns);
   define(m, "grouped_fp8_gemm", dsv3::grouped_fp8_gemm);
   define(m, "masked_grouped_fp8_gemm", dsv3::masked_grouped_fp8_gemm);
   define(m, "grouped_fp8_wgrad", dsv3::grouped_fp8_wgrad);

@@ -47,9 +47,11 @@ void per_token_cast_and_transpose(Tensor x_fp8, Tensor x_sf, Tensor xt_fp8, Tens
 
 // gemm/fp8_gemm.cu. a e4m3 [M, K], a_sf fp32 [M, ceil(K / 128)] with strides (1, M rounded up to 4); b e4m3 [N, K], b_sf
 // fp32 [ceil(N / 128), ceil(K / 128)], or [N, ceil(K / 128)] strided like a_sf; out bf16 [M, N], or fp32, to which the
-// product may be added. static_weights: no kernel that may still run writes b and b_sf.
-void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate, bool batch_invariant,
-              bool static_weights, cudaStream_t stream);
+// product may be added. static_weights: no kernel that may still run writes b and b_sf. turns int32
+// [fp8_gemm_turns(M, N)] is workspace, with which a product whose operands both have scales of rows may cut K into parts.
+void fp8_gemm(Tensor out, std::optional<Tensor> turns, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate,
+              bool batch_invariant, bool static_weights, cudaStream_t stream);
+int64_t fp8_gemm_turns(int64_t m, int64_t n);
 
 // gemm/grouped_fp8_gemm.cu. a e4m3 [R, K] sorted by group, offsets int32 [G + 1], out bf16 or fp32 [R, N]; or a
 // [G, R, K], counts int32 [G], out [G, R, N]. b e4m3 [G, N, K], b_sf fp32 [G, ceil(N / 128), ceil(K / 128)]. a_sf as of

@@ -43,7 +43,7 @@ enum class ScalarType : int32_t {};
 
 torch_abi::Api torch;
 int32_t cuda_type = 0;
-ScalarType e4m3 = {}, float32 = {};
+ScalarType e4m3 = {}, float32 = {}, int32 = {};
 std::array<dlpack::DataType, kMaxDtypes> dtypes = {};  // of torch's numbers; one that no op takes has 0 bits
 std::array<std::atomic<bool>, kMaxDevices> usable = {};
 std::atomic<bool> references_forced = false;
@@ -53,6 +53,7 @@ bool load_torch() {
   cuda_type = torch.cuda();
   e4m3 = ScalarType{torch.e4m3()};
   float32 = ScalarType{torch.float32()};
+  int32 = ScalarType{torch.int32()};
   const auto name = [](int32_t torch_dtype, dlpack::TypeCode code, uint8_t bits) {
     dtypes.at(torch_dtype) = {code, bits, 1};
   };
@@ -237,18 +238,29 @@ void check_groups(const Tensor& a, int dim, const Tensor& b) {
   DSV3_CHECK(a.dim() == dim && b.dim() == 3 && b.size(0) > 0, "b must be (G, N, K) with G at least 1, got ", b);
 }
 
+// Workspace, where both operands have scales of rows.
+std::optional<NewTensor> empty_turns(const Tensor& a, const Tensor& b, const Tensor& b_sf) {
+  if (b_sf.dim() != 2 || b_sf.size(0) != b.size(0)) return std::nullopt;
+  return empty(a, {dsv3::fp8_gemm_turns(a.size(0), b.size(0))}, int32);
+}
+std::optional<Tensor> as_optional(const std::optional<NewTensor>& made) {
+  return made ? std::optional<Tensor>(*made) : std::nullopt;
+}
+
 NewTensor fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, ScalarType out_dtype, bool batch_invariant,
                    bool static_weights) {
   check_dense(a, b);
   NewTensor out = empty(a, {a.size(0), b.size(0)}, out_dtype);
-  launch(dsv3::fp8_gemm, out, a, a_sf, b, b_sf, false, batch_invariant, static_weights);
+  const auto turns = empty_turns(a, b, b_sf);
+  launch(dsv3::fp8_gemm, out, as_optional(turns), a, a_sf, b, b_sf, false, batch_invariant, static_weights);
   return out;
 }
 
 void fp8_gemm_out(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor out, bool accumulate, bool batch_invariant,
                   bool static_weights) {
   check_dense(a, b);
-  launch(dsv3::fp8_gemm, out, a, a_sf, b, b_sf, accumulate, batch_invariant, static_weights);
+  const auto turns = empty_turns(a, b, b_sf);
+  launch(dsv3::fp8_gemm, out, as_optional(turns), a, a_sf, b, b_sf, accumulate, batch_invariant, static_weights);
 }
 
 NewTensor grouped_fp8_gemm(Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor offsets, ScalarType out_dtype,

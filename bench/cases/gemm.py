@@ -378,7 +378,7 @@ def measure_host(m: int, n: int, k: int, device: torch.device, quick: bool) -> T
     }
     if device.type == "cuda":
         native, out, cast = registry.native(), inputs[0].new_empty(m, n, dtype=BF16), ops.per_token_cast(tile)
-        paths["native_us"] = lambda: native.fp8_gemm(out, *inputs, False, False, False)
+        paths["native_us"] = lambda: native.fp8_gemm(out, None, *inputs, False, False, False)
         paths["empty_native_us"] = lambda: native.per_token_cast(*cast, tile, False, 1e-4)
     if _has_deep_gemm():
         paths["deep_gemm_us"] = lambda: _dense_deep_gemm(*inputs)

@@ -1,6 +1,6 @@
 // out[M, N] (+)= A[M, K] B[N, K]^T with a scale for every 1x128 of A and for every 128x128 (forward, dgrad) or 1x128
 // (weight gradient, out in fp32) of B. 2 M N K operations; bytes M K + N K + out. Up to 128 rows take few_rows.cuh,
-// which is bound by reading B; more take wide.cuh, bound by the tensor cores.
+// which is bound by reading B; more take wide.cuh, bound by the tensor cores. A weight gradient of few tiles cuts K.
 #include "../ops.h"
 #include "few_rows.cuh"
 #include "wide_launch.cuh"
@@ -141,8 +141,13 @@ void launch_few_rows(const WideProblem& x, bool batch_invariant, bool static_wei
 
 }  // namespace
 
-void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate, bool batch_invariant,
-              bool static_weights, cudaStream_t stream) {
+int64_t fp8_gemm_turns(int64_t m, int64_t n) {
+  using C = Wgrad<Layout::kDense>;
+  return ceil_div(m, kTileRows) * ceil_div(n, C::kTileColumns) * C::kConsumerWarps;
+}
+
+void fp8_gemm(Tensor out, std::optional<Tensor> turns, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate,
+              bool batch_invariant, bool static_weights, cudaStream_t stream) {
   DSV3_CHECK(a.dim() == 2 && b.dim() == 2, "fp8_gemm: a must be (M, K) and b (N, K), got ", a, " and ", b);
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1), blocks = ceil_div(k, kBlockK);
   check_operand("a", a, Dtype::kE4M3, m, k);
@@ -165,8 +170,14 @@ void fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool acc
   if (m == 0 || n == 0) return;
   const DeviceGuard guard(out);
   const int rows = checked_int("M", m), columns = checked_int("N", n);
-  const WideProblem x{out, a, a_sf, b, b_sf, nullptr, m, n, k, rows, columns, 1, 0, accumulate};
-  if (row_scales) return launch_wide<Wgrad<Layout::kDense>>(kName, x, stream);
+  WideProblem x{out, a, a_sf, b, b_sf, nullptr, m, n, k, rows, columns, 1, 0, accumulate};
+  if (row_scales) {
+    if (turns && !batch_invariant) {
+      check_operand("turns", *turns, Dtype::kInt32, fp8_gemm_turns(m, n));
+      x.turns = turns->data<int>();
+    }
+    return launch_wide<Wgrad<Layout::kDense>>(kName, x, stream);
+  }
   if (m <= kFewRows) {
     return wide_out ? launch_few_rows<float>(x, batch_invariant, static_weights, stream)
                     : launch_few_rows<__nv_bfloat16>(x, batch_invariant, static_weights, stream);

@@ -22,7 +22,8 @@ enum class Layout {
 // What a tile of the output needs. Rows and columns are those of the whole tensors.
 struct Tile {
   int group, row, row_end, column;
-  int depth, depth_blocks;  // first block of K, and their number
+  int depth, depth_blocks;   // first block of K, and their number
+  int part = 0, number = 0;  // of the parts that K is cut into, and of the output's tiles
 };
 
 // Spans of rows by columns of tiles, a panel of kPanel spans at a time, spans fastest.

@@ -34,6 +34,7 @@ struct WideConfig {
   static constexpr int kEdgeStep = std::gcd(kTileColumns, kBlockK);  // of a tile's distance to the next block of scales
   // Blocks of B's scales that a tile can meet.
   static constexpr int kScales = kRowScaleB ? 0 : (2 * kBlockK - kEdgeStep + kTileColumns - 1) / kBlockK;
+  static constexpr bool kSplits = kLayout == Layout::kDense && kRowScaleB;  // K may be cut into parts
   static constexpr int kConsumerWarps = 8;
   static constexpr int kThreads = 3 * kWarpgroup;
   static_assert(!kRowScaleB || kParts == 1);  // StageScales holds the columns of one product
@@ -62,6 +63,8 @@ struct WideParams {
   int limit;        // of the offsets or counts
   int fewest_rows;  // of a group that this kernel takes; others are another's
   bool accumulate;
+  int splits;  // parts that K is cut into (kSplits)
+  int* turns;  // [tiles, kConsumerWarps], zeros: the part of a tile whose turn it is to be added
 };
 
 template <class C>
@@ -108,10 +111,17 @@ class WideSchedule {
           tile.depth_blocks = blocks_of(tile.group);
           if (tile.depth_blocks == 0) index_ += step_;
         } while (tile.depth_blocks == 0);
-      } else if (index_ >= grid.size()) {
+      } else if (index_ >= grid.size() * (C::kSplits ? p_.splits : 1)) {
         return false;
       }
-      grid.place(index_ - tile.group * grid.size(), span, column);
+      tile.number = index_ - tile.group * grid.size();
+      if constexpr (C::kSplits) {
+        tile.part = index_ / grid.size();
+        tile.number = index_ - tile.part * grid.size();
+        tile.depth = part_begin(tile.part);
+        tile.depth_blocks = part_begin(tile.part + 1) - tile.depth;
+      }
+      grid.place(tile.number, span, column);
       tile.row = 0;
       tile.row_end = p_.rows;
     }
@@ -122,6 +132,7 @@ class WideSchedule {
   }
 
  private:
+  __device__ __forceinline__ int part_begin(int part) const { return part * p_.depth_blocks / p_.splits; }
   __device__ __forceinline__ int blocks_of(int group) const {
     return ceil_div(__ldg(p_.offsets + group + 1) - __ldg(p_.offsets + group), kBlockK);
   }
@@ -254,7 +265,7 @@ __device__ __forceinline__ void write_unit(__nv_bfloat16* out, const uint4& unit
 __device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool accumulate) {
   float4 value = reinterpret_cast<const float4&>(unit);
   if (accumulate) {
-    const float4 old = *reinterpret_cast<const float4*>(out);
+    const float4 old = __ldcg(reinterpret_cast<const float4*>(out));  // maybe another block's, of this kernel
     value = make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
   }
   *reinterpret_cast<float4*>(out) = value;
@@ -263,14 +274,14 @@ __device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool a
 // A chunk of 128 bytes of columns, or as many as the tile and the matrix have, written by the warp.
 template <class C>
 __device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* buffer, int64_t row, int rows,
-                                            int column, int columns) {
+                                            int column, int columns, bool adds) {
   using Out = typename C::Out;
   constexpr int kUnit = 16 / sizeof(Out);
   const int lane = threadIdx.x % kWarpSize, unit = lane % 8;
   if (unit * kUnit >= min(columns, p.columns - column)) return;
   for (int r = lane / 8; r < rows; r += 4) {
     const uint4 value = *reinterpret_cast<const uint4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
-    write_unit(static_cast<Out*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, p.accumulate);
+    write_unit(static_cast<Out*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, adds);
   }
 }
 
@@ -286,6 +297,7 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
   const int row = tile.row + warp_row, rows = min(16, tile.row_end - row);
   if (rows <= 0) return;
   const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
+  const bool adds = p.accumulate || tile.part > 0;
 #pragma unroll
   for (int first = 0; first < kChunks; first += C::kBuffers) {
     const int end = min(first + C::kBuffers, kChunks);
@@ -303,7 +315,7 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
 #pragma unroll
         for (int c = first; c < end; ++c) {
           const int column = tile.column + c * kChunk;
-          if (p.accumulate) {
+          if (adds) {
             cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
           } else {
             cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
@@ -314,10 +326,37 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
     } else {
       __syncwarp();
       for (int c = first; c < end; ++c) {
-        write_chunk<C>(p, buffers[c - first], out_row, rows, tile.column + c * kChunk, C::kTileColumns - c * kChunk);
+        write_chunk<C>(p, buffers[c - first], out_row, rows, tile.column + c * kChunk, C::kTileColumns - c * kChunk,
+                       adds);
       }
     }
     __syncwarp();
+  }
+}
+
+// The parts of a tile are added in the order of K, a warp's rows at a time: part i waits until i - 1 has been added. No
+// block waits for one that has not begun: earlier parts are dealt out before later ones, to blocks that all run at once.
+template <class C>
+__device__ __forceinline__ void wait_turn(const WideParams& p, const Tile& tile, uint32_t warp) {
+  if (tile.part == 0) return;
+  const int* const turn = p.turns + tile.number * C::kConsumerWarps + warp;
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != tile.part);
+  asm volatile("fence.proxy.async;" ::: "memory");
+  __syncwarp();
+}
+template <class C>
+__device__ __forceinline__ void end_turn(const WideParams& p, const Tile& tile, uint32_t warp) {
+  if (tile.part + 1 == p.splits) return;
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // written, not only read
+  asm volatile("fence.proxy.async;" ::: "memory");
+  __threadfence();
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) {
+    int* const turn = p.turns + tile.number * C::kConsumerWarps + warp;
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(tile.part + 1) : "memory");
   }
 }
 
@@ -378,7 +417,9 @@ __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shar
     with_edge<C>(kBlockK - tile.column % kBlockK, [&](auto edge) {
       multiply<C, edge>(shared, at, tile.depth_blocks, row + (tile.row & RowScales::kEarly), warp, sum);
     });
+    if constexpr (C::kSplits) wait_turn<C>(p, tile, warp);
     store_tile<C>(p, tile, shared.store[warp], sum, warp * 16);
+    if constexpr (C::kSplits) end_turn<C>(p, tile, warp);
   }
   cute::tma_store_wait<0>();
 }

@@ -15,13 +15,31 @@ struct WideProblem {
   int64_t a_rows, b_rows, k;  // of a and b as matrices
   int rows, columns, groups, limit;
   bool accumulate;
-  int fewest_rows = 0;  // of a group that is taken
+  int fewest_rows = 0;   // of a group that is taken
+  int* turns = nullptr;  // of a weight gradient, see WideParams
 };
 
 template <class C>
 Launch wide_shape() {
   static_assert(sizeof(WideShared<C>) <= 227 * 1024, "the stages do not fit");
   return {dim3(), dim3(C::kThreads), sizeof(WideShared<C>), C::kCluster};
+}
+
+// Into how many parts K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing
+// them too often, which takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200
+// (README.md).
+inline int choose_splits(int64_t tiles, int64_t depth_blocks, int64_t resident) {
+  constexpr int kMost = 8, kTileEnd = 5, kPartEnd = 8;
+  int best = 1;
+  int64_t least = ceil_div(tiles, resident) * (depth_blocks + kTileEnd);
+  for (int splits = 2; splits <= kMost && splits <= depth_blocks; ++splits) {
+    const int64_t time = ceil_div(tiles * splits, resident) * (ceil_div(depth_blocks, splits) + kPartEnd);
+    if (time < least) {
+      best = splits;
+      least = time;
+    }
+  }
+  return best;
 }
 
 template <class C>
@@ -50,8 +68,18 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   Launch shape = wide_shape<C>();
   // Rows that groups leave unused at their ends can add a span each.
   const int64_t spans = ceil_div(x.rows, kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
-  const int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
-  const int64_t clusters = std::min<int64_t>(tiles, some_clusters(name, wide_kernel<C>, shape));
+  int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
+  const int64_t resident = some_clusters(name, wide_kernel<C>, shape);
+  p.splits = 1;
+  p.turns = x.turns;
+  if constexpr (C::kSplits) {
+    if (x.turns != nullptr) p.splits = choose_splits(tiles, blocks, resident);
+    if (p.splits > 1) {
+      check_cuda(cudaMemsetAsync(p.turns, 0, tiles * C::kConsumerWarps * sizeof(int), stream), "cudaMemsetAsync");
+      tiles *= p.splits;
+    }
+  }
+  const int64_t clusters = std::min<int64_t>(tiles, resident);
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, wide_kernel<C>, shape, stream, p);
 }

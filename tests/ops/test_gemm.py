@@ -86,6 +86,27 @@ def test_weight_gradient(kind, device):
     check(again, exact, kind)
 
 
+@pytest.mark.parametrize(("m", "n"), [(272, 192), (144, 1008), (1408, 80), (768, 1024)])
+def test_weight_gradient_of_many_tokens(m, n, device):
+    """Where the output has few tiles the native kernel cuts K into parts: added in the order of K, so they are the same bits
+    every time, and with batch_invariant in one part, as rows of any matrix have them."""
+    dy, x = draw(3000, m, device=device), draw(3000, n, device=device)
+    a, b = ops.cast_transpose(dy), ops.cast_transpose(x)
+    exact = product(a, b)
+    start = torch.randn(m, n, device=device) * exact.std()
+    outs = [start.clone() for _ in range(8)]
+    for out in outs:
+        ops.fp8_gemm(*a, *b, out=out, accumulate=True)
+    check(outs[0] - start, exact)
+    assert all(same(out, outs[0]) for out in outs)
+    written = torch.full_like(start, NAN)
+    ops.fp8_gemm(*a, *b, out=written)
+    check(written, exact)
+    first = ops.cast_transpose(dy[:, :128].contiguous())
+    whole, part = (ops.fp8_gemm(*rows, *b, out_dtype=FP32, batch_invariant=True) for rows in (a, first))
+    assert same(whole[:128], part)
+
+
 def test_weight_gradient_of_no_tokens(device):
     a, b = (ops.cast_transpose(draw(0, n, device=device)) for n in (272, 192))
     out = torch.randn(272, 192, device=device)

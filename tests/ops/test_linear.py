@@ -56,6 +56,9 @@ def test_linear_with_wider_output(device):
     for grad, expected in ((x.grad, dy.double() @ weight.double()), (weight.grad, dy.double().t() @ x.double())):
         assert grad.dtype == torch.bfloat16
         assert (grad - expected).norm() < 2.0**-8 * expected.norm()
+    weight = with_main_grad(weight)
+    ops.linear(x, weight, out_dtype=torch.float32).backward(dy)
+    assert (weight.main_grad - expected).norm() < 2.0**-15 * expected.norm()  # bf16 gradients would be 2^-9 apart
 
 
 def test_main_grad_takes_the_weight_gradient(device):

@@ -192,6 +192,10 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention over the paged latent cache; not differentiable.
 
+    From an FP8 cache the native kernel multiplies codes times relative scales in fp16: exactly what they mean where a key's
+    scales lie within 2^15 of its largest and, of the values, within 2^18 of the largest so far of the same 128 columns; what is
+    2^-25 of those does not count.
+
     Args:
         q: [B, S, Hq, Dc+Dr]: q_nope times W_uk, then the part that rope_ has rotated in interleaved pairs.
         cache: [pages, page, 1, Dc+Dr] of q's dtype, or uint8 [pages, page, 1, 656] as mla_append_kv fills it (Dc 512,

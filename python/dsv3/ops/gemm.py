@@ -33,6 +33,13 @@ def _empty_rows(a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, index: Tensor,
     return a.new_empty(*a.shape[:-1], b.shape[1], dtype=dtype)
 
 
+def _launch_dense(out: Tensor, a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, *flags: bool) -> None:
+    turns = None
+    if b_sf.shape[0] == b.shape[0]:
+        turns = a.new_empty(native().fp8_gemm_turns(a.shape[0], b.shape[0]), dtype=torch.int32)
+    native().fp8_gemm(out, turns, a, a_sf, b, b_sf, *flags)
+
+
 def _nothing(*args: Any) -> None:
     """The allocation of an op that writes into an argument."""
 
@@ -199,7 +206,7 @@ define(
     "[ceil(N/128),ceil(K/128)] or, as a_sf, [N,ceil(K/128)] fp32, K % 16 == 0, N % 8 == 0 -> [M,N] bf16|fp32",
     reference=reference.fp8_gemm,
     allocate=lambda a, a_sf, b, b_sf, dtype, *flags: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
-    launch=lambda out, a, a_sf, b, b_sf, out_dtype, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, False, *flags),
+    launch=lambda out, a, a_sf, b, b_sf, out_dtype, *flags: _launch_dense(out, a, a_sf, b, b_sf, False, *flags),
     supports=_supports_dense,
     rule=_dense_rule,
 )
@@ -209,7 +216,7 @@ define(
     shapes="operands of fp8_gemm, out [M,N] bf16|fp32 (fp32 where the product is added to it)",
     reference=reference.fp8_gemm_out,
     allocate=_nothing,
-    launch=lambda _, a, a_sf, b, b_sf, out, *flags: native().fp8_gemm(out, a, a_sf, b, b_sf, *flags),
+    launch=lambda _, a, a_sf, b, b_sf, out, *flags: _launch_dense(out, a, a_sf, b, b_sf, *flags),
     supports=_supports_dense,
     rule=_dense_out_rule,
 )

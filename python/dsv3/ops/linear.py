@@ -88,8 +88,8 @@ class Recipe:
 def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return torch.mm(dy.t(), x.to(dy.dtype)).to(weight.dtype)
-    reference.add_product_(main_grad, dy, x.to(dy.dtype))
+        return reference.linear_wgrad(dy, x).to(weight.dtype)
+    reference.add_product_(main_grad, dy, x)
     return None
 
 
@@ -99,13 +99,13 @@ class _Linear(Function):
         ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
     ) -> Tensor:
         ctx.save_for_backward(*((x,) if recipe is None else recipe.inputs))
-        ctx.weight, ctx.wgrad, ctx.make, ctx.dtype = weight, wgrad, recipe and recipe.make, x.dtype
+        ctx.weight, ctx.wgrad, ctx.make = weight, wgrad, recipe and recipe.make
         return reference.linear(x, weight, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, none = ctx.weight, (None,) * 4
-        dx = torch.mm(dy, weight.to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = reference.linear_dgrad(dy, weight) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, *none
         x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
