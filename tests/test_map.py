@@ -9,8 +9,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 MAP = (TESTS / "README.md").read_text()
 SECTIONS = [
-    "The two commands", "The model", "Checkpoints", "Training", "Expert parallelism", "The native path", "Bad input",
-    "Done when",
+    "The two commands", "The model", "Checkpoints", "Training", "Expert parallelism", "The FP8 stack", "Attention on Hopper",
+    "The native path", "Bad input", "Done when",
 ]  # fmt: skip
 
 

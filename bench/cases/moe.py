@@ -53,19 +53,19 @@ def _cast(tokens: int, inner: int, *, weighted: bool) -> Case:
     )
 
 
-def _cast_backward(tokens: int, inner: int, *, weighted: bool, keep: bool) -> Case:
+def _cast_backward(tokens: int, inner: int, *, weighted: bool, keep: bool, out: bool = False) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         rows = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for width in (inner, 2 * inner)]
         return *rows, _weights(tokens, device, weighted)
 
-    settings = None, keep, False, 1e-30
+    settings = None, keep, out, False, 1e-30
     size = tokens * inner
     moved = 3 + 2 * keep  # tensors of bf16: dout, gate, up; dgate, dup
     return Case(
         op="swiglu_cast_backward",
-        case={"tokens": tokens, "hidden": inner, "weights": weighted, "keep_dgate_up": keep},
+        case={"tokens": tokens, "hidden": inner, "weights": weighted, "keep_dgate_up": keep, "keep_out": out},
         flops=20 * size,
-        bytes=2 * moved * size + 2 * (size + 4 * size // TILE) + 8 * tokens * weighted,
+        bytes=2 * moved * size + (2 + out) * (size + 4 * size // TILE) + 8 * tokens * weighted,
         inputs=inputs,
         run=lambda *inputs: torch.ops.dsv3.swiglu_cast_backward(*inputs, *settings),
         baselines=peers(lambda *inputs: reference.swiglu_cast_backward(*inputs, *settings)),
@@ -145,5 +145,6 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for tokens, inner, weighted in shapes
     ]
     casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
-    backward = [_cast_backward(*expert, weighted=True, keep=keep) for keep in (False, True)]
+    kept = (False, False), (True, False), (True, True)
+    backward = [_cast_backward(*expert, weighted=True, keep=keep, out=out) for keep, out in kept]
     return [*plain, *casts, *backward, _cast_backward(*dense, weighted=False, keep=False)]

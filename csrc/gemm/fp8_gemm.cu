@@ -174,6 +174,7 @@ void fp8_gemm(Tensor out, std::optional<Tensor> turns, Tensor a, Tensor a_sf, Te
   if (row_scales) {
     if (turns && !batch_invariant) {
       check_operand("turns", *turns, Dtype::kInt32, fp8_gemm_turns(m, n));
+      check_same_device(kName, out, {&*turns});
       x.turns = turns->data<int>();
     }
     return launch_wide<Wgrad<Layout::kDense>>(kName, x, stream);

@@ -285,8 +285,8 @@ __device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* 
   }
 }
 
-// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element, so
-// the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which one is not
+// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element and part,
+// in turns, so the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which one is not
 // whole, by the warp itself.
 template <class C>
 __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
@@ -334,18 +334,23 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
   }
 }
 
-// The parts of a tile are added in the order of K, a warp's rows at a time: part i waits until i - 1 has been added. No
-// block waits for one that has not begun: earlier parts are dealt out before later ones, to blocks that all run at once.
+// The parts of a tile are added in the order of K, a warp's rows at a time: part i waits until i - 1 has been added. Each
+// part has a block of its own, and waits for one of a lower number, which the device starts first: so there is always one
+// that does not wait, however few run at once.
 template <class C>
 __device__ __forceinline__ void wait_turn(const WideParams& p, const Tile& tile, uint32_t warp) {
   if (tile.part == 0) return;
   const int* const turn = p.turns + tile.number * C::kConsumerWarps + warp;
-  int now;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-  } while (now != tile.part);
-  asm volatile("fence.proxy.async;" ::: "memory");
+  const auto added = [turn] {
+    int parts;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(parts) : "l"(turn) : "memory");
+    return parts;
+  };
+  if (threadIdx.x % kWarpSize == 0) {
+    while (added() != tile.part) __nanosleep(64);
+  }
   __syncwarp();
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 template <class C>
 __device__ __forceinline__ void end_turn(const WideParams& p, const Tile& tile, uint32_t warp) {

@@ -68,18 +68,18 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   Launch shape = wide_shape<C>();
   // Rows that groups leave unused at their ends can add a span each.
   const int64_t spans = ceil_div(x.rows, kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
-  int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
+  const int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
   const int64_t resident = some_clusters(name, wide_kernel<C>, shape);
+  int64_t clusters = std::min<int64_t>(tiles, resident);
   p.splits = 1;
   p.turns = x.turns;
   if constexpr (C::kSplits) {
     if (x.turns != nullptr) p.splits = choose_splits(tiles, blocks, resident);
     if (p.splits > 1) {
       check_cuda(cudaMemsetAsync(p.turns, 0, tiles * C::kConsumerWarps * sizeof(int), stream), "cudaMemsetAsync");
-      tiles *= p.splits;
+      clusters = tiles * p.splits;  // a part each: see wait_turn
     }
   }
-  const int64_t clusters = std::min<int64_t>(tiles, resident);
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, wide_kernel<C>, shape, stream, p);
 }

@@ -5,7 +5,7 @@
 //   dg = dout * w * u * s * (1 + g * (1 - s)),   du = dout * w * silu(g),   dw = sum_i dout * silu(g) * u
 //
 // Memory-bound: forward moves 3 values an output, backward 5; with the cast 5 bytes an output of bf16 instead of 6, and 8
-// instead of 10 (12 where the bf16 gradient is wanted too). One block a row (and, forward, a piece of a long row); the
+// instead of 10 (12 where the bf16 gradient is wanted too, 1 more where the forward output is). One block a row (and, forward, a piece of a long row); the
 // backward's row sum is a block reduction in a fixed order. With the cast, values are rounded as they would have been
 // stored, a tile lies in neighbouring lanes, and rows past offsets[G] are left alone.
 #include "../common/e4m3.cuh"
@@ -26,7 +26,10 @@ struct SwigluParams {
   int pieces;            // blocks a row
   const int* end;        // where kCast: row from which on there is nothing, or null
   RowCasts casts;        // where kCast: of out
+  RowCasts again;        // backward, where kCast: of the forward output, or null
 };
+
+constexpr double kOutFloor = 1e-4;  // of the forward output's cast, made again: swiglu_cast's own default
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
   // The cast goes round with whole warps: inner is whole tiles then, but the last ones may not fill a warp.
   const int lane = kCast ? threadIdx.x % kWarpSize : 0;
   for (int v = threadIdx.x; v - lane < vecs; v += kThreads) {
-    Pack<T> rounded[2] = {};
+    Pack<T> rounded[2] = {}, again[1] = {};
     if (v < vecs) {
       Vec<T> g = load(gate + v * kSize);
       Vec<T> u = load(gate + p.inner + v * kSize);
@@ -94,6 +97,14 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
       unpack(g, gs);
       unpack(u, us);
       unpack(dout, ds);
+      if (kCast && p.again.out) {
+        float out[kSize];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) out[j] = gs[j] * (sigmoid(gs[j]) * us[j] * weight);  // as the forward kernel
+        Vec<T> packed;
+        pack(out, packed);
+        again[0] = as_pack(packed);
+      }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float s = sigmoid(gs[j]), silu = gs[j] * s;
@@ -112,6 +123,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
     }
     if constexpr (kCast) {
       cast_packs(p.casts, rounded, t, 2 * p.inner, v < vecs ? v : v + 2 * vecs, vecs, 2 * vecs);
+      if (p.again.out) cast_packs(p.again, again, t, p.inner, v, vecs, vecs);
     }
   }
   if (p.dweights == nullptr) return;
@@ -216,12 +228,18 @@ void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dou
 }
 
 void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
-                          std::optional<Tensor> dweights, Tensor dout, Tensor gate_up, std::optional<Tensor> weights,
-                          std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream) {
+                          std::optional<Tensor> dweights, std::optional<Tensor> out_fp8, std::optional<Tensor> out_sf,
+                          Tensor dout, Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets,
+                          bool pow2_scale, double amax_floor, cudaStream_t stream) {
   SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
   params.end = check_offsets(offsets);
   params.casts = row_casts("dgate_up_fp8", dgate_up_fp8, "dgate_up_sf", dgate_up_sf, gate_up.size(0), gate_up.size(1),
                            scale_rule(amax_floor, pow2_scale));
+  DSV3_CHECK(out_fp8.has_value() == out_sf.has_value(), "out_fp8 goes with out_sf");
+  if (out_fp8) {
+    const ScaleRule rule = scale_rule(kOutFloor, false);
+    params.again = row_casts("out_fp8", *out_fp8, "out_sf", *out_sf, gate_up.size(0), params.inner, rule);
+  }
   const DeviceGuard guard(dout);
   launch_swiglu_backward<true>(params, gate_up, stream);
 }

@@ -3,11 +3,13 @@ CPUs, and over ipc where there is a Hopper GPU, which they share."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench.shared_gpu import shared_gpu
 from dsv3.comm import ExpertBuffer
@@ -249,19 +252,64 @@ def test_casting_before_the_way_is_casting_after_it(
     assert all(grad.any() for grad in expected)
 
 
-def test_a_gradient_that_came_as_fp8_is_no_part_of_a_sum(device: torch.device) -> None:
-    """Results of FP8 experts get their gradient as FP8 from the buffer; used a second time they would need its values."""
+def few_experts(device: torch.device) -> tuple[Callable[[Callable[..., Tensor]], Tensor], list[torch.nn.Parameter]]:
+    """The sum of what FP8 experts behind an FP8 wire make of some tokens, by how they are called; and their weights."""
     buffer = ExpertBuffer(num_experts=2, transport="local", wire_dtype=FP8)
-    x, (idx, weights) = torch.randn(4, 32, device=device), (t.to(device) for t in indices(4))
+    x, (idx, weights) = torch.randn(4, 32, device=device, requires_grad=True), (t.to(device) for t in indices(4))
     params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((2, 64, 32), (2, 32, 32))]
-    handle = buffer.dispatch(x, idx, weights)
     made = [Fp8Weight.make(param) for param in params]
-    y = fp8_experts(handle.rows, handle.topk_weights, handle.offsets, *made, cast=handle.cast)
-    out = buffer.combine(y, handle)
-    out.sum().backward(retain_graph=True)
-    assert all(param.grad.isfinite().all() and param.grad.any() for param in params)
-    with pytest.raises(RuntimeError, match="the gradient came as FP8, and the result has been used a second time"):
-        (out.sum() + y.sum()).backward()
+
+    def run(call: Callable[..., Tensor]) -> Tensor:
+        handle = buffer.dispatch(x, idx, weights)
+        experts = functools.partial(fp8_experts, cast=handle.cast)
+        y = call(experts, handle.rows, handle.topk_weights, handle.offsets, *made)
+        return buffer.combine(y, handle).square().sum()
+
+    return run, params
+
+
+def plainly(experts: Callable[..., Tensor], *args: Any) -> Tensor:
+    return experts(*args)
+
+
+WAYS = {
+    "checkpointed": lambda experts, *args: checkpoint(experts, *args, use_reentrant=False),
+    "checkpointed from outside": lambda experts, *args: checkpoint(experts, *args, use_reentrant=True),
+    "another tensor": lambda experts, *args: experts(*args) * 1,
+    "in place": lambda experts, *args: experts(*args).mul_(1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_gradients_that_come_as_fp8_reach_the_experts_by_any_way(
+    way: Callable[..., Tensor], device: torch.device
+) -> None:
+    """The same bits: where what combine gets is not the very result, its gradient comes in its own dtype."""
+    run, params = few_experts(device)
+
+    def gradients(way: Callable[..., Tensor]) -> list[Tensor]:
+        for param in params:
+            param.grad = None
+        run(way).backward()
+        return [param.grad for param in params]
+
+    expected = gradients(plainly)
+    assert all(grad.isfinite().all() and grad.any() for grad in expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(way), expected, strict=True))
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(plainly), expected, strict=True))
+
+
+def test_a_gradient_that_came_as_fp8_is_no_part_of_a_sum(device: torch.device) -> None:
+    run, _ = few_experts(device)
+    kept: list[Tensor] = []
+    out = run(lambda experts, *args: kept.append(experts(*args)) or kept[0])
+    with pytest.raises(RuntimeError, match="came as FP8 and has been changed: was the result used twice"):
+        (out + kept[0].sum()).backward()
+    out = run(lambda experts, *args: kept.append(experts(*args)) or kept[1])
+    torch.autograd.grad(out, kept[1], retain_graph=True)  # leaves what nobody takes
+    with pytest.raises(RuntimeError, match="came as FP8 and has been changed"):
+        kept[1].sum().backward()
 
 
 def test_rows_that_stand_for_fp8_take_no_memory() -> None:

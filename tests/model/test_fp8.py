@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dsv3 import DeepSeekV3, ops
+from dsv3.comm import ExpertBuffer
 from dsv3.model import Batch
+from dsv3.model.moe import MoE
 from dsv3.testing import relative_error
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.optimizer import AdamW
@@ -30,6 +32,10 @@ def model_of(precision, device, config=CONFIG):
     model = random_model(config, device=device)
     model.set_precision(precision)
     return model
+
+
+def moes_of(model):
+    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 def batch_of(device, rows=4, length=64, seed=1):
@@ -93,15 +99,28 @@ def test_which_products_are_in_fp8(device, monkeypatch):
 
 
 def test_rows_reach_the_experts_as_fp8(device):
-    """Where the experts compute in it, and no longer."""
+    """Where the experts compute in it, and no longer: not in bf16, not with sizes that do not fit, not with weights that are
+    quantised already, not where another buffer has taken the place of the model's own."""
+
+    def wires(model, config=CONFIG):
+        model.loss(Batch(tokens_for(config, 2, 33).to(device)))
+        return [moe.buffer.wire_dtype for moe in moes_of(model)]
+
+    fp8 = torch.float8_e4m3fn
     model = model_of("fp8", device)
-    wires = [block.moe.buffer for block in model.layers if block.is_moe]
-    assert wires
-    assert all(buffer.wire_dtype == torch.float8_e4m3fn for buffer in wires)
+    assert set(wires(model)) == {fp8}
+    assert set(wires(model_of("fp8", device, BASE), BASE)) == {None}
     model.set_precision("bf16")
-    assert all(buffer.wire_dtype is None for buffer in wires)
-    unfit = model_of("fp8", device, BASE)
-    assert all(block.moe.buffer.wire_dtype is None for block in unfit.layers if block.is_moe)
+    assert set(wires(model)) == {None}
+    model.set_precision("fp8")
+    first, second, *_ = moes_of(model)
+    for name in ("gate_up", "down"):
+        data, sf = ops.per_block_cast(getattr(first.experts, name))
+        delattr(first.experts, name)
+        setattr(first.experts, name, ops.Quantized(data, sf))
+    second.buffer = ExpertBuffer(num_experts=CONFIG.n_routed_experts, transport="local")
+    with torch.no_grad():
+        assert wires(model)[:2] == [None, None]
 
 
 def test_sizes_that_do_not_fit_stay_as_they_are(device):

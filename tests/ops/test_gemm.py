@@ -29,6 +29,7 @@ from tests.ops.fp8 import (
     values,
 )
 
+F8 = torch.float8_e4m3fn
 # (M, N, K)
 SHAPES = [
     *((m, 192, 272) for m in (0, 1, 7, 8, 33, 64, 127, 128, 129, 200, 300, 4001)),
@@ -105,6 +106,9 @@ def test_weight_gradient_of_many_tokens(m, n, device):
     first = ops.cast_transpose(dy[:, :128].contiguous())
     whole, part = (ops.fp8_gemm(*rows, *b, out_dtype=FP32, batch_invariant=True) for rows in (a, first))
     assert same(whole[:128], part)
+    if device.type == "cuda":
+        args = a[0].view(torch.uint8), a[1], b[0].view(torch.uint8), b[1]
+        check_graph(lambda a, a_sf, b, b_sf: ops.fp8_gemm(a.view(F8), a_sf, b.view(F8), b_sf, out_dtype=FP32), *args)
 
 
 def test_weight_gradient_of_no_tokens(device):

@@ -240,6 +240,12 @@ def test_halves_of_keys_and_values(beside, device):
     assert torch.equal(grad, whole)
     assert (grad.data_ptr() == whole.data_ptr()) == beside
 
+    def loss(kv):
+        return sum(half.square().sum() for half in ops.split_kv(kv, NOPE))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*(torch.autograd.grad(f(kv), kv)[0] for f in (loss, compiled)))
+
 
 # ---- registration, graphs, errors ----
 def test_registration_compile_graph(device):

@@ -79,9 +79,12 @@ def test_swiglu_cast_backward(shape, dtype, settings, device):
     dout = 1e-12 * torch.randn(shape, device=device)
     for factor, keep in ((None, False), (weights, True), (weights, False)):
         args = dout.to(dtype), gate_up, factor
-        found = ops.swiglu_cast_backward(*args, keep_dgate_up=keep, **settings)
+        *found, out = ops.swiglu_cast_backward(*args, keep_dgate_up=keep, **settings)
+        assert out is None
         check_same(found, unfused_backward(*args, keep, **settings))
-        check_same(found, ops.swiglu_cast_backward(*args, keep_dgate_up=keep, **settings))
+        *again, out = ops.swiglu_cast_backward(*args, keep_dgate_up=keep, keep_out=True, **settings)
+        check_same(found, again)
+        check_same(out, ops.swiglu_cast(gate_up, factor))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
@@ -94,7 +97,7 @@ def test_casts_of_values_that_are_not_finite(bad, inner, device):
     gate_up[2, 3], gate_up[2, inner + 200], weights[5], dout[7, 140] = bad, bad, bad, bad
     found = ops.swiglu_cast(gate_up, weights), ops.swiglu_cast_backward(dout, gate_up, weights, keep_dgate_up=True)
     check_same(found[0], unfused(gate_up, weights))
-    check_same(found[1], unfused_backward(dout, gate_up, weights, True))
+    check_same(found[1][:4], unfused_backward(dout, gate_up, weights, True))
     for a, b in zip(found, clean, strict=True):
         good = [0, 1, 3, 4, 6, 8]
         assert torch.equal(dequantize(*a[:2])[good], dequantize(*b[:2])[good])
@@ -109,7 +112,10 @@ def test_casts_of_the_rows_of_groups(inner, end, device):
     offsets = torch.tensor([0, 0, end // 2, end], dtype=torch.int32, device=device)
     found = ops.swiglu_cast(gate_up, weights, offsets=offsets)
     check_same([t[:end] for t in found], [t[:end] for t in unfused(gate_up, weights)])
-    gradients = ops.swiglu_cast_backward(dout, gate_up, weights, offsets=offsets, keep_dgate_up=True)
+    *gradients, out = ops.swiglu_cast_backward(
+        dout, gate_up, weights, offsets=offsets, keep_dgate_up=True, keep_out=True
+    )
+    check_same([t[:end] for t in out], [t[:end] for t in found])
     expected = unfused_backward(dout, gate_up, weights, True)
     check_same([t[:end] for t in gradients], [t[:end] for t in expected])
 
@@ -119,7 +125,8 @@ def test_rows_of_no_group_are_not_written():
     gate_up, weights = make(130, 256, torch.bfloat16, "cuda")
     dout = torch.randn(130, 256, device="cuda").bfloat16()
     offsets = torch.tensor([0, 30, 77], dtype=torch.int32, device="cuda")
-    forward, backward = unfused(gate_up, weights), unfused_backward(dout, gate_up, weights, True)
+    forward = unfused(gate_up, weights)
+    backward = *unfused_backward(dout, gate_up, weights, True), *forward
     outputs, gradients = filled(forward), filled(backward)
     registry.native().swiglu_cast(*outputs, gate_up, weights, offsets, False, 1e-4)
     args = dout, gate_up, weights, offsets, False, GRADIENT_FLOOR
@@ -137,7 +144,7 @@ def test_casts_at_v3_shapes(shape):
     for run, composed in (
         (lambda: ops.swiglu_cast(gate_up, weights), lambda: unfused(gate_up, weights)),
         (
-            lambda: ops.swiglu_cast_backward(dout, gate_up, weights, keep_dgate_up=True),
+            lambda: ops.swiglu_cast_backward(dout, gate_up, weights, keep_dgate_up=True)[:4],
             lambda: unfused_backward(dout, gate_up, weights, True),
         ),
     ):
@@ -155,16 +162,17 @@ def test_registration_compile_graph(device):
     dout = torch.randn(16, 256, device=device).bfloat16()
     check_registration("swiglu_cast", gate_up, weights, offsets, True, 1e-4)
     check_registration("swiglu_cast", gate_up, None, None, False, 0.0)
-    check_registration("swiglu_cast_backward", dout, gate_up, weights, offsets, True, True, GRADIENT_FLOOR)
-    check_registration("swiglu_cast_backward", dout, gate_up, None, None, False, False, GRADIENT_FLOOR)
+    check_registration("swiglu_cast_backward", dout, gate_up, weights, offsets, True, True, True, GRADIENT_FLOOR)
+    check_registration("swiglu_cast_backward", dout, gate_up, None, None, False, False, False, GRADIENT_FLOOR)
     narrow = dout[:, :144].contiguous(), gate_up[:, :288].contiguous(), weights
-    check_registration("swiglu_cast_backward", *narrow, None, False, False, GRADIENT_FLOOR)
+    check_registration("swiglu_cast_backward", *narrow, None, False, True, False, GRADIENT_FLOOR)
     check_compile(lambda g, w: bits(ops.swiglu_cast(g, w, offsets=offsets)), gate_up, weights)
-    check_compile(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, offsets=offsets)), dout, gate_up, weights)
+    check_compile(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, offsets=offsets)[:4]), dout, gate_up, weights)
     if device.type == "cuda":
         check_graph(lambda g, w: bits(ops.swiglu_cast(g, w, offsets=offsets)), gate_up, weights)
-        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w)), dout, gate_up, weights)
-        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, keep_dgate_up=True)), *narrow)
+        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w)[:4]), dout, gate_up, weights)
+        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, keep_dgate_up=True)[:4]), *narrow)
+        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, keep_out=True).out), dout, gate_up, weights)
     out = torch.ops.dsv3.swiglu(gate_up, weights)
     check_registration("swiglu", gate_up, weights)
     check_registration("swiglu_backward", out, gate_up, weights)

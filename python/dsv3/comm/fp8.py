@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.comm.steps import Step, Sum, back, there
@@ -24,7 +25,8 @@ def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
     """x [T, H] in tiles of 1x128 -> e4m3 [R, H] and fp32 [R, ceil(H/128)], laid out as per_token_cast does."""
     data, sf = per_token_cast(x, pow2_scale=True, **settings)
     words = there(data.view(torch.float32), steps)  # four codes a word: bits are moved, no number is read
-    sf = there(sf.contiguous(), steps)
+    tiles = sf.shape[1]
+    sf = there(F.pad(sf, (0, -tiles % 4)).contiguous(), steps)[:, :tiles]  # rows of whole 16 bytes, which kernels copy
     return words.view(torch.float8_e4m3fn), empty_row_scales(sf, *sf.shape).copy_(sf)
 
 
@@ -51,8 +53,9 @@ class _SumCast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         cast = cast_there(dout, ctx.steps, amax_floor=GRADIENT_FLOOR)
-        dy = dequantize(*cast).to(dout.dtype) if ctx.gradient is None else ctx.gradient.leave(cast, dout.dtype)
-        return dy, None, None
+        if ctx.gradient is None or torch.is_anomaly_enabled():  # which takes NaN for a mistake
+            return dequantize(*cast).to(dout.dtype), None, None
+        return ctx.gradient.leave(cast, dout.dtype), None, None
 
 
 def spread_cast(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,4 +70,4 @@ def spread_cast(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tenso
 def add_up_cast(y: Tensor, steps: Sequence[Step]) -> Tensor:
     """steps.add_up whose backward casts the gradient and sends it as FP8. A y that comes from fp8_experts gets it so; another
     gets it in its own dtype, which holds every product of a code and its scale exactly: who casts it again loses nothing."""
-    return _SumCast.apply(y, steps, getattr(y, "gradient_cast", None))
+    return _SumCast.apply(y, steps, GradientCast.of(y))

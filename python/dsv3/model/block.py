@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     def dispatch_stage(self, u: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends the tokens to their experts' ranks."""
-        return self.moe.buffer.dispatch(u, topk_idx, topk_weights)
+        return self.moe.dispatch(u, topk_idx, topk_weights)
 
     def experts_stage(
         self,

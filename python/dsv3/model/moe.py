@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3 import ops
-from dsv3.comm import ExpertBuffer
+from dsv3.comm import Dispatched, ExpertBuffer
 from dsv3.config import Config
 from dsv3.model.layers import MLP
 
@@ -82,6 +82,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(local, hidden, inter, device=device, dtype=dtype))
         self.fp8: ops.Fp8Weights | None = None
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether they multiply in FP8, and take rows that came so."""
+        return self.fp8 is not None and self.fp8.takes(self.gate_up) and self.fp8.takes(self.down)
+
     def forward(
         self, x: Tensor, weights: Tensor, offsets: Tensor, *cast: Tensor, wgrad: ops.WgradQueue | None = None
     ) -> Tensor:
@@ -89,10 +94,9 @@ class Experts(nn.Module):
 
         cast: x as e4m3 [R, H] and its scales, where it came as FP8. Raises ValueError where the experts want it otherwise.
         """
-        if self.fp8 is not None:
+        if self.fp8 is not None and self.in_fp8:
             first, second = self.fp8.of(self.gate_up), self.fp8.of(self.down)
-            if first is not None and second is not None:
-                return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
+            return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
         if cast:
             raise ValueError("rows came as FP8 to experts that do not compute in it: leave out the buffer's wire_dtype")
         gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)
@@ -108,13 +112,13 @@ class MoE(nn.Module):
         self.experts = Experts(config, num_experts=num_experts, **at)
         inter = config.moe_intermediate_size * config.n_shared_experts
         self.shared = MLP(config.hidden_size, inter, **at) if inter else None
-        self.buffer = ExpertBuffer(num_experts=config.n_routed_experts, transport="local")
+        self.buffer = self._local = ExpertBuffer(num_experts=config.n_routed_experts, transport="local")
 
-    def set_wire(self, fp8: bool) -> None:
-        """Whether rows reach the experts as FP8, where these compute in it and are all here; between ranks parallel/ says."""
-        if self.buffer.transport == "local":
-            fits = all(n % 16 == 0 for n in self.experts.down.shape[1:])
-            self.buffer.wire_dtype = torch.float8_e4m3fn if fp8 and fits else None
+    def dispatch(self, u: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
+        """Sends the tokens to their experts' ranks; to experts that are all here and compute in FP8, as FP8."""
+        if self.buffer is self._local:
+            self._local.wire_dtype = torch.float8_e4m3fn if self.experts.in_fp8 else None
+        return self.buffer.dispatch(u, topk_idx, topk_weights)
 
 
 def balance_loss(logits: Tensor, segment: Tensor | int, *, topk: int, score: str) -> Tensor:

@@ -16,7 +16,7 @@ from dsv3.model import few
 from dsv3.model.attention import MLA, AttentionContext, segment_of
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
-from dsv3.model.moe import Experts, MoE, balance_loss
+from dsv3.model.moe import Experts, balance_loss
 from dsv3.model.mtp import MTP
 
 IGNORED = -100
@@ -109,8 +109,6 @@ class DeepSeekV3(nn.Module):
                     module.fp8 = self.fp8 if fp8 else None
                 elif isinstance(module, RMSNorm):
                     module.cast = fp8
-                elif isinstance(module, MoE):
-                    module.set_wire(fp8)
 
     def refresh_fp8(self) -> None:
         """Casts the weights again, after they have changed, in place: every optimizer step, every load. Nothing in bf16."""

@@ -52,11 +52,16 @@ class Fp8Weights:
 
     made: dict[Tensor, Fp8Weight] = field(default_factory=dict)
 
+    @staticmethod
+    def takes(param: Tensor | Quantized) -> bool:
+        """Whether a parameter can have copies."""
+        return not isinstance(param, Quantized) and param.shape[-1] % 16 == param.shape[-2] % 16 == 0
+
     @torch.inference_mode(False)  # copies first made by an engine must serve training too
     def of(self, param: Tensor | Quantized) -> Fp8Weight | None:
         """The copies of a parameter; None for what is to be multiplied as it is: a size that is no multiple of 16, or a
         weight that has no other form than its quantised one."""
-        if isinstance(param, Quantized) or param.shape[-1] % 16 or param.shape[-2] % 16:
+        if not self.takes(param):
             return None
         weight = self.made.get(param)
         if weight is None or weight.data.device != param.device:
@@ -158,17 +163,24 @@ class GradientCast:
     """Where a gradient that came as FP8 waits for the experts whose result it belongs to."""
 
     made: Cast | None = None
+    stand_in: Tensor | None = None
+
+    @staticmethod
+    def of(y: Tensor) -> GradientCast | None:
+        """That of a result of fp8_experts, as it came from them; None for other tensors."""
+        return getattr(y.grad_fn, "gradient_cast", None)
 
     def leave(self, cast: Cast, dtype: torch.dtype) -> Tensor:
         """Keeps the gradient's cast; what stands for it in autograd is NaN that takes no memory."""
-        self.made = cast
-        return torch.full((), float("nan"), dtype=dtype, device=cast[0].device).expand(cast[0].shape)
+        self.made, self.stand_in = cast, torch.full((), float("nan"), dtype=dtype, device=cast[0].device)
+        return self.stand_in.expand(cast[0].shape)
 
     def take(self, dy: Tensor) -> Cast | None:
-        """What was left. Raises RuntimeError where autograd has added another gradient to it."""
-        made, self.made = self.made, None
-        if made is not None and dy.numel() and any(dy.stride()):
-            raise RuntimeError("fp8_experts: the gradient came as FP8, and the result has been used a second time")
+        """What was left. Raises RuntimeError where dy is not what stands for it."""
+        made, stand_in = self.made, self.stand_in
+        self.made = self.stand_in = None
+        if made is not None and dy.numel() and dy.data_ptr() != stand_in.data_ptr():
+            raise RuntimeError("fp8_experts: the gradient came as FP8 and has been changed: was the result used twice?")
         return made
 
 
@@ -197,7 +209,7 @@ class _Fp8MLP(Function):
     ) -> Tensor:
         gate_up = _product(cast, mlp.gate_up.data, offsets, x.dtype)
         ctx.save_for_backward(*cast, gate_up, weights, offsets)
-        ctx.mlp = mlp
+        ctx.mlp, ctx.gradient_cast = mlp, mlp.gradient
         return _product(swiglu_cast(gate_up, weights, offsets=offsets), mlp.down.data, offsets, x.dtype)
 
     @staticmethod
@@ -214,16 +226,22 @@ class _Fp8MLP(Function):
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
-        def second(dy_t: Cast | None = dy_t) -> Tensor | None:
-            a_t = cast_transpose(swiglu_cast(gate_up, weights, offsets=offsets), offsets)
-            return _add_wgrad(dy_t, a_t, mlp.down.param, offsets)
-
-        d_second = now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
-        del second, dy_t
-        dgate_up_fp8, dgate_up_sf, dgate_up, dweights = swiglu_cast_backward(
-            da, gate_up, weights, offsets=offsets, keep_dgate_up=need_first, amax_floor=GRADIENT_FLOOR
+        dgate_up_fp8, dgate_up_sf, dgate_up, dweights, a = swiglu_cast_backward(
+            da,
+            gate_up,
+            weights,
+            offsets=offsets,
+            keep_dgate_up=need_first,
+            keep_out=need_second,
+            amax_floor=GRADIENT_FLOOR,
         )
         del da
+
+        def second(dy_t: Cast | None = dy_t, a: Cast | None = a) -> Tensor | None:
+            return _add_wgrad(dy_t, cast_transpose(a, offsets), mlp.down.param, offsets)
+
+        d_second = now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
+        del second, dy_t, a
         dgate_up_t = cast_transpose(dgate_up, offsets, amax_floor=GRADIENT_FLOOR) if need_first else None
         del dgate_up
         dx = _product((dgate_up_fp8, dgate_up_sf), mlp.gate_up.transposed, offsets, gate_up.dtype) if need_dx else None
@@ -285,19 +303,16 @@ def fp8_experts(
         wgrad: as in `fp8_linear`.
 
     Returns:
-        [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`. Its attribute `gradient_cast` is for whoever has the
-        gradient as FP8 (see dsv3/comm/fp8.py).
+        [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`. Where an ExpertBuffer brings its gradient as FP8, hooks on
+        it see NaN: the codes do not pass through autograd.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
-    gradient = GradientCast()
-    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=gradient)
+    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=GradientCast())
     cast = cast or _cast_of(x, pow2_scale=True)
-    y = apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
-    y.gradient_cast = gradient
-    return y
+    return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
 
 
 def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:

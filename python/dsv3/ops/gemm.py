@@ -312,6 +312,7 @@ def fp8_gemm(
         out_dtype: bf16 or fp32, of the new tensor.
         accumulate: out += product; out must be given and fp32.
         batch_invariant: the sums of a row have the same order whatever M is, so its bits do not depend on the others.
+            Otherwise that order, the same every time, is a matter of the shape and of the GPU.
         static_weights: b and b_sf were not written by any kernel that may still be running, so they may be read before
             the work in front of this call has finished. The result is the same.
 

@@ -117,13 +117,19 @@ class _SplitKv(Function):
 
     @staticmethod
     def backward(ctx: Any, dk_nope: Tensor, dv: Tensor) -> tuple[Tensor, None]:
-        heads, nope, width = dv.shape[1], dk_nope.shape[2], dk_nope.shape[2] + dv.shape[2]
-        strides = heads * width, width, 1
-        one = dk_nope.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
-        beside = dv.storage_offset() - dk_nope.storage_offset() == nope
-        if one and beside and dk_nope.stride() == dv.stride() == strides:
-            return dk_nope.as_strided((len(dv), heads, width), strides), None
-        return torch.cat([dk_nope, dv], -1), None
+        if torch.compiler.is_compiling() or not _beside(dk_nope, dv):
+            return torch.cat([dk_nope, dv], -1), None
+        tokens, heads, width = len(dv), dv.shape[1], dk_nope.shape[2] + dv.shape[2]
+        return dk_nope.as_strided((tokens, heads, width), (heads * width, width, 1)), None
+
+
+def _beside(a: Tensor, b: Tensor) -> bool:
+    """Whether a [T, H, D] and b [T, H, E] are the halves of one contiguous tensor."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    width = a.shape[2] + b.shape[2]
+    strides = b.shape[1] * width, width, 1
+    return a.stride() == b.stride() == strides and b.storage_offset() - a.storage_offset() == a.shape[2]
 
 
 def split_kv(kv: Tensor, nope: int) -> tuple[Tensor, Tensor]:

@@ -295,10 +295,18 @@ define(
 
 
 def _allocate_cast_backward(
-    dout: Tensor, gate_up: Tensor, weights: Tensor | None, offsets: Tensor | None, keep: bool, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+    keep: bool,
+    keep_out: bool,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
     dgate_up, dweights = _allocate_swiglu_backward(dout, gate_up, weights)
-    return *empty_per_token(gate_up, *gate_up.shape), dgate_up if keep else dout.new_empty(0), dweights
+    kept = dgate_up if keep else dout.new_empty(0)
+    out = empty_per_token(gate_up, *(dout.shape if keep_out else (0, 0)))
+    return *empty_per_token(gate_up, *gate_up.shape), kept, dweights, *out
 
 
 def _launch_cast_backward(
@@ -308,18 +316,21 @@ def _launch_cast_backward(
     weights: Tensor | None,
     offsets: Tensor | None,
     keep: bool,
+    keep_out: bool,
     *settings: Any,
 ) -> None:
-    data, sf, dgate_up, dweights = outputs
+    data, sf, dgate_up, dweights, *out = outputs
     dweights = None if weights is None else dweights
     if dout.shape[1] % TILE == 0:
-        dgate_up = dgate_up if keep else None
-        native().swiglu_cast_backward(data, sf, dgate_up, dweights, dout, gate_up, weights, offsets, *settings)
+        dgate_up, again = dgate_up if keep else None, out if keep_out else (None, None)
+        native().swiglu_cast_backward(data, sf, dgate_up, dweights, *again, dout, gate_up, weights, offsets, *settings)
         return
-    # A tile holds values of both halves: two kernels.
+    # A tile holds values of both halves: kernels one after the other.
     dgate_up = dgate_up if keep else torch.empty_like(gate_up)
     native().swiglu_backward(dgate_up, dweights, dout, gate_up, weights)
     native().per_token_cast(data, sf, dgate_up, *settings)
+    if keep_out:
+        native().swiglu_cast(*out, gate_up, weights, offsets, *reference.OUT_CAST)
 
 
 def _supports_swiglu_cast(gate_up: Tensor) -> str | None:
@@ -339,9 +350,10 @@ define(
 )
 define(
     "swiglu_cast_backward(Tensor dout, Tensor gate_up, Tensor? weights, Tensor? offsets, bool keep_dgate_up, "
-    "bool pow2_scale, float amax_floor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool keep_out, bool pow2_scale, float amax_floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     shapes="dout [T,I], gate_up [T,2I] bf16|fp32, I % 16 == 0, weights [T] fp32, offsets int32 [G+1] -> "
-    "dgate_up_fp8 [T,2I] e4m3, dgate_up_sf [T,ceil(2I/128)] fp32, dgate_up [T,2I], dweights [T] fp32",
+    "dgate_up_fp8 [T,2I] e4m3, dgate_up_sf [T,ceil(2I/128)] fp32, dgate_up [T,2I], dweights [T] fp32, out_fp8 [T,I] "
+    "e4m3, out_sf [T,ceil(I/128)] fp32",
     reference=reference.swiglu_cast_backward,
     allocate=_allocate_cast_backward,
     launch=_launch_cast_backward,
@@ -437,6 +449,7 @@ class SwigluCastGradients(NamedTuple):
     dgate_up_sf: Tensor  # fp32 [T, ceil(2I/128)], strides (1, T rounded up to 4)
     dgate_up: Tensor | None  # [T, 2I], what was cast, where asked for
     dweights: Tensor | None  # fp32 [T], where there are weights
+    out: tuple[Tensor, Tensor] | None  # what swiglu_cast(gate_up, weights, offsets=offsets) returns, where asked for
 
 
 def swiglu_cast_backward(
@@ -446,6 +459,7 @@ def swiglu_cast_backward(
     *,
     offsets: Tensor | None = None,
     keep_dgate_up: bool = False,
+    keep_out: bool = False,
     pow2_scale: bool = False,
     amax_floor: float = 1e-30,
 ) -> SwigluCastGradients:
@@ -460,11 +474,13 @@ def swiglu_cast_backward(
         weights: fp32 [T] or None.
         offsets: int32 [G+1] on the same device, or None; what rows past offsets[G] hold or get means nothing.
         keep_dgate_up: also return what was cast, for cast_transpose.
+        keep_out: also return the forward output as swiglu_cast gives it, for the weight gradient of what followed: made
+            again from the same read of gate_up.
         pow2_scale: scales that are powers of two.
         amax_floor: smallest amax of a tile.
 
     Returns:
-        SwigluCastGradients(dgate_up_fp8, dgate_up_sf, dgate_up, dweights).
+        SwigluCastGradients(dgate_up_fp8, dgate_up_sf, dgate_up, dweights, out).
 
     Raises:
         ValueError: shapes, dtypes or a floor that do not fit.
@@ -476,5 +492,7 @@ def swiglu_cast_backward(
     weights = None if weights is None else weights.detach().contiguous()
     offsets = check_offsets("swiglu_cast_backward", offsets)
     tensors = dout.detach().contiguous(), gate_up.detach().contiguous(), weights, offsets
-    data, sf, dgate_up, dweights = torch.ops.dsv3.swiglu_cast_backward(*tensors, keep_dgate_up, pow2_scale, amax_floor)
-    return SwigluCastGradients(data, sf, dgate_up if keep_dgate_up else None, None if weights is None else dweights)
+    settings = keep_dgate_up, keep_out, pow2_scale, amax_floor
+    data, sf, dgate_up, dweights, *out = torch.ops.dsv3.swiglu_cast_backward(*tensors, *settings)
+    kept, dweights = dgate_up if keep_dgate_up else None, None if weights is None else dweights
+    return SwigluCastGradients(data, sf, kept, dweights, tuple(out) if keep_out else None)

@@ -84,21 +84,21 @@ def add_product_(out: Tensor, dy: Tensor, x: Tensor) -> None:
         torch.addmm(out, dy.t(), x, out=out)
     elif not dy.is_cuda:
         out += torch.mm(dy.t().to(out.dtype), x.to(out.dtype))
-    elif _adds_to_wide_sums() and not torch.compiler.is_compiling():
-        torch.addmm(out, dy.t(), x, out_dtype=out.dtype, out=out)
-    else:
+    elif torch.compiler.is_compiling() or not _adds_to_wide_sums():
         out += torch.mm(dy.t(), x, out_dtype=out.dtype)
+    else:
+        torch.addmm(out, dy.t(), x, out_dtype=out.dtype, out=out)
 
 
 @functools.cache
 def _adds_to_wide_sums() -> bool:
-    """Whether this torch's addmm adds bf16 products to an fp32 tensor, in place; some refuse."""
-    x, out = (torch.ones(8, 8, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32))
+    """Whether this torch's addmm adds bf16 products to an fp32 tensor, in place; some refuse, before they launch anything."""
+    x, out = (torch.empty(8, 8, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32))
     try:
         torch.addmm(out, x, x, out_dtype=torch.float32, out=out)
     except (RuntimeError, TypeError):
         return False
-    return bool((out == 9).all())
+    return True
 
 
 def _grouped_mm(x: Tensor) -> bool:
