@@ -295,14 +295,9 @@ define(
 
 
 def _allocate_cast_backward(
-    dout: Tensor,
-    gate_up: Tensor,
-    weights: Tensor | None,
-    offsets: Tensor | None,
-    keep: bool,
-    keep_out: bool,
-    *settings: Any,
+    dout: Tensor, gate_up: Tensor, weights: Tensor | None, *settings: Any
 ) -> tuple[Tensor, ...]:
+    _, keep, keep_out, *_ = settings
     dgate_up, dweights = _allocate_swiglu_backward(dout, gate_up, weights)
     kept = dgate_up if keep else dout.new_empty(0)
     out = empty_per_token(gate_up, *(dout.shape if keep_out else (0, 0)))
