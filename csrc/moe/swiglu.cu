@@ -26,7 +26,7 @@ struct SwigluParams {
   int pieces;            // blocks a row
   const int* end;        // where kCast: row from which on there is nothing, or null
   RowCasts casts;        // where kCast: of out
-  RowCasts again;        // backward, where kCast: of the forward output, or null
+  RowCasts again;        // Casts::kBoth: of the forward output
 };
 
 constexpr double kOutFloor = 1e-4;  // of the forward output's cast, made again: swiglu_cast's own default
@@ -72,8 +72,13 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
   if constexpr (kCast) cast_packs(p.casts, rounded, t, p.inner, first, kThreads, vecs);
 }
 
-template <class T, int kThreads, bool kCast>
+// What goes out in FP8: nothing, the gradient, or with it the forward output again. NOTE: a template argument, since what the
+// last needs in registers, even where it was a branch not taken, cost the second a quarter of its bandwidth.
+enum class Casts { kNone, kGradient, kBoth };
+
+template <class T, int kThreads, Casts kCasts>
 __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams p) {
+  constexpr bool kCast = kCasts != Casts::kNone;
   constexpr int kSize = Vec<T>::kSize;
   __shared__ float scratch[kThreads / kWarpSize];
   wait_for_inputs();
@@ -88,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
   // The cast goes round with whole warps: inner is whole tiles then, but the last ones may not fill a warp.
   const int lane = kCast ? threadIdx.x % kWarpSize : 0;
   for (int v = threadIdx.x; v - lane < vecs; v += kThreads) {
-    Pack<T> rounded[2] = {}, again[1] = {};
+    Pack<T> rounded[2] = {};
+    [[maybe_unused]] Pack<T> again[1] = {};
     if (v < vecs) {
       Vec<T> g = load(gate + v * kSize);
       Vec<T> u = load(gate + p.inner + v * kSize);
@@ -97,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
       unpack(g, gs);
       unpack(u, us);
       unpack(dout, ds);
-      if (kCast && p.again.out) {
+      if constexpr (kCasts == Casts::kBoth) {
         float out[kSize];
 #pragma unroll
         for (int j = 0; j < kSize; ++j) out[j] = gs[j] * (sigmoid(gs[j]) * us[j] * weight);  // as the forward kernel
@@ -123,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
     }
     if constexpr (kCast) {
       cast_packs(p.casts, rounded, t, 2 * p.inner, v < vecs ? v : v + 2 * vecs, vecs, 2 * vecs);
-      if (p.again.out) cast_packs(p.again, again, t, p.inner, v, vecs, vecs);
+      if constexpr (kCasts == Casts::kBoth) cast_packs(p.again, again, t, p.inner, v, vecs, vecs);
     }
   }
   if (p.dweights == nullptr) return;
@@ -164,8 +170,9 @@ void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
   });
 }
 
-template <bool kCast>
+template <Casts kCasts>
 void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaStream_t stream) {
+  constexpr bool kCast = kCasts != Casts::kNone;
   visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
     using T = decltype(zero);
     constexpr int kMultiple = kCast ? kTile : Vec<T>::kSize;  // a tile must not have values of both halves
@@ -174,8 +181,8 @@ void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaSt
       launch(kCast ? "swiglu_cast_backward" : "swiglu_backward", kernel,
              {.grid = dim3(gate_up.size(0)), .block = dim3(threads)}, stream, p);
     };
-    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCast>, 64);
-    return run(swiglu_backward_kernel<T, 256, kCast>, 256);
+    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCasts>, 64);
+    return run(swiglu_backward_kernel<T, 256, kCasts>, 256);
   });
 }
 
@@ -224,7 +231,7 @@ void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dou
                      std::optional<Tensor> weights, cudaStream_t stream) {
   const SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
   const DeviceGuard guard(dout);
-  launch_swiglu_backward<false>(params, gate_up, stream);
+  launch_swiglu_backward<Casts::kNone>(params, gate_up, stream);
 }
 
 void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
@@ -236,12 +243,11 @@ void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional
   params.casts = row_casts("dgate_up_fp8", dgate_up_fp8, "dgate_up_sf", dgate_up_sf, gate_up.size(0), gate_up.size(1),
                            scale_rule(amax_floor, pow2_scale));
   DSV3_CHECK(out_fp8.has_value() == out_sf.has_value(), "out_fp8 goes with out_sf");
-  if (out_fp8) {
-    const ScaleRule rule = scale_rule(kOutFloor, false);
-    params.again = row_casts("out_fp8", *out_fp8, "out_sf", *out_sf, gate_up.size(0), params.inner, rule);
-  }
   const DeviceGuard guard(dout);
-  launch_swiglu_backward<true>(params, gate_up, stream);
+  if (!out_fp8) return launch_swiglu_backward<Casts::kGradient>(params, gate_up, stream);
+  const ScaleRule rule = scale_rule(kOutFloor, false);
+  params.again = row_casts("out_fp8", *out_fp8, "out_sf", *out_sf, gate_up.size(0), params.inner, rule);
+  launch_swiglu_backward<Casts::kBoth>(params, gate_up, stream);
 }
 
 }  // namespace dsv3
