@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,28 @@ def test_gradients_are_those_of_the_recipe(device, monkeypatch):
         assert error <= 1.3 * expected, f"{name}: {error:.3e} against an emulation's {expected:.3e}"
         if grad.dim() > 1:
             assert F.cosine_similarity(found[name].flatten(), grad.flatten(), dim=0) > 0.99, name
+
+
+def test_steps_of_another_optimizer_are_noticed(device):
+    """Without refresh_fp8, and after some in bf16."""
+    model, batch = model_of("fp8", device), batch_of(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for precision in ("fp8", "bf16", "fp8"):
+        model.set_precision(precision)
+        optimizer.zero_grad()
+        model.loss(batch, **LOSS).total.backward()
+        optimizer.step()
+    fresh = DeepSeekV3(CONFIG, device=device, precision="fp8")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model.loss(batch, **LOSS).total, fresh.loss(batch, **LOSS).total)
+
+
+def test_layers_that_stay_as_they_are_are_counted(device, caplog):
+    model = random_model(CONFIG, device=device)
+    model.set_precision("fp8")
+    assert not caplog.records
+    model_of("fp8", device, BASE)
+    assert re.search(r"\d+ of \d+ linear layers and experts do not multiply in FP8: ", caplog.text)
 
 
 def test_which_products_are_in_fp8(device, monkeypatch):

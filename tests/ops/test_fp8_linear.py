@@ -241,6 +241,23 @@ def test_in_a_graph():
     check_graph(step, x, dy, weights)
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_in_one_compiled_graph(experts, device):
+    x, *shapes = make(device, torch.bfloat16, (6, 32), (2, 64, 32), (2, 32, 32))
+    first, second = (Fp8Weight.make(parameter(w if experts else w[0])) for w in shapes)
+    weights, offsets = torch.rand(6, device=device, requires_grad=True), offsets_of([2, 4], device)
+
+    def loss(x, weights):
+        if experts:
+            return ops.fp8_experts(x, weights, offsets, first, second).float().square().sum()
+        return (ops.fp8_mlp(x, first, second) * weights[:, None]).float().square().sum()
+
+    leaves = x.requires_grad_(), weights
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    pairs = zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 # ---- cached weights ----
 def test_cached_weights(device):
     """Made once, rewritten in place by refresh, and None where a size does not fit."""
@@ -258,6 +275,32 @@ def test_cached_weights(device):
     assert cache.of(parameter(torch.randn(24, 64, device=device))) is None
     assert cache.of(parameter(torch.randn(64, 24, device=device))) is None
     assert cache.of(ops.Quantized(weight.data.data[0], weight.data.sf[0])) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda param: param.mul_(-3),
+        lambda param: torch.optim.SGD([param], lr=0.5).step(),
+        lambda param: setattr(param, "data", param.data.bfloat16()),
+        lambda param: setattr(param, "data", 2 * param.data),
+    ],
+    ids=["in place", "step", "dtype", "data"],
+)
+def test_changes_that_torch_makes_are_noticed(change, device):
+    """At the next use, in place, also where an engine uses them first; once."""
+    cache, param = ops.Fp8Weights(), parameter(torch.randn(48, 64, device=device))
+    weight, param.grad = cache.of(param), torch.ones_like(param)
+    place = weight.data.data.data_ptr()
+    with torch.no_grad():
+        change(param)
+    with torch.inference_mode():
+        assert cache.of(param) is weight
+    assert weight.data.data.data_ptr() == place
+    now = weight.data.data, weight.data.sf, weight.transposed.data, weight.transposed.sf
+    check_same(now, ops.per_block_cast(param, transpose=True))
+    weight.data.data.zero_()
+    assert not cache.of(param).data.data.float().any()
 
 
 def test_weights_that_moved_are_made_anew(device):

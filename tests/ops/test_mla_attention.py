@@ -245,6 +245,9 @@ def test_halves_of_keys_and_values(beside, device):
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(*(torch.autograd.grad(f(kv), kv)[0] for f in (loss, compiled)))
+    for bad, nope in ((kv[0], NOPE), (kv, 0), (kv, -1), (kv, NOPE + VALUE)):
+        with pytest.raises(ValueError, match=r"split_kv: kv must be \(T, H, D\) and nope in 1..D-1, got \("):
+            ops.split_kv(bad, nope)
 
 
 # ---- registration, graphs, errors ----

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dsv3 import ops
 from dsv3.reference.quant import dequantize
@@ -80,6 +83,24 @@ def test_main_grad(device):
     torch.testing.assert_close(weight.main_grad - 1, expected.float(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_main_grad_in_a_recomputed_region(cast, device):
+    """A region's own tensors have no main_grad: the parameter's gets the gradient, as without recomputation."""
+    x, _, weight = make(9, 512, torch.bfloat16, device)
+    found = []
+    for recompute in (False, True):
+        weight = torch.nn.Parameter(weight.clone())
+        weight.main_grad = torch.zeros(512, device=device)
+        norm = functools.partial(ops.rmsnorm, weight=weight, cast=cast)
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(norm, leaf, use_reentrant=False) if recompute else norm(leaf)
+        y.square().sum().backward()
+        assert weight.grad is None
+        found.append(weight.main_grad)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
 def unfused(x, weight, residual, keep_y, settings):
     """What rmsnorm_cast must be bit for bit, on the same device."""
     y, summed, rstd = torch.ops.dsv3.rmsnorm(x, residual, weight, 1e-6)
@@ -152,6 +173,19 @@ def test_registration_compile_graph(device):
     check_compile(lambda x, r, w: ops.rmsnorm(x, w, residual=r), x, residual, weight)
     if device.type == "cuda":
         check_graph(lambda x, r, w: torch.ops.dsv3.rmsnorm(x, r, w, 1e-6), x, residual, weight)
+
+
+def test_the_norm_of_fp8_layers_compiles_in_one_graph(device):
+    x, residual, weight = make(16, 256, torch.bfloat16, device)
+
+    def loss(x, weight):
+        y, summed = ops.rmsnorm(x, weight, residual=residual, cast=True)
+        return (y * summed).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    pairs = zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_bad_arguments():

@@ -25,6 +25,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.fp8: ops.Fp8Weights | None = None
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it multiplies in FP8."""
+        return self.fp8 is not None and self.fp8.takes(self.weight)
+
     def fp8_weight(self) -> ops.Fp8Weight | None:
         """The weight's FP8 copies, or None where it is multiplied as it is."""
         return None if self.fp8 is None else self.fp8.of(self.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.moe import Experts, balance_loss
 from dsv3.model.mtp import MTP
+
+log = logging.getLogger("dsv3")
 
 IGNORED = -100
 RECOMPUTE = frozenset({"norm", "mla_up"})
@@ -102,16 +105,22 @@ class DeepSeekV3(nn.Module):
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        fp8 = precision == "fp8"
+        fp8, unfit, layers = precision == "fp8", 0, 0
         for block in (module for module in self.modules() if isinstance(module, Block)):
             for module in block.modules():
                 if isinstance(module, Linear | Experts):
                     module.fp8 = self.fp8 if fp8 else None
+                    unfit += fp8 and not module.in_fp8
+                    layers += 1
                 elif isinstance(module, RMSNorm):
                     module.cast = fp8
+        if unfit:
+            why = "they are quantised, or have sizes that are no multiples of 16"
+            log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, layers, why)
 
     def refresh_fp8(self) -> None:
-        """Casts the weights again, after they have changed, in place: every optimizer step, every load. Nothing in bf16."""
+        """Casts the weights again, after they have changed, in place: every optimizer step, and also in bf16 where FP8 comes
+        back later. What torch itself has changed is noticed without it (see ops.Fp8Weights). Nothing before FP8's first use."""
         self.fp8.refresh()
 
     @staticmethod

@@ -47,10 +47,12 @@ class Fp8Weight:
 
 @dataclass
 class Fp8Weights:
-    """The FP8 copies of a model's parameters: made at first use, good until the parameters change, rewritten in place by
-    `refresh` after each optimizer step."""
+    """The FP8 copies of a model's parameters: made at first use, rewritten in place by `refresh` after each optimizer step, and
+    at their next use where torch knows that the parameter has changed (`optimizer.step`, `load_state_dict`, a cast; not what a
+    kernel of ours or of another library has written)."""
 
     made: dict[Tensor, Fp8Weight] = field(default_factory=dict)
+    states: dict[Tensor, tuple[object, ...]] = field(default_factory=dict)  # of the parameters when they were last cast
 
     @staticmethod
     def takes(param: Tensor | Quantized) -> bool:
@@ -66,6 +68,10 @@ class Fp8Weights:
         weight = self.made.get(param)
         if weight is None or weight.data.device != param.device:
             weight = self.made[param] = Fp8Weight.make(param)
+            self.states[param] = _state(param)
+        elif not torch.compiler.is_compiling() and self.states.get(param) != _state(param):
+            weight.refresh()
+            self.states[param] = _state(param)
         return weight
 
     @torch.no_grad()
@@ -75,6 +81,12 @@ class Fp8Weights:
         self.made = {param: weight for param, weight in self.made.items() if weight.data.device == param.device}
         for weight in self.made.values():
             weight.refresh()
+        self.states = {param: _state(param) for param in self.made}
+
+
+def _state(param: Tensor) -> tuple[object, ...]:
+    """What differs after a change that torch has made."""
+    return param.data_ptr(), param.dtype, None if param.is_inference() else param._version
 
 
 def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -180,7 +192,10 @@ class GradientCast:
         made, stand_in = self.made, self.stand_in
         self.made = self.stand_in = None
         if made is not None and dy.numel() and dy.data_ptr() != stand_in.data_ptr():
-            raise RuntimeError("fp8_experts: the gradient came as FP8 and has been changed: was the result used twice?")
+            raise RuntimeError(
+                "fp8_experts: the gradient came as FP8 and has been changed, by a second use of the result or by a hook: give "
+                "the buffer's combine a clone of the result, whose gradient has values"
+            )
         return made
 
 
@@ -304,13 +319,14 @@ def fp8_experts(
 
     Returns:
         [R, H] of x's dtype; what backward keeps is as in `fp8_mlp`. Where an ExpertBuffer brings its gradient as FP8, hooks on
-        it see NaN: the codes do not pass through autograd.
+        it see NaN, since the codes do not pass through autograd, and it must have no other use; a clone of it may.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
-    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=GradientCast())
+    gradient = None if torch.compiler.is_compiling() else GradientCast()
+    mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=gradient)
     cast = cast or _cast_of(x, pow2_scale=True)
     return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
 

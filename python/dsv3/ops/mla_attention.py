@@ -136,7 +136,12 @@ def split_kv(kv: Tensor, nope: int) -> tuple[Tensor, Tensor]:
     """Views k_nope [T, H, nope] and v [T, H, Dv] of kv [T, H, nope + Dv]; differentiable.
 
     The gradients that mla_attention gives for both lie in one tensor, which is kv's as it is: nothing is put together.
+
+    Raises:
+        ValueError: a kv that is not [T, H, D], or nope outside 1..D-1.
     """
+    if kv.dim() != 3 or not 0 < nope < kv.shape[2]:
+        raise ValueError(f"split_kv: kv must be (T, H, D) and nope in 1..D-1, got {tuple(kv.shape)} and {nope}")
     return apply(_SplitKv, kv, nope)
 
 

@@ -101,21 +101,31 @@ define(
 )
 
 
+def _keep_norm(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Tensor) -> None:
+    """x: with the residual added. A recomputed region gives other tensors back than it was given, without their main_grad: so
+    the weight is kept beside them."""
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.weight, ctx.has_residual = weight, residual is not None
+
+
+def _norm_gradients(ctx: Any, dy: Tensor, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    if dresidual is not None:
+        dresidual = dresidual.contiguous()
+    dx, dweight = torch.ops.dsv3.rmsnorm_backward(dy.contiguous(), dresidual, x, weight, rstd)
+    return dx, dx if ctx.has_residual else None, accumulate(ctx.weight, dweight), None
+
+
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
         y, summed, rstd = torch.ops.dsv3.rmsnorm(x, residual, weight, eps)
-        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
-        ctx.has_residual = residual is not None
-        return (y, summed) if ctx.has_residual else y
+        _keep_norm(ctx, x if residual is None else summed, residual, weight, rstd)
+        return y if residual is None else (y, summed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dresidual: Tensor | None = None) -> Any:
-        x, weight, rstd = ctx.saved_tensors
-        if dresidual is not None:
-            dresidual = dresidual.contiguous()
-        dx, dweight = torch.ops.dsv3.rmsnorm_backward(dy.contiguous(), dresidual, x, weight, rstd)
-        return dx, dx if ctx.has_residual else None, accumulate(weight, dweight), None
+        return _norm_gradients(ctx, dy, dresidual)
 
 
 class _RMSNormCast(Function):
@@ -124,15 +134,14 @@ class _RMSNormCast(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, ...]:
         y_fp8, y_sf, y, summed, rstd = torch.ops.dsv3.rmsnorm_cast(x, residual, weight, eps, True, False, _AMAX_FLOOR)
-        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
-        ctx.has_residual = residual is not None
+        _keep_norm(ctx, x if residual is None else summed, residual, weight, rstd)
         ctx.mark_non_differentiable(y_fp8, y_sf)
         ctx.set_materialize_grads(False)
-        return y, summed if ctx.has_residual else None, y_fp8, y_sf
+        return y, None if residual is None else summed, y_fp8, y_sf
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None, *none: None) -> Any:
-        return _RMSNorm.backward(ctx, torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy, dresidual)
+        return _norm_gradients(ctx, torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy, dresidual)
 
 
 def rmsnorm(
@@ -160,9 +169,10 @@ def rmsnorm(
     """
     _check_shapes("rmsnorm", x, weight, residual)
     args = x.contiguous(), residual if residual is None else residual.contiguous(), weight, eps
-    if not cast:
+    if cast:
+        _check_cast("rmsnorm", x, _AMAX_FLOOR)
+    if not cast or torch.compiler.is_compiling():  # Dynamo knows no such attributes: layers cast y themselves
         return apply(_RMSNorm, *args)
-    _check_cast("rmsnorm", x, _AMAX_FLOOR)
     y, summed, y_fp8, y_sf = apply(_RMSNormCast, *args)
     y.cast = y_fp8, y_sf
     return y if residual is None else (y, summed)
