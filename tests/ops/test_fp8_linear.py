@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +140,19 @@ def test_the_cast_of_a_norm_is_used(device):
             results.append((y.detach(), inputs.grad, w.grad, scale.grad))
             scale.grad = None
         check_same(*results)
+
+
+def test_the_cast_of_a_norm_is_of_what_the_norm_wrote(device, monkeypatch):
+    """It is read where nothing has been written since, and not where something has."""
+    x, weight = make(device, torch.bfloat16, (50, 256), (64, 256))
+    made = Fp8Weight.make(parameter(weight))
+    y = ops.rmsnorm(x, torch.ones(256, device=device).bfloat16(), cast=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("dsv3.ops.fp8_linear"), "per_token_cast", None)
+        ops.fp8_linear(y, made)
+    with torch.no_grad():
+        y[:, ::3] = 0
+    check_same([ops.fp8_linear(y, made)], [ops.fp8_linear(y.clone(), made)])
 
 
 # ---- MLPs and experts ----

@@ -167,6 +167,8 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
 
 def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
     made = None if pow2_scale else getattr(x, "cast", None)
+    if made is not None and not x.is_inference() and x._version:  # x has been written since
+        made = None
     return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
 
 
