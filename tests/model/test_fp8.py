@@ -93,6 +93,15 @@ def test_layers_that_stay_as_they_are_are_counted(device, caplog):
     assert re.search(r"\d+ of \d+ linear layers and experts do not multiply in FP8: ", caplog.text)
 
 
+def test_layers_compile_before_anything_has_been_cast(device):
+    model = model_of("fp8", device)
+    layer = model.layers[0].attention.o
+    x = torch.randn(5, layer.weight.shape[1], device=device)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(compiled, layer(x))
+
+
 def test_which_products_are_in_fp8(device, monkeypatch):
     """The linear layers of attention, MLPs and experts, and nothing else; the projection after attention keeps its input."""
     model = model_of("fp8", device)

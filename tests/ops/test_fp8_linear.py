@@ -316,6 +316,10 @@ def test_changes_that_torch_makes_are_noticed(change, device):
     check_same(now, ops.per_block_cast(param, transpose=True))
     weight.data.data.zero_()
     assert not cache.of(param).data.data.float().any()
+    given = ops.Fp8Weights(
+        {param: ops.Fp8Weight(param, weight.data, weight.transposed)}
+    )  # copies that somebody else made
+    assert not given.of(param).data.data.float().any()
 
 
 def test_weights_that_moved_are_made_anew(device):

@@ -94,7 +94,7 @@ class Experts(nn.Module):
 
         cast: x as e4m3 [R, H] and its scales, where it came as FP8. Raises ValueError where the experts want it otherwise.
         """
-        if self.fp8 is not None and self.in_fp8:
+        if self.in_fp8:
             first, second = self.fp8.of(self.gate_up), self.fp8.of(self.down)
             return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
         if cast:

@@ -105,18 +105,17 @@ class DeepSeekV3(nn.Module):
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        fp8, unfit, layers = precision == "fp8", 0, 0
-        for block in (module for module in self.modules() if isinstance(module, Block)):
-            for module in block.modules():
-                if isinstance(module, Linear | Experts):
-                    module.fp8 = self.fp8 if fp8 else None
-                    unfit += fp8 and not module.in_fp8
-                    layers += 1
-                elif isinstance(module, RMSNorm):
-                    module.cast = fp8
+        fp8 = precision == "fp8"
+        modules = [module for block in self.modules() if isinstance(block, Block) for module in block.modules()]
+        layers = [module for module in modules if isinstance(module, Linear | Experts)]
+        for layer in layers:
+            layer.fp8 = self.fp8 if fp8 else None
+        for norm in (module for module in modules if isinstance(module, RMSNorm)):
+            norm.cast = fp8
+        unfit = sum(fp8 and not layer.in_fp8 for layer in layers)
         if unfit:
             why = "they are quantised, or have sizes that are no multiples of 16"
-            log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, layers, why)
+            log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, len(layers), why)
 
     def refresh_fp8(self) -> None:
         """Casts the weights again, after they have changed, in place: every optimizer step, and also in bf16 where FP8 comes

@@ -25,13 +25,17 @@ GRADIENT_FLOOR = 1e-30  # smallest amax of a tile of gradients
 Cast = tuple[Tensor, Tensor]  # e4m3 data and the scales of its tiles
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Fp8Weight:
     """A parameter [N, K], or [G, N, K] for G experts, with the FP8 copies that stand for it in products."""
 
     param: Tensor  # whose main_grad, or grad, takes the gradient
     data: Quantized  # [(G,) N, K]: forward
     transposed: Quantized  # [(G,) K, N]: dgrad
+    state: tuple[object, ...] | None = field(init=False)  # of the parameter when it was cast, as torch knows it
+
+    def __post_init__(self) -> None:
+        self.state = _state(self.param)
 
     @staticmethod
     def make(param: Tensor) -> Fp8Weight:
@@ -43,6 +47,19 @@ class Fp8Weight:
         """Casts the parameter again, into the same memory."""
         copies = self.data, self.transposed
         per_block_cast(self.param, transpose=True, out=tuple(t for copy in copies for t in (copy.data, copy.sf)))
+        self.state = _state(self.param)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether torch has changed the parameter since."""
+        return not torch.compiler.is_compiling() and self.state != _state(self.param)
+
+
+def _state(param: Tensor) -> tuple[object, ...] | None:
+    """What differs after a change that torch has made; None in a graph that is being compiled, which knows nothing of it."""
+    if torch.compiler.is_compiling():
+        return None
+    return param.data_ptr(), param.dtype, None if param.is_inference() else param._version
 
 
 @dataclass
@@ -52,7 +69,6 @@ class Fp8Weights:
     kernel of ours or of another library has written)."""
 
     made: dict[Tensor, Fp8Weight] = field(default_factory=dict)
-    states: dict[Tensor, tuple[object, ...]] = field(default_factory=dict)  # of the parameters when they were last cast
 
     @staticmethod
     def takes(param: Tensor | Quantized) -> bool:
@@ -68,10 +84,8 @@ class Fp8Weights:
         weight = self.made.get(param)
         if weight is None or weight.data.device != param.device:
             weight = self.made[param] = Fp8Weight.make(param)
-            self.states[param] = _state(param)
-        elif not torch.compiler.is_compiling() and self.states.get(param) != _state(param):
+        elif weight.is_stale:
             weight.refresh()
-            self.states[param] = _state(param)
         return weight
 
     @torch.no_grad()
@@ -81,12 +95,6 @@ class Fp8Weights:
         self.made = {param: weight for param, weight in self.made.items() if weight.data.device == param.device}
         for weight in self.made.values():
             weight.refresh()
-        self.states = {param: _state(param) for param in self.made}
-
-
-def _state(param: Tensor) -> tuple[object, ...]:
-    """What differs after a change that torch has made."""
-    return param.data_ptr(), param.dtype, None if param.is_inference() else param._version
 
 
 def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -167,8 +175,8 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
 
 def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
     made = None if pow2_scale else getattr(x, "cast", None)
-    if made is not None and not x.is_inference() and x._version:  # x has been written since
-        made = None
+    if made is not None and not torch.compiler.is_compiling() and not x.is_inference() and x._version:
+        made = None  # x has been written since
     return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
 
 
