@@ -1,4 +1,5 @@
-"""Builds dsv3._C with CMake where nvcc is found; installs pure Python otherwise. The metadata is in pyproject.toml."""
+"""Builds dsv3._C with CMake where nvcc is found, and dsv3._nvshmem where NVSHMEM is too; installs pure Python otherwise. The
+metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -31,6 +32,13 @@ def module_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+def find_nvshmem() -> Path | None:
+    """Folder of the nvidia-nvshmem wheel of this interpreter's environment, with headers and libraries."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) / "nvshmem" for folder in (spec and spec.submodule_search_locations) or ()]
+    return next((folder for folder in folders if (folder / "include" / "nvshmem.h").exists()), None)
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         # An editable install uses what `build_ext --inplace` built, so that it is quick and never compiles unasked.
@@ -49,13 +57,15 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={module_folder('pybind11') / 'share' / 'cmake' / 'pybind11'}",
             f"-DCUTLASS_INCLUDE_DIR={module_folder('cutlass_library') / 'source' / 'include'}",
         ]  # fmt: skip
+        configure.append(f"-DNVSHMEM_DIR={find_nvshmem() or ''}")
         wheel_libraries = nvcc.parent.parent / "lib"
         if "site-packages" in nvcc.parts:
             configure.append(f"-DCMAKE_CUDA_FLAGS=-L{wheel_libraries}")
         # The cmake and ninja of this interpreter's environment come first, whether or not it is activated.
         env = os.environ | {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
         subprocess.run(configure, check=True, env=env)
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
+        target = ext.name.rpartition(".")[2]
+        subprocess.run(["cmake", "--build", str(build), "--target", target], check=True, env=env)
 
 
 class MaybeBinary(Distribution):
@@ -63,7 +73,10 @@ class MaybeBinary(Distribution):
         return bool(self.ext_modules)
 
 
-extensions = [Extension("dsv3._C", sources=[])] if find_nvcc() else []
+names = [] if find_nvcc() is None else ["_C"] if find_nvshmem() is None else ["_C", "_nvshmem"]
+extensions = [Extension(f"dsv3.{name}", sources=[]) for name in names]
+if names == ["_C"]:
+    print("dsv3: no nvidia-nvshmem wheel found, installing without the transport nvshmem", file=sys.stderr)
 if not extensions:
     print("dsv3: no nvcc found, installing without native code: every op runs on its reference", file=sys.stderr)
 

@@ -94,6 +94,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
     buffer = ExpertBuffer(
         num_experts=EXPERTS,
         transport=case["transport"],
+        ranks_per_node=case["ranks"] // case.get("nodes", 1),
         wire_dtype=WIRES[case["wire"]],
         device=device,
         timeout=20,
@@ -113,7 +114,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, float]:
             return buffer.send_sums(y, handle).receive() if few else buffer.combine(y, handle)
 
         def microseconds(call: Callable[[], Any]) -> float:
-            graph = (static or few) and case["transport"] == "ipc"
+            graph = (static or few) and case["transport"] != "collective"
             return device_us(call, calls, repeats, graph) if device.type == "cuda" else host_us(call)
 
         found = {"dispatch": microseconds(dispatch), "combine": microseconds(combine)}

@@ -1,76 +1,16 @@
-// dsv3._C: the native ops as Python functions. Tensors come in through DLPack's C exchange API, which also tells the
-// current stream, so the module links neither libtorch nor a shared CUDA runtime and serves every torch >= 2.10. Ops that
-// torch's dispatcher calls without Python are in torch_ops.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <memory>
-#include <mutex>
+// dsv3._C: the native ops as Python functions (common/bind.h). Ops that torch's dispatcher calls without Python are in
+// torch_ops.cpp.
 #include <string>
-#include <tuple>
-#include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "comm/peers.h"
-#include "common/device_error.h"
-#include "common/dlpack.h"
-#include "common/tensor.h"
+#include "common/bind.h"
 #include "ops.h"
 #include "torch_ops.h"
 
-namespace py = pybind11;
-
 namespace {
 
-using dsv3::dlpack::ExchangeApi;
-
-// The exchange table of a tensor type; the last one asked for is remembered, since a process uses one framework.
-const ExchangeApi* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* last_type = nullptr;
-  static const ExchangeApi* last_api = nullptr;
-  if (type == last_type) return last_api;
-  const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
-  if (capsule.is_none()) return nullptr;
-  void* const table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  if (table == nullptr) throw py::error_already_set();
-  last_type = type;
-  last_api = static_cast<const ExchangeApi*>(table);
-  return last_api;
-}
-
-// What the argument caster saw last, for the stream of the call. Calls hold the GIL from casting until they have that.
-const ExchangeApi* current_api = nullptr;
-
-cudaStream_t current_stream(const dsv3::Tensor& t) {
-  DSV3_CHECK(t.is_cuda(), "native ops take CUDA tensors, got a CPU tensor of shape ", t);
-  void* stream = nullptr;
-  if (current_api->current_work_stream(dsv3::dlpack::kCUDA, t.device(), &stream) != 0) throw py::error_already_set();
-  return static_cast<cudaStream_t>(stream);
-}
-
-const dsv3::Tensor& first_tensor(const dsv3::Tensor& t) { return t; }
-const dsv3::Tensor& first_tensor(const std::vector<dsv3::Tensor>& list) {
-  DSV3_CHECK(!list.empty(), "the first list of tensors is empty");
-  return list.front();
-}
-
-// Defines a Python function for `void op(Tensor first, ..., cudaStream_t)`: the stream is the framework's current one.
-template <class First, class... Args, size_t... kIndex>
-void define(py::module_& m, const char* name, void (*op)(First, Args...), std::index_sequence<kIndex...>) {
-  using All = std::tuple<First, Args...>;
-  m.def(name, [op](std::tuple_element_t<kIndex, All>... args) {
-    const cudaStream_t stream = current_stream(first_tensor(std::get<0>(std::tie(args...))));
-    const py::gil_scoped_release release;  // a launch waits where the queue is full, and other threads are to go on
-    const std::lock_guard lock(dsv3::torch_ops::launching());
-    dsv3::raise_device_error();
-    op(std::move(args)..., stream);
-  });
-}
-template <class... Args>
-void define(py::module_& m, const char* name, void (*op)(Args...)) {
-  define(m, name, op, std::make_index_sequence<sizeof...(Args) - 1>{});
-}
+using dsv3::bind::define;
 
 // A Python exception on its way from an op of dsv3_python through torch's dispatcher, whose C interface drops it: kept
 // before, and raised once more where torch's own pybind11 turns C++ exceptions into Python's.
@@ -105,36 +45,10 @@ void define_torch_ops(py::module_& m) {
 }
 
 void define_peers(py::module_& m) {
-  using dsv3::Peers;
-  py::class_<Peers>(m, "Peers")
-      .def(py::init<int, int, int, int, int, int, int, double>())
-      .def_property_readonly("handle", [](const Peers& peers) { return py::bytes(peers.handle()); })
-      .def_property_readonly("bytes", &Peers::bytes)
-      .def_property_readonly("lost", &Peers::lost)
-      .def("give_up", &Peers::give_up)
-      .def("take_long_wait", &Peers::take_long_wait)
-      .def("connect", &Peers::connect)
-      .def("disconnect", &Peers::disconnect)
-      .def("release", &Peers::release);
+  dsv3::bind::peers<dsv3::Peers>(m, "Peers").def(py::init<int, int, int, int, int, int, int, int, int, double>());
 }
 
 }  // namespace
-
-namespace pybind11::detail {
-template <>
-struct type_caster<dsv3::Tensor> {
-  PYBIND11_TYPE_CASTER(dsv3::Tensor, const_name("Tensor"));
-  bool load(handle source, bool) {
-    const ExchangeApi* const api = exchange_api(Py_TYPE(source.ptr()));
-    if (api == nullptr || api->tensor_from_py_object == nullptr) return false;
-    dsv3::dlpack::Tensor view;
-    if (api->tensor_from_py_object(source.ptr(), &view) != 0) throw error_already_set();
-    current_api = api;
-    value = dsv3::Tensor(view);
-    return true;
-  }
-};
-}  // namespace pybind11::detail
 
 PYBIND11_MODULE(_C, m) {
   define_torch_ops(m);

@@ -169,7 +169,7 @@ void decode_positions(Tensor positions, Tensor slots, Tensor seq_lens, Tensor le
                       cudaStream_t stream);
 void greedy_round(Tensor result, Tensor tokens, Tensor lengths, Tensor logits, Tensor active, cudaStream_t stream);
 
-// comm/exchange.cu. Between N ranks of a node on C channels. topk_idx int64 [T, k] and own_offsets int32 [E + 1] of the
+// comm/exchange.cu. Between N ranks on C channels, here of one node; nvshmem/network.h has the same ops for several. topk_idx int64 [T, k] and own_offsets int32 [E + 1] of the
 // own order by expert; heads int32 [N, 8], what every rank gave as `head`, whose first number is 2 where an expert does
 // not exist; offsets int32 [G + 1], shift int32 [E], arrivals int32 [N, C] for comm_dispatch.
 void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, Tensor topk_idx, Tensor own_offsets,
@@ -177,17 +177,18 @@ void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, 
 // comm/dispatch.cu. x float [T, H], pairs int64 [T, k]: the pairs' places in the own order; rows like x [R, H], or with
 // sf fp32 [R, ceil(H / 128)] e4m3, as per_token_cast makes them (sf_rows, contiguous, is workspace); weights fp32 [T, k] come as row_weights fp32 [R]. position
 // int64 [N * max_tokens, k], filled with R by the caller: rows of every rank's tokens, ascending. total int32 [...]: its
-// last number is how many rows there should be; where they are more than R, all become NaN. cast: values travel as e4m3.
+// last number is how many rows there should be; where they are more than R, all become NaN. cast: values travel as e4m3. relay,
+// for several nodes, int32 [nodes, max_tokens] zeroed by the caller: which ranks of this node need a token passed on.
 void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
-                   std::optional<Tensor> row_weights, std::optional<Tensor> position, Tensor x,
-                   std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift, Tensor arrivals,
-                   Tensor total, int64_t max_tokens, bool cast, double amax_floor, const Peers& peers,
+                   std::optional<Tensor> row_weights, std::optional<Tensor> position, std::optional<Tensor> relay,
+                   Tensor x, std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift,
+                   Tensor arrivals, Tensor total, int64_t max_tokens, bool cast, double amax_floor, const Peers& peers,
                    cudaStream_t stream);
 // comm/combine.cu. rows float [R, H] -> out [T, H], row_weights fp32 [R] -> weights fp32 [T, k]; position as
 // comm_dispatch left it. fp32_sums: sums of a rank and of a node in fp32, else in out's dtype.
 void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::optional<Tensor> row_weights,
-                  Tensor topk_idx, Tensor position, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
-                  const Peers& peers, cudaStream_t stream);
+                  Tensor topk_idx, Tensor position, std::optional<Tensor> relay, int64_t num_experts,
+                  int64_t ranks_per_node, bool fp32_sums, const Peers& peers, cudaStream_t stream);
 
 // comm/low_latency.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens). comm_send: x float
 // [T, H], weights fp32 and topk_idx int64 [T, k]. comm_receive: rows like x [G, R, H], R >= N * M, or e4m3 with sf fp32

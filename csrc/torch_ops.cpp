@@ -7,6 +7,7 @@
 #include <atomic>
 #include <bit>
 #include <initializer_list>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 #include <utility>
 
 #include "common/device_error.h"
+#include "common/launching.h"
 #include "common/tensor.h"
 #include "ops.h"
 #include "torch_abi.h"
@@ -22,11 +24,6 @@
 namespace dsv3::torch_ops {
 
 void (*throw_python_error)() = nullptr;
-
-std::mutex& launching() {
-  static std::mutex mutex;
-  return mutex;
-}
 
 namespace {
 

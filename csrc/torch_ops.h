@@ -1,13 +1,7 @@
 // Ops that torch's dispatcher calls without going through Python, which would take longer than all the rest of a call.
 #pragma once
 
-#include <mutex>
-
 namespace dsv3::torch_ops {
-
-// Held from the first look at an argument to the launch: what host functions remember (attributes of kernels, plans, error
-// words) is shared, and calls come with and without the GIL.
-std::mutex& launching();
 
 // Registers the kernel of dsv3::<name> under a dispatch key. False where there is none, or the loaded torch lacks a
 // function of torch_abi.h. The kernel launches on devices given to `use_device`, unless references are forced; every other

@@ -1,5 +1,5 @@
 """csrc/comm: dispatch and combine of expert parallelism between processes, one a GPU where there are several; on one GPU eight
-share it, and all of them together are one row.
+share it, and all of them together are one row. Over nvshmem they are two nodes, on one GPU of two processes each.
 
 `bytes` are those that count in a GPU's memory: dispatch reads x once and writes every row of an expert once, combine reads
 these rows and writes the output once. That each token also passes a ring to each of its ranks costs time and counts nothing.
@@ -25,7 +25,7 @@ from bench.shared_gpu import shared_gpu
 from dsv3.reference.quant import TILE
 
 WIRES = ("fp8", "bf16")
-SHARED_RANKS = 8
+SHARED_RANKS = {"ipc": 8, "nvshmem": 4}
 NUM_SMS = (8, 16, 20, 24)  # between GPUs
 
 
@@ -36,22 +36,25 @@ def _several_gpus() -> bool:
 
 def _sizes(kind: dict[str, Any], tiny: bool) -> dict[str, int]:
     names = "ranks", "tokens", "hidden", "topk"
-    ranks = torch.cuda.device_count() if _several_gpus() else SHARED_RANKS
+    ranks = torch.cuda.device_count() if _several_gpus() else SHARED_RANKS[kind["transport"]]
     tokens = 128 if kind["mode"] == "low_latency" else 4096
     return dict(zip(names, (2, 32, 256, 8) if tiny else (ranks, tokens, 7168, 8), strict=True))
 
 
 def _kinds() -> list[dict[str, Any]]:
     """What is asked of the ranks, apart from sizes."""
-    static = [{"mode": "static", "wire": wire} for wire in WIRES]
+    static = [{"transport": "ipc", "mode": "static", "wire": wire} for wire in WIRES]
     kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if _several_gpus() else static
-    few = [{"mode": "low_latency", "wire": wire} for wire in WIRES]
-    return [*kinds, {"mode": "exact", "wire": "fp8"}, *few]
+    kinds.append({"transport": "ipc", "mode": "exact", "wire": "fp8"})
+    kinds += [{"transport": "ipc", "mode": "low_latency", "wire": wire} for wire in WIRES]
+    return [*kinds, *({"transport": "nvshmem", "nodes": 2, "mode": "static", "wire": wire} for wire in WIRES)]
 
 
 def _peer(kind: dict[str, Any]) -> dict[str, Any]:
     """The kind of peer that moves the same tokens, whatever else differs."""
-    return {"mode": "low_latency" if kind["mode"] == "low_latency" else "exact", "wire": kind["wire"], "peer": True}
+    mode = "low_latency" if kind["mode"] == "low_latency" else "exact"
+    nodes = {key: kind[key] for key in ("transport", "nodes") if key in kind}
+    return {**nodes, "mode": mode, "wire": kind["wire"], "peer": True}
 
 
 def _name(kind: dict[str, Any]) -> str:
@@ -59,12 +62,13 @@ def _name(kind: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
-    """What the ranks found, all cases in one start of them, by _name; also of the peers, which are collective."""
-    transport = "ipc" if device == "cuda" else "collective"
+def _measured(transport: str, device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]:
+    """What the ranks found, a transport's cases in one start of them, by _name; also of the peers, which are collective."""
     shared = device == "cuda" and not _several_gpus()
-    peers = list({_name(_peer(kind)): _peer(kind) for kind in _kinds()}.values())
-    asked = [{**_sizes(kind, tiny), "transport": transport, "quick": quick, **kind} for kind in _kinds()]
+    kinds = [kind for kind in _kinds() if kind["transport"] == transport]
+    peers = list({_name(_peer(kind)): _peer(kind) for kind in kinds}.values())
+    over = {} if device == "cuda" else {"transport": "collective"}
+    asked = [{**_sizes(kind, tiny), "quick": quick, **kind, **over} for kind in kinds]
     # Where ranks share a GPU collective goes through the host, and lasts.
     collective = {"transport": "collective", "mode": "exact", "quick": quick or shared}
     asked += [{**_sizes(kind, tiny), **kind, **collective} for kind in peers]
@@ -78,7 +82,7 @@ def _measured(device: str, tiny: bool, quick: bool) -> dict[str, dict[str, Any]]
     if done.returncode != 0:
         raise RuntimeError(f"the ranks failed: {done.stderr.strip()[-500:]}")
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(map(_name, [*_kinds(), *peers]), found, strict=True))
+    return dict(zip(map(_name, [*kinds, *peers]), found, strict=True))
 
 
 def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
@@ -86,7 +90,7 @@ def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
     backend = "nccl" if several else "gloo"
 
     def measure(device: torch.device, quick: bool) -> Timing:
-        measured = _measured(device.type, tiny, quick)
+        measured = _measured(kind["transport"], device.type, tiny, quick)
         found = measured[_name(kind)]
         facts = {"link_gbs": round(found[f"{op}_bytes"] / found[op] / 1e3, 2)} if several else {}
         return Timing(found[op], {f"all_to_all_single over {backend}": measured[_name(_peer(kind))][op]}, facts)
@@ -95,7 +99,7 @@ def _case(op: str, kind: dict[str, Any], tiny: bool) -> Case:
     row = hidden + 4 * -(-hidden // TILE) if kind["wire"] == "fp8" and op == "dispatch" else 2 * hidden
     return Case(
         op=f"comm_{op}",
-        case={**sizes, "transport": "ipc", **kind},
+        case={**sizes, **kind},
         flops=tokens * hidden * sizes["topk"] if op == "combine" else 0,
         bytes=tokens * (2 * hidden + sizes["topk"] * row),
         measure=measure,

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_inputs();
   if (has_failed(r)) return;
   const Half call(r, kThere, 0);
-  for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = p.own.ranks(t);
+  for (int t = threadIdx.x; t < p.own.tokens; t += kThreads) needs[t] = p.own.ways<false>(r, t);
   if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;  // of the last call but one
   const int team = threadIdx.x / kWarpSize / kParts, part = threadIdx.x / kWarpSize % kParts;
   const int lane = threadIdx.x % kWarpSize;
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int items = p.own.tokens * p.pieces;
   for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
     const int token = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
-    const unsigned mask = p.own.ranks(token);
+    const unsigned mask = p.own.ways<false>(r, token);
     const Slot* const slot =
         mask >> lane & 1 ? window_slot(r, r.rank, kBack, call.parity(), lane, token, piece) : nullptr;
     const Parts parts = parts_of(p.ranks_per_node, mask, slot);

@@ -24,21 +24,25 @@ class Current {
 
 }  // namespace
 
-Peers::Peers(int device, int rank, int ranks, int channels, int slots, int window_tokens, int window_pieces,
-             double timeout_seconds)
+Peers::Peers(int device, int rank, int ranks, int node, int nodes, int channels, int slots, int window_tokens,
+             int window_pieces, double timeout_seconds)
     : device_(device) {
   DSV3_CHECK(ranks >= 1 && ranks <= kMaxRanks && rank >= 0 && rank < ranks, "ranks must be 1..", kMaxRanks, ", got ",
              ranks);
+  DSV3_CHECK(nodes >= 1 && nodes <= kMaxNodes && node >= 0 && node < nodes && nodes * ranks <= kMaxGroup,
+             "nodes must be 1..", kMaxNodes, " and have at most ", kMaxGroup, " ranks, got ", nodes, " of ", ranks);
   DSV3_CHECK(channels >= 1 && channels <= kMaxChannels, "channels must be 1..", kMaxChannels, ", got ", channels);
   DSV3_CHECK(slots >= 1 && (slots & (slots - 1)) == 0,
              "slots must be a power of two, since items are counted modulo 2^32, got ", slots);
   const Current guard(device);
   rings_.rank = rank;
   rings_.ranks = ranks;
+  rings_.node = node;
+  rings_.nodes = nodes;
   rings_.channels = channels;
   rings_.slots = slots;
-  DSV3_CHECK(window_tokens >= 0 && window_tokens <= kMaxWindowTokens && window_pieces >= 0,
-             "window_tokens must be at most ", kMaxWindowTokens, ", got ", window_tokens);
+  DSV3_CHECK(window_tokens >= 0 && window_tokens <= (nodes == 1 ? kMaxWindowTokens : 0) && window_pieces >= 0,
+             "window_tokens must be at most ", kMaxWindowTokens, ", and none of several nodes, got ", window_tokens);
   rings_.window_tokens = window_tokens;
   rings_.window_pieces = window_pieces;
   rings_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);

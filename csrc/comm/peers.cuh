@@ -7,6 +7,9 @@
 //
 // All ranks have the same number of blocks, one a channel, and token t travels on channel t % channels, in the order of
 // the tokens. All blocks of a rank must be resident at once.
+//
+// Of several nodes, a rank exchanges tokens of its own with the ranks that have its place in other nodes, over the network,
+// and these pass them on in their nodes, in rings of the same kind: one for each node from which tokens come.
 #pragma once
 
 #include "../common/launch.cuh"
@@ -39,12 +42,13 @@ struct alignas(128) Slot {
 };
 
 // What a rank tells all others before a dispatch.
-struct Notice {
-  int head[8];
-  int counts[kMaxCommExperts];  // pairs for every expert
-  int arrivals[kMaxChannels];   // tokens for the reader of this notice
-};
 constexpr int kHeadInts = 8;
+struct alignas(16) Notice {
+  int head[kHeadInts];
+  int arrivals[kMaxChannels];   // tokens for the reader of this notice
+  int relayed[kMaxChannels];    // tokens for its node
+  int counts[kMaxCommExperts];  // pairs for every expert
+};
 
 // Low-latency mode has windows instead of rings: a slot for every token of every rank, twice, so that a call can be under way
 // while the one before is still received. What a rank knows and is told of them, for the ways there and back:
@@ -58,19 +62,44 @@ struct WindowState {
   uint32_t taken[2][kMaxRanks];    // epoch + 1, from every rank, once it has taken all that was sent to it
 };
 
-// A rank's memory: `Local`, then flags and slots of the rings, each [rank of the other side][channel][slot].
+// A rank's memory: `Local`, then flags and slots of the rings, each [ring][channel][slot]; a ring is called by the node whose
+// tokens it carries and by its other side's place in this node, in one number as of the group's ranks.
 struct Local {
   uint32_t failed;                             // a wait was given up: nothing is to be waited for any more
   uint32_t epoch;                              // exchanges so far
-  uint32_t sent[kMaxRanks][kMaxChannels];      // items so far, to every rank
-  uint32_t received[kMaxRanks][kMaxChannels];  // and from every rank
+  uint32_t sent[kMaxGroup][kMaxChannels];      // items so far, on every ring that leads away
+  uint32_t received[kMaxGroup][kMaxChannels];  // and on every ring that leads here
   uint32_t noticed[2][kMaxRanks];              // flags of the notices
   WindowState windows[2];                      // there and back
-  alignas(16) Notice notices[2][kMaxRanks];    // of even and odd exchanges
+  Notice notices[2][kMaxRanks];                // of even and odd exchanges, from the ranks of this node
 };
 
+// What leads to other nodes, for kernels of one node: nothing (of several: nvshmem/network.cuh).
+struct OneNode {
+  static constexpr bool kNodes = false;
+};
+
+// Of one node alone (kNodes false) ranks and rings are its places.
+template <bool kNodes = true>
+__host__ __device__ inline int group_size(const Rings& r) {
+  return kNodes ? r.nodes * r.ranks : r.ranks;
+}
+// A rank of the group, or a ring: see Local.
+template <bool kNodes = true>
+__host__ __device__ inline int of_node(const Rings& r, int node, int place) {
+  return kNodes ? node * r.ranks + place : place;
+}
+template <bool kNodes = true>
+__host__ __device__ inline int own_rank(const Rings& r) {
+  return of_node<kNodes>(r, r.node, r.rank);
+}
+template <bool kNodes = true>
+__host__ __device__ inline int node_of(const Rings& r, int ring) {
+  return kNodes ? ring / r.ranks : 0;
+}
+
 __host__ __device__ inline int64_t ring_flags(const Rings& r) {
-  return static_cast<int64_t>(r.ranks) * r.channels * r.slots;
+  return static_cast<int64_t>(group_size(r)) * r.channels * r.slots;
 }
 __host__ __device__ inline int64_t slots_begin(const Rings& r) {
   const int64_t end = sizeof(Local) + 2 * ring_flags(r) * sizeof(uint32_t);
@@ -89,18 +118,18 @@ inline int64_t peer_bytes(const Rings& r) {
 }
 
 __device__ __forceinline__ Local* local_of(const Rings& r, int rank) { return reinterpret_cast<Local*>(r.base[rank]); }
-__device__ __forceinline__ int64_t ring_index(const Rings& r, int other, int channel, uint32_t item) {
-  return (static_cast<int64_t>(other) * r.channels + channel) * r.slots + item % r.slots;
+__device__ __forceinline__ int64_t ring_index(const Rings& r, int ring, int channel, uint32_t item) {
+  return (static_cast<int64_t>(ring) * r.channels + channel) * r.slots + item % r.slots;
 }
-// In the memory of `owner`, for its rings from (ready, slot) or to (done) `other`.
-__device__ __forceinline__ uint32_t* ready_flag(const Rings& r, int owner, int other, int channel, uint32_t item) {
-  return reinterpret_cast<uint32_t*>(r.base[owner] + sizeof(Local)) + ring_index(r, other, channel, item);
+// In the memory of `owner`, a place of this node: of a ring that leads there (ready, slot), or from there (done).
+__device__ __forceinline__ uint32_t* ready_flag(const Rings& r, int owner, int ring, int channel, uint32_t item) {
+  return reinterpret_cast<uint32_t*>(r.base[owner] + sizeof(Local)) + ring_index(r, ring, channel, item);
 }
-__device__ __forceinline__ uint32_t* done_flag(const Rings& r, int owner, int other, int channel, uint32_t item) {
-  return ready_flag(r, owner, other, channel, item) + ring_flags(r);
+__device__ __forceinline__ uint32_t* done_flag(const Rings& r, int owner, int ring, int channel, uint32_t item) {
+  return ready_flag(r, owner, ring, channel, item) + ring_flags(r);
 }
-__device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int other, int channel, uint32_t item) {
-  return reinterpret_cast<Slot*>(r.base[owner] + slots_begin(r)) + ring_index(r, other, channel, item);
+__device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int ring, int channel, uint32_t item) {
+  return reinterpret_cast<Slot*>(r.base[owner] + slots_begin(r)) + ring_index(r, ring, channel, item);
 }
 
 __device__ __forceinline__ Slot* window_slot(const Rings& r, int owner, int way, int parity, int other, int token,
@@ -151,23 +180,53 @@ inline __device__ __noinline__ bool wait_longer(const Rings& r, bool late, uint6
   return *static_cast<volatile uint32_t*>(failed) == 0;
 }
 
-// Lanes that have `wants` wait until their flag has reached `value`; false, for the whole warp, where one gave up.
+// How long a warp has waited.
+struct Patience {
+  uint64_t start = 0;
+  int polls = 0;
+
+  // After a look that was in vain for lanes that are `late`; false, for the whole warp, where one gives up.
+  __device__ __forceinline__ bool lasts(const Rings& r, bool late, int peer) {
+    constexpr int kPolls = 256;  // between two looks at the clock
+    if (++polls % kPolls != 0) return true;
+    const uint64_t now = now_ns();
+    if (start == 0) start = now;
+    return __all_sync(kAllLanes, wait_longer(r, late, now - start, peer));
+  }
+};
+
+__device__ __forceinline__ bool reached(const uint32_t* flag, uint32_t value) {
+  return static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
+}
+
+// Lanes that have `wants` wait until their flag has reached `value`; false, for the whole warp, where one gave up; peer: of the
+// group, whom they wait for.
 // After it the warp sees what the peers wrote before, unless kRoom: then it may write where they have read.
 template <bool kRoom = false>
 __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint32_t* flag, uint32_t value, int peer) {
-  constexpr int kPolls = 256;  // between two looks at the clock
-  uint64_t start = 0;
-  for (int polls = 1;; ++polls) {
-    const bool there = !wants || static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
+  for (Patience patience;;) {
+    const bool there = !wants || reached(flag, value);
     if (__all_sync(kAllLanes, there)) {
       if (!kRoom && wants) load_acquire(flag);  // once: each empties the L1 cache
       __syncwarp();                             // a lane may read what another has waited for
       return true;
     }
-    if (polls % kPolls != 0) continue;
-    const uint64_t now = now_ns();
-    if (start == 0) start = now;
-    if (!__all_sync(kAllLanes, wait_longer(r, !there, now - start, peer))) return false;
+    if (!patience.lasts(r, !there, peer)) return false;
+  }
+}
+
+// The same until the flag of any has: those lanes; none where one gave up.
+__device__ __forceinline__ unsigned warp_wait_any(const Rings& r, bool wants, const uint32_t* flag, uint32_t value,
+                                                  int peer) {
+  for (Patience patience;;) {
+    const bool there = wants && reached(flag, value);
+    const unsigned found = __ballot_sync(kAllLanes, there);
+    if (found != 0) {
+      if (there) load_acquire(flag);
+      __syncwarp();
+      return found;
+    }
+    if (!patience.lasts(r, wants, peer)) return 0;
   }
 }
 
@@ -192,33 +251,51 @@ struct OwnTokens {
   __device__ __forceinline__ int expert(int64_t pair) const {
     return static_cast<int>(min(max(topk_idx[pair], int64_t{0}), int64_t{experts - 1}));
   }
-  // A bit for every rank that a token needs.
-  __device__ __forceinline__ unsigned ranks(int64_t token) const {
+  __device__ __forceinline__ int rank_of(int expert) const {
+    return static_cast<int>(static_cast<unsigned>(expert) / static_cast<unsigned>(local_experts));
+  }
+  // To the rank of an expert leads the way of its place in this node; from kMaxRanks on are those to other nodes.
+  template <bool kNodes>
+  __device__ __forceinline__ int way_to(const Rings& r, int expert) const {
+    const int rank = rank_of(expert);
+    if constexpr (!kNodes) return rank;
+    const int node = rank / r.ranks;
+    return node == r.node ? rank - node * r.ranks : kMaxRanks + node;
+  }
+  // A bit for every way that a token takes.
+  template <bool kNodes>
+  __device__ __forceinline__ unsigned ways(const Rings& r, int64_t token) const {
     unsigned found = 0;
-    for (int j = 0; j < topk; ++j) {
-      found |= 1u << static_cast<unsigned>(expert(token * topk + j)) / static_cast<unsigned>(local_experts);
-    }
+    for (int j = 0; j < topk; ++j) found |= 1u << way_to<kNodes>(r, expert(token * topk + j));
     return found;
   }
 };
+constexpr unsigned kNearWays = (1u << kMaxRanks) - 1;  // to this node's ranks
+static_assert(kMaxRanks + kMaxNodes <= 32);
 
-// Calls f(token, mask of the ranks that it needs, item) with this warp's share of the channel's tokens in their order, a
-// token's turn being that of its place among them; in lane r, item counts the ring of rank r from `next` on, `pieces` a
-// token. Returns the count after all tokens, whosever they are. Ranks that are not in `served` are left out of masks and counts.
-template <class F>
+// In lane i, which of the 32 lanes' masks have bit i, of `ways` bits.
+__device__ __forceinline__ unsigned users_of_lane(unsigned mask, int ways) {
+  unsigned users = 0;
+  for (int way = 0; way < ways; ++way) {
+    const unsigned of_way = __ballot_sync(kAllLanes, mask >> way & 1);
+    if (threadIdx.x % kWarpSize == way) users = of_way;
+  }
+  return users;
+}
+
+// Calls f(token, mask of the ways that it takes, item) with this warp's share of the channel's tokens in their order, a
+// token's turn being that of its place among them; in lane i, item counts what goes way i from `next` on, `pieces` a
+// token. Returns the count after all tokens, whosever they are. Ways that are not in `served` are left out of masks and counts.
+template <bool kNodes, class F>
 __device__ __forceinline__ uint32_t for_own_tokens(const Rings& r, const OwnTokens& own, int pieces, uint32_t next,
                                                    int warp, int warps, unsigned served, F&& f) {
   const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
   for (int first = channel; first < own.tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
-    const unsigned ranks = token < own.tokens ? own.ranks(token) & served : 0;
-    unsigned users = 0;  // of the ring of rank `lane` among the 32 tokens
-    for (int rank = 0; rank < r.ranks; ++rank) {
-      const unsigned users_of_rank = __ballot_sync(kAllLanes, ranks >> rank & 1);
-      if (lane == rank) users = users_of_rank;
-    }
+    const unsigned ways = token < own.tokens ? own.ways<kNodes>(r, token) & served : 0;
+    const unsigned users = users_of_lane(ways, kNodes ? kMaxRanks + r.nodes : r.ranks);
     for (int i = warp; i < kWarpSize && first + i * r.channels < own.tokens; i += warps) {
-      const unsigned mask = __shfl_sync(kAllLanes, ranks, i);
+      const unsigned mask = __shfl_sync(kAllLanes, ways, i);
       if (!f(first + i * r.channels, mask, next + __popc(users & ((1u << i) - 1)) * pieces)) return next;
     }
     next += __popc(users) * pieces;

@@ -142,14 +142,34 @@ __device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, con
   return parts;
 }
 
-// Calls f with a zero of the dtype of sums, bf16 where `narrow`, and whether there are several nodes, as constants.
+// The slots of the ways in `mask`, by node: those of the own node's ranks make one sum, those of other nodes are sums.
+__device__ __forceinline__ Parts parts_of_ways(const Rings& r, unsigned mask, const Slot* slot) {
+  const int lane = threadIdx.x % kWarpSize, near = __popc(mask & kNearWays);
+  const unsigned earlier = mask & ~kNearWays & ((1u << (kMaxRanks + r.node)) - 1);  // of nodes before this one
+  const int first = __popc(earlier), count = __popc(mask);
+  Parts parts{slot, 0};
+  for (int place = 0; place < count; ++place) {
+    const bool own = place >= first && place < first + near;
+    const unsigned among = own ? mask & kNearWays : place < first ? earlier : mask & ~kNearWays & ~earlier;
+    const int way = __fns(among, 0, (own ? place - first : place < first ? place : place - first - near) + 1);
+    const auto of_way = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), way);
+    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_way);
+    if (!own || place + 1 == first + near) parts.ends |= 1u << place;
+  }
+  return parts;
+}
+
+// Calls f with a zero of the dtype of sums, bf16 where `narrow`; and with whether there are several nodes, as a constant.
+template <class Y, class F>
+void visit_sums(bool narrow, F&& f) {
+  if constexpr (sizeof(Y) == 2) {
+    if (narrow) return f(__nv_bfloat16{});
+  }
+  f(0.f);
+}
 template <class Y, class F>
 void visit_sums(bool narrow, bool nodes, F&& f) {
-  const auto with = [&](auto zero) { nodes ? f(zero, std::true_type{}) : f(zero, std::false_type{}); };
-  if constexpr (sizeof(Y) == 2) {
-    if (narrow) return with(__nv_bfloat16{});
-  }
-  with(0.f);
+  visit_sums<Y>(narrow, [&](auto zero) { nodes ? f(zero, std::true_type{}) : f(zero, std::false_type{}); });
 }
 
 }  // namespace dsv3

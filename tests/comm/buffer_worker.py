@@ -1,5 +1,5 @@
 """What the buffer tests start under torchrun: eight processes that leave their results. Arguments: a folder, and the transport:
-collective between CPUs, or ipc between processes that share a GPU."""
+collective between CPUs, or ipc or nvshmem between processes that share a GPU."""
 
 from __future__ import annotations
 
@@ -157,11 +157,13 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     dist.init_process_group("gloo")
     rank, out, transport = dist.get_rank(), Path(sys.argv[1]), sys.argv[2]
-    device = "cuda" if transport == "ipc" else "cpu"
+    device = "cpu" if transport == "collective" else "cuda"
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}
     results: dict[str, Any] = {}
+    if transport == "nvshmem":  # the first buffer says among whom NVSHMEM runs
+        ExpertBuffer(num_experts=8, transport=transport, ranks_per_node=4, timeout=20).close()
     for case in CASES:
         if rank < case.ranks:
             buffer = ExpertBuffer(groups[case.ranks], transport=transport, timeout=20, **case.settings)

@@ -17,7 +17,7 @@ from dsv3.comm import ExpertBuffer, RankLost
 def main() -> None:
     torch.set_num_threads(1)
     dead, moment, transport = int(sys.argv[1]), *sys.argv[2:]
-    device = "cuda" if transport == "ipc" else "cpu"
+    device = "cpu" if transport == "collective" else "cuda"
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if device == "cuda":

@@ -1,4 +1,5 @@
-"""What the tests of ipc alone start under torchrun: four processes that share a GPU. Argument: how many rounds of chance."""
+"""What the tests of ipc and nvshmem alone start under torchrun: four processes that share a GPU. Arguments: the transport, and
+how many rounds of chance."""
 
 from __future__ import annotations
 
@@ -10,17 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import Dispatched, ExpertBuffer, ipc
+from dsv3.comm import Dispatched, ExpertBuffer, ipc, nvshmem
 from dsv3.ops import registry
 from tests.comm.cases import arrived
 
 RANKS, EXPERTS, TOPK, HIDDEN = 4, 64, 8, 1024
 FP8 = torch.float8_e4m3fn
 STATIC = {"max_recv": 4096, "max_tokens": 300}
+TRANSPORT = sys.argv[1]  # two nodes of two ranks, which over ipc is a matter of sums alone
 
 
-def buffer_of(transport: str = "ipc", **settings: object) -> ExpertBuffer:
-    return ExpertBuffer(num_experts=EXPERTS, transport=transport, timeout=20, **settings)
+def buffer_of(transport: str = TRANSPORT, **settings: object) -> ExpertBuffer:
+    return ExpertBuffer(num_experts=EXPERTS, transport=transport, ranks_per_node=2, timeout=20, **settings)
 
 
 def draw(tokens: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +48,7 @@ def there_and_back(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor
 def by_chance(rounds: int) -> None:
     """Sizes that change from call to call, some of them 0, against the collective transport, bit for bit."""
     for wire in (None, torch.float32, FP8):
-        pair = [buffer_of(transport, wire_dtype=wire, ranks_per_node=2) for transport in ("ipc", "collective")]
+        pair = [buffer_of(transport, wire_dtype=wire) for transport in (TRANSPORT, "collective")]
         for turn in range(rounds):
             # In the last round more than channels take at a time.
             tokens = int(torch.randint(0, 300, ())) * (turn % 3 != dist.get_rank()) if turn < rounds - 1 else 1500
@@ -160,9 +162,12 @@ def too_many_rows() -> None:
 
 def a_peer_out_of_reach(caplog: list[str]) -> None:
     """One rank cannot map the others' memory: all use collective, and say so once."""
-    real = registry.native().Peers
+    module, name = (registry._C, "Peers") if TRANSPORT == "ipc" else (nvshmem.native(), "Network")
+    real = getattr(module, name)
 
     class Fenced:
+        symmetric_bytes = getattr(real, "symmetric_bytes", None)
+
         def __init__(self, *args: object) -> None:
             self.peers = real(*args)
 
@@ -173,11 +178,12 @@ def a_peer_out_of_reach(caplog: list[str]) -> None:
             raise RuntimeError("cudaIpcOpenMemHandle: invalid argument")
 
     if dist.get_rank() == 2:
-        registry._C.Peers = Fenced
+        setattr(module, name, Fenced)
     buffer = buffer_of()
-    registry._C.Peers = real
+    setattr(module, name, real)
     assert buffer.transport == "collective"
-    line = "experts are exchanged through torch.distributed instead of ipc: cudaIpcOpenMemHandle: invalid argument (rank 2)"
+    reason = "cudaIpcOpenMemHandle: invalid argument (rank 2)"
+    line = f"experts are exchanged through torch.distributed instead of {TRANSPORT}: {reason}"
     assert caplog == [line] * (dist.get_rank() == 0)
     assert there_and_back(buffer, *draw(10))["out"].shape == (10, HIDDEN)
 
@@ -223,9 +229,10 @@ def main() -> None:
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(dist.get_rank())
     assert ipc.MAX_RANKS >= RANKS == dist.get_world_size()
-    by_chance(int(sys.argv[1]))
+    by_chance(int(sys.argv[2]))
     a_graph()
-    few_tokens()
+    if TRANSPORT == "ipc":
+        few_tokens()
     too_many_rows()
     mistakes()
     memory_comes_back()

@@ -46,7 +46,10 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("transport", ["collective", pytest.param("ipc", marks=[pytest.mark.cuda, pytest.mark.alone])])
+ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport in ("ipc", "nvshmem")]
+
+
+@pytest.mark.parametrize("transport", ["collective", *ON_A_GPU])
 @pytest.mark.parametrize(
     ("dead", "moment", "why"),
     [

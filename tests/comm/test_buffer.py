@@ -1,5 +1,5 @@
 """The expert-parallel buffer between 2, 4 and 8 processes against plain loops over tokens, bit for bit: over gloo between
-CPUs, and over ipc where there is a Hopper GPU, which they share."""
+CPUs, and over ipc and nvshmem where there is a Hopper GPU, which they share."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ from tests.comm.cases import CASES, FP8, Case, experts, inputs, over_wire
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["collective", pytest.param("ipc", marks=[pytest.mark.cuda, pytest.mark.alone])])
+ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport in ("ipc", "nvshmem")]
+
+
+@pytest.fixture(scope="module", params=["collective", *ON_A_GPU])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of eight ranks got. The workers themselves check that a second run gives the same bits."""
     out = tmp_path_factory.mktemp("buffer")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
     command = [*torchrun, "-m", "tests.comm.buffer_worker", str(out), request.param]
-    with shared_gpu() if request.param == "ipc" else nullcontext(os.environ) as env:
+    with nullcontext(os.environ) if request.param == "collective" else shared_gpu() as env:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt") for rank in range(8)]
@@ -149,15 +152,17 @@ def test_mistakes_are_said_on_every_rank(results: list[dict[str, Any]]) -> None:
     assert first.keys() == second.keys() == expected.keys() | own.keys()
 
 
-@pytest.mark.parametrize("transport", ["nvshmem", "pigeon"])
+@pytest.mark.parametrize("transport", ["smoke", "pigeon"])
 def test_other_transports_are_refused(transport: str) -> None:
-    with pytest.raises(ValueError, match=f"transport must be one of auto, local, collective, ipc, got '{transport}'"):
+    with pytest.raises(
+        ValueError, match=f"transport must be one of auto, local, collective, ipc, nvshmem, got '{transport}'"
+    ):
         ExpertBuffer(num_experts=8, transport=transport)
 
 
 def test_without_a_process_group() -> None:
     assert ExpertBuffer(num_experts=8).transport == "local"
-    for transport in ("collective", "ipc"):
+    for transport in ("collective", "ipc", "nvshmem"):
         with pytest.raises(ValueError, match=f"transport {transport} needs a process group"):
             ExpertBuffer(num_experts=8, transport=transport)
     with pytest.raises(ValueError, match=r"wire_dtype must be one of None, .*, got torch\.bfloat16"):

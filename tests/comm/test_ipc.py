@@ -1,4 +1,4 @@
-"""Transport ipc: between four processes that share a GPU (see ipc_worker.py); and what it does on the host, anywhere."""
+"""Transports ipc and nvshmem: between four processes that share a GPU (see ipc_worker.py); and on the host, anywhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.cuda
 @pytest.mark.alone
-def test_four_processes_on_one_gpu() -> None:
+@pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
+def test_four_processes_on_one_gpu(transport: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     with shared_gpu() as env:
         done = subprocess.run(
-            [*torchrun, "-m", "tests.comm.ipc_worker", "6"],
+            [*torchrun, "-m", "tests.comm.ipc_worker", transport, "6"],
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +76,7 @@ class Peers:
 class Native:
     pass
 Native.Peers = Peers
-ipc._objection = lambda layout, device: None
+ipc._objection = lambda layout, device, across: None
 registry.native = lambda: Native
 registry.sm_count = lambda device: 132
 buffer = ExpertBuffer(num_experts=4, transport="ipc", device=torch.device("cpu"))

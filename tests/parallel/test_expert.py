@@ -167,17 +167,16 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.alone
-def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path) -> None:
-    """The command with four processes that share a GPU: over ipc, with the losses of one process there."""
-    config = same_losses(tokens, tmp_path / "run", device="cuda", ep=4, micro_batch=2, max_steps=6)
+@pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
+def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) -> None:
+    """The command with four processes that share a GPU, over nvshmem as on two nodes: the losses of one process there."""
+    nodes = {"ipc": 1, "nvshmem": 2}[transport]
+    same = same_losses(tokens, tmp_path / "run", device="cuda", ep=4, micro_batch=2, max_steps=6)
+    config = dataclasses.replace(same, ep_transport=transport)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
     with shared_gpu() as env:
-        done = subprocess.run(
-            [*TORCHRUN, "4", "-m", "dsv3", "train", str(tmp_path / "run.json")],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "instead of ipc" not in done.stderr
+        said = on_nodes(nodes, 4 // nodes, ["-m", "dsv3", "train", str(tmp_path / "run.json")], env=env)
+    assert f"instead of {transport}" not in said
     recorder = Recorder()
     alone = same_losses(tokens, tmp_path / "alone", device="cuda", max_steps=6)
     assert train.run(alone, callbacks=[recorder]) == 0
@@ -236,20 +235,32 @@ def test_ranks_that_do_not_divide(
     assert not (tmp_path / "run").exists()
 
 
-def test_nodes_are_those_of_torchrun(tmp_path: Path) -> None:
-    """Two torchruns of two processes each, as on two machines: a group of 4 is 2 x 2, groups of 2 stay in their node."""
+def on_nodes(nodes: int, ranks: int, command: list[str], env: dict[str, str] | None = None) -> str:
+    """A torchrun a node, as on so many machines, each with `ranks` processes of the command; what the first said as errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
     at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    worker = ["-m", "tests.parallel.nodes_worker", str(tmp_path)]
-    nodes = [subprocess.Popen([*torchrun, "--node-rank", str(node), *at, *worker], cwd=ROOT) for node in (0, 1)]
+    started = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(node), *at, *command],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
     try:
-        assert [node.wait(timeout=100) for node in nodes] == [0, 0]
+        said = [run.communicate(timeout=120)[1] for run in started]
     finally:
-        for node in nodes:
-            node.kill()
+        for run in started:
+            run.kill()
+    assert [run.returncode for run in started] == [0] * nodes, said[0][-3000:]
+    return said[0]
+
+
+def test_nodes_are_those_of_torchrun(tmp_path: Path) -> None:
+    """Two torchruns of two processes each, as on two machines: a group of 4 is 2 x 2, groups of 2 stay in their node."""
+    on_nodes(2, 2, ["-m", "tests.parallel.nodes_worker", str(tmp_path)])
     for rank in range(4):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[2, 2, 1], [4, 2, 2]]
 

@@ -35,7 +35,7 @@ from dsv3.comm.steps import (
     spread,
 )
 
-TRANSPORTS = ("auto", "local", "collective", "ipc")
+TRANSPORTS = ("auto", "local", "collective", "ipc", "nvshmem")
 WIRES = (None, torch.float32, torch.float8_e4m3fn)
 FP8 = torch.float8_e4m3fn
 
@@ -115,9 +115,11 @@ class ExpertBuffer:
         num_experts: E, over all ranks.
         transport: "local", one rank that holds all experts, no communication; "collective", torch.distributed's
             all_to_all_single (gloo or NCCL); "ipc", kernels that write into the memory of the other ranks, which are on one
-            machine and may share its Hopper GPUs; "auto", local for one rank, and for more ipc on a GPU, otherwise collective.
-            Where ranks cannot reach each other over ipc, all say so in one line and use collective.
-        ranks_per_node: consecutive ranks that are a node; None: all of them.
+            machine and may share its Hopper GPUs; "nvshmem", the same within a node, and NVSHMEM between nodes (at most 8 of
+            16 ranks, 64 in all; needs the wheel nvidia-nvshmem-cu13): what is said of ipc holds for it too; "auto", local for
+            one rank, for more on GPUs ipc, or nvshmem where they are on several machines, otherwise collective. Where ranks
+            cannot reach each other so, all say so in one line and use collective.
+        ranks_per_node: consecutive ranks that are a node; None: all of them, over nvshmem those of a machine.
         wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's; torch.float32; or
             torch.float8_e4m3fn on the way there (dispatch, and combine's backward), cast once by the sender in tiles of
             1x128 with power-of-two scales, and x's dtype on the way back.
@@ -130,7 +132,8 @@ class ExpertBuffer:
             the CPU.
         num_sms: multiprocessors that ipc takes; None: 20, or fewer where ranks share a GPU. Ranks that share one leave 4 of it
             free, or a kernel that others wait for might never start.
-        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024.
+        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024; over nvshmem,
+            between several nodes, a call is a dispatch.
         hidden: H of what is sent; wanted with low_latency alone.
         timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
             and the next call raises.
@@ -179,7 +182,7 @@ class ExpertBuffer:
             raise ValueError(f"low_latency must be at most max_tokens, got {low_latency} and {max_tokens}")
         if wire_dtype not in WIRES:
             raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRES))}, got {wire_dtype}")
-        if transport in ("collective", "ipc") and not dist.is_initialized():
+        if transport in ("collective", "ipc", "nvshmem") and not dist.is_initialized():
             raise ValueError(
                 f"transport {transport} needs a process group: torch.distributed.init_process_group comes first"
             )
@@ -189,7 +192,6 @@ class ExpertBuffer:
             raise ValueError("this process is not one of the group's ranks")
         if transport == "local" and ranks > 1:
             raise ValueError(f"transport local is for one rank, and the group has {ranks}")
-        width = ranks if ranks_per_node is None else ranks_per_node
         self.group, self.num_experts, self.wire_dtype = group, num_experts, wire_dtype
         self.transport = transport
         if transport == "auto":
@@ -198,6 +200,11 @@ class ExpertBuffer:
         if self.transport != "local":
             self._heartbeat = Heartbeat()
             self._agree({"num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
+        machine = ranks
+        if self.transport == "nvshmem" or (transport == "auto" and self.transport == "ipc"):
+            machine = ipc.ranks_per_machine(group) or ranks
+            self.transport = "nvshmem" if machine < ranks else self.transport
+        width = (machine if self.transport == "nvshmem" else ranks) if ranks_per_node is None else ranks_per_node
         if num_experts < 1 or num_experts % ranks:
             raise ValueError(
                 f"num_experts must be a multiple of the ranks, got {num_experts} experts for {ranks} ranks"
@@ -209,7 +216,7 @@ class ExpertBuffer:
         self._few = low_latency, hidden
         self._told = False  # whether the memory has been logged
         self._link = None
-        if self.transport == "ipc":
+        if self.transport in ("ipc", "nvshmem"):
             self._open(_device(group, device, "cuda"), num_sms, timeout)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
@@ -302,7 +309,7 @@ class ExpertBuffer:
             raise ValueError("send: the buffer was made without low_latency")
         if x.dim() != 2 or x.shape[1] != hidden or x.shape[0] > most:
             raise ValueError(f"send: x must be at most {most} rows of {hidden}, got {tuple(x.shape)}")
-        if self._link is None:
+        if self._link is None or self._link.across:
             return low_latency.send(self, x, topk_idx, topk_weights, most * self.layout.ranks)
         self._link.raise_lost()
         cast = self.wire_dtype == FP8
@@ -321,7 +328,7 @@ class ExpertBuffer:
         if (y.shape, y.dtype) != (masked.x.shape, masked.dtype):
             found = f"{tuple(masked.x.shape)} {masked.dtype}, got {tuple(y.shape)} {y.dtype}".replace("torch.", "")
             raise ValueError(f"send_sums: y must be {found}")
-        if self._link is None:
+        if self._link is None or self._link.across:
             return low_latency.send_sums(self, y, masked)
         self._link.raise_lost()
         link, y, fp32 = self._link, y.detach(), self.wire_dtype == torch.float32
@@ -343,15 +350,18 @@ class ExpertBuffer:
             self._link.close()
 
     def _open(self, device: torch.device, num_sms: int | None, timeout: float) -> None:
-        """Connects the ranks over ipc, or leaves them to collective."""
+        """Connects the ranks over ipc or nvshmem, or leaves them to collective."""
         try:
             tokens, hidden = self._few
             window = None if tokens is None else (tokens, 4 * hidden)  # fp32 rows or sums are the widest
-            self._link = ipc.Link(self.group, self.layout, device, num_sms=num_sms, window=window, timeout=timeout)
+            across = self.transport == "nvshmem" and self.layout.nodes > 1
+            self._link = ipc.Link(
+                self.group, self.layout, device, across=across, num_sms=num_sms, window=window, timeout=timeout
+            )
         except ipc.Unreachable as reason:
-            self.transport = "collective"
+            wanted, self.transport = self.transport, "collective"
             if self.layout.rank == 0:
-                log.warning("experts are exchanged through torch.distributed instead of ipc: %s", reason)
+                log.warning("experts are exchanged through torch.distributed instead of %s: %s", wanted, reason)
 
     def _dispatch_over(
         self, link: ipc.Link, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, told: ipc.Told | None
@@ -362,7 +372,7 @@ class ExpertBuffer:
         assert told is not None
         offsets = told.offsets if self.room is None else self._fit(told.offsets)[0]
         rows, weights, position, *cast = ipc.spread(x, topk_weights, link, told, self.wire_dtype)
-        return Dispatched(rows, weights, offsets, position.new_empty(0), position, *cast, *told.way)
+        return Dispatched(rows, weights, offsets, position.new_empty(0), position, *cast, *told.way.tensors)
 
     def _route(
         self, slots: Tensor, traffic: counts.Counts | None

@@ -1,4 +1,5 @@
-"""Transport "ipc": the ranks of a node write into each other's memory, which each maps (CUDA IPC); csrc/comm has the kernels.
+"""Transports "ipc" and "nvshmem": the ranks of a node write into each other's memory, which each maps (CUDA IPC), and over
+nvshmem a rank sends to those that have its place in other nodes; csrc/comm has the kernels.
 
 Rings of slots lead from every rank to every rank. Their size does not depend on the tokens, and what they count lies on the
 device: nothing is allocated after the start, and calls can be captured in a CUDA graph.
@@ -6,6 +7,7 @@ device: nothing is allocated after the start, and calls can be captured in a CUD
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import counts
+from dsv3.comm import counts, nvshmem
 from dsv3.comm.alive import lost_ranks, naming_lost_ranks
 from dsv3.comm.low_latency import Masked, empty_masked
 from dsv3.ops import registry
@@ -27,7 +29,8 @@ from dsv3.ops.grad import Function
 from dsv3.ops.quant import empty_per_token
 
 DTYPES = (torch.bfloat16, torch.float32)
-MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024
+MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024  # ranks of a node
+MAX_NODES, MAX_GROUP = 8, 64  # ranks of all nodes
 VECTOR_BYTES = 16  # rows are whole vectors
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
@@ -44,7 +47,14 @@ class Way(NamedTuple):
     topk_idx: Tensor  # int64 [T, k], of this rank's tokens
     pairs: Tensor  # int64 [T, k]: each pair's place in this rank's own order by expert
     shift: Tensor  # int32 [E]: from there to its row, at the rank of the expert
-    arrivals: Tensor  # int32 [ranks, channels]: tokens that come
+    arrivals: (
+        Tensor  # int32 [ranks, channels]: tokens that come; between nodes [ranks + nodes, channels]: and to pass on
+    )
+    relay: Tensor | None = None  # between nodes int32 [nodes, max_tokens]: a bit for each rank here that needs a token
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self if tensor is not None)
 
 
 class Told(NamedTuple):
@@ -64,6 +74,7 @@ class Link:
     """The rings among the ranks of a group. All make it together, and use it in the same order.
 
     Args:
+        across: the layout's nodes are apart, and reach each other over NVSHMEM; otherwise all ranks are on one machine.
         num_sms: multiprocessors of a call; None for NUM_SMS, or fewer where ranks share a GPU.
         window: most tokens of a rank, and bytes of a row on its widest way, in low-latency mode; None for none.
         timeout: seconds that a kernel waits for another rank.
@@ -79,23 +90,28 @@ class Link:
         layout: counts.Layout,
         device: torch.device,
         *,
+        across: bool = False,
         num_sms: int | None = None,
         window: tuple[int, int] | None = None,
         timeout: float,
     ) -> None:
         self.group, self.layout, self.device, self.timeout = group, layout, device, timeout
-        found = self._ask((_objection(layout, device), _node(), _gpu(device)))
-        if len({node for _, node, _ in found}) > 1:
-            raise Unreachable("its ranks are on several nodes")
+        self.across, self._part = across, None
+        found = self._ask((_objection(layout, device, across), machine(), _gpu(device)))
+        self._alone = len({there for _, there, _ in found}) == 1
+        for first in range(0, layout.ranks, self._width):
+            if len({there for _, there, _ in found[first : first + self._width]}) > 1:
+                raise Unreachable("its ranks are on several nodes")
         _raise_first([reason for reason, *_ in found])
         sharing = max(Counter(gpu for *_, gpu in found).values())
         spare = registry.sm_count(device) - SPARE_SMS
         self.num_sms = min(NUM_SMS, spare // sharing) if num_sms is None else num_sms
         if not 1 <= self.num_sms <= spare // sharing:
             raise ValueError(f"num_sms must be in 1..{spare // sharing} for {sharing} ranks a GPU, got {self.num_sms}")
-        tokens, row = window or (0, 0)
+        tokens, row = (0, 0) if across or window is None else window
         self.window = tokens, -(-row // PIECE_BYTES)
         self._peers: Any = None
+        self._native = nvshmem.native() if across else registry.native()
         try:
             self._connect()
         except Unreachable:
@@ -106,30 +122,46 @@ class Link:
         ranks = dist.get_process_group_ranks(group)
         threading.Thread(target=_watch, args=(self._peers, ranks, stopped), daemon=True).start()
         self._stop = weakref.finalize(self, stopped.set)
+        symmetric = self._symmetric_bytes if across else 0
         log.info(
-            "ipc: %.3g MB of device memory for what %d ranks send, %d multiprocessors",
-            self._peers.bytes / 1e6, layout.ranks, self.num_sms,
+            "%s: %.3g MB of device memory for what %d ranks send, %d multiprocessors",
+            "nvshmem" if across else "ipc", (self._peers.bytes + symmetric) / 1e6, layout.ranks, self.num_sms,
         )  # fmt: skip
+
+    @property
+    def _width(self) -> int:
+        """Ranks that map each other's memory."""
+        return self.layout.ranks_per_node if self.across else self.layout.ranks
+
+    @property
+    def _symmetric_bytes(self) -> int:
+        return self._native.Network.symmetric_bytes(self.layout.nodes, self.num_sms, SLOTS)
 
     def _connect(self) -> None:
         handle, reason = b"", None
+        layout, width, nodes = self.layout, self._width, self.layout.ranks // self._width
+        node, place = divmod(layout.rank, width)
+        sizes = self.device.index, place, width, node, nodes, self.num_sms, SLOTS
+        if self.across:
+            ranks = dist.get_process_group_ranks(self.group)
+            try:
+                self._part = nvshmem.memory.take(
+                    ranks, layout.rank, self._symmetric_bytes, self._ask, self.device.index, alone=self._alone
+                )
+            except nvshmem.Refused as refused:
+                raise Unreachable(str(refused)) from refused
         try:
-            self._peers = registry.native().Peers(
-                self.device.index,
-                self.layout.rank,
-                self.layout.ranks,
-                self.num_sms,
-                SLOTS,
-                *self.window,
-                float(self.timeout),
-            )
+            if self.across:
+                self._peers = self._native.Network(*sizes, float(self.timeout), *self._part)
+            else:
+                self._peers = self._native.Peers(*sizes, *self.window, float(self.timeout))
             handle = self._peers.handle
         except RuntimeError as error:
             reason = str(error)
         found = self._ask((reason, handle))
         _raise_first([reason for reason, _ in found])
         try:
-            self._peers.connect([handle for _, handle in found])
+            self._peers.connect([handle for _, handle in found[node * width : (node + 1) * width]])
         except RuntimeError as error:
             reason = str(error)
         _raise_first(self._ask(reason))
@@ -147,6 +179,9 @@ class Link:
         if self._peers is not None:
             self._peers.release()
             self._peers = None
+        if self._part is not None:
+            nvshmem.memory.give_back(self._part)
+            self._part = None
 
     def close(self) -> None:
         """Frees the memory and the mappings; all ranks call it together. A process that ends frees them too."""
@@ -195,11 +230,16 @@ class Link:
         self.raise_lost()
         rows = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
         counts.compare([row[:5] for row in rows], found, self.layout)
-        return Told(offsets, way, num_rows, max(row[5] for row in rows))
+        return self._told(offsets, way, num_rows, max(row[5] for row in rows))
 
     def tell(self, topk_idx: Tensor, num_rows: int, max_tokens: int) -> Told:
         """The same without a word to the host."""
         _, offsets, way = self._exchange(topk_idx, [0] * 8)
+        return self._told(offsets, way, num_rows, max_tokens)
+
+    def _told(self, offsets: Tensor, way: Way, num_rows: int, max_tokens: int) -> Told:
+        if self.across:
+            way = way._replace(relay=offsets.new_zeros(self.layout.nodes, max_tokens))
         return Told(offsets, way, num_rows, max_tokens)
 
     def _exchange(self, topk_idx: Tensor, head: list[int]) -> tuple[Tensor, Tensor, Way]:
@@ -208,9 +248,10 @@ class Link:
         near = topk_idx.clamp(0, layout.num_experts - 1)  # what does not exist is said, and must do no harm until then
         self._keep_order()
         own_offsets, _, pairs = torch.ops.dsv3.moe_permutation(near, layout.num_experts)
-        sizes = (layout.ranks, 8), (layout.num_local_experts + 1,), (layout.num_experts,), (layout.ranks, self.num_sms)
+        sources = layout.ranks + layout.nodes * self.across
+        sizes = (layout.ranks, 8), (layout.num_local_experts + 1,), (layout.num_experts,), (sources, self.num_sms)
         heads, offsets, shift, arrivals = (new(size, dtype=torch.int32) for size in sizes)
-        registry.native().comm_exchange(
+        self._native.comm_exchange(
             heads, offsets, shift, arrivals, topk_idx, own_offsets, head, layout.ranks_per_node, self._peers
         )
         return heads, offsets, Way(near, pairs, shift, arrivals)
@@ -231,9 +272,10 @@ class Link:
         data, *sf = empty_per_token(x, rows, x.shape[1]) if cast else (x.new_empty(rows, x.shape[1]),)
         row_weights = weights.new_empty(rows)
         position = way.topk_idx.new_full((self.layout.ranks * told.max_tokens, way.topk_idx.shape[1]), rows)
-        registry.native().comm_dispatch(
+        *told_way, relay = way
+        self._native.comm_dispatch(
             data, *((sf[0], weights.new_empty(rows, -(-sf[0].shape[1] // 4) * 4)) if cast else (None, None)),
-            row_weights, position, x, weights, *way, told.offsets, told.max_tokens, cast, FLOOR, self._peers,
+            row_weights, position, relay, x, weights, *told_way, told.offsets, told.max_tokens, cast, FLOOR, self._peers,
         )  # fmt: skip
         return data, row_weights, position, *sf
 
@@ -241,8 +283,9 @@ class Link:
         """Other rows of the same tokens -> [R, H] of x's dtype; cast: they travel as FP8."""
         rows, x = x.new_empty(num_rows, x.shape[1]), _aligned(x)
         self._keep_order()
-        registry.native().comm_dispatch(
-            rows, None, None, None, None, x, None, *way, offsets, 0, cast, GRADIENT_FLOOR, self._peers
+        *there, _ = way
+        self._native.comm_dispatch(
+            rows, None, None, None, None, None, x, None, *there, offsets, 0, cast, GRADIENT_FLOOR, self._peers
         )
         return rows
 
@@ -250,7 +293,7 @@ class Link:
         """The first half of a dispatch in low-latency mode."""
         x, weights = _aligned(x), _aligned(weights)
         self._keep_order()
-        registry.native().comm_send(x, weights, topk_idx, self.layout.num_experts, cast, FLOOR, self._peers)
+        self._native.comm_send(x, weights, topk_idx, self.layout.num_experts, cast, FLOOR, self._peers)
 
     def receive(self, x: Tensor, topk_idx: Tensor, cast: bool) -> Masked:
         """The second half; x and topk_idx are what was sent."""
@@ -261,21 +304,21 @@ class Link:
         sizes = (experts,), (layout.ranks,), (layout.ranks, tokens), (layout.ranks, tokens, topk_idx.shape[1])
         counts, *way = (topk_idx.new_empty(size, dtype=torch.int32) for size in sizes)
         self._keep_order()
-        registry.native().comm_receive(rows, sf, weights, counts, *way, self._peers)
+        self._native.comm_receive(rows, sf, weights, counts, *way, self._peers)
         return Masked(rows, sf, weights, counts, x.dtype, (topk_idx, *way))
 
     def send_sums(self, y: Tensor, masked: Masked, fp32: bool) -> None:
         """The first half of a combine."""
         y = _aligned(y)
         self._keep_order()
-        registry.native().comm_send_sums(y, *masked.way[1:], fp32, self._peers)
+        self._native.comm_send_sums(y, *masked.way[1:], fp32, self._peers)
 
     def receive_sums(self, y: Tensor, masked: Masked, fp32: bool) -> Tensor:
         """The second half: [T, H]."""
         topk_idx, layout = masked.way[0], self.layout
         out = y.new_empty(topk_idx.shape[0], y.shape[2])
         self._keep_order()
-        registry.native().comm_receive_sums(out, topk_idx, layout.num_experts, layout.ranks_per_node, fp32, self._peers)
+        self._native.comm_receive_sums(out, topk_idx, layout.num_experts, layout.ranks_per_node, fp32, self._peers)
         return out
 
     def sum(
@@ -286,9 +329,9 @@ class Link:
         weights = None if row_weights is None else row_weights.new_empty(way.topk_idx.shape)
         y, row_weights = _aligned(y), None if row_weights is None else _aligned(row_weights)
         self._keep_order()
-        registry.native().comm_combine(
-            out, weights, y, row_weights, way.topk_idx, position, self.layout.num_experts, self.layout.ranks_per_node,
-            fp32, self._peers,
+        self._native.comm_combine(
+            out, weights, y, row_weights, way.topk_idx, position, way.relay, self.layout.num_experts,
+            self.layout.ranks_per_node, fp32, self._peers,
         )  # fmt: skip
         return out, weights
 
@@ -370,17 +413,30 @@ def _watch(peers: Any, ranks: list[int], stopped: threading.Event) -> None:
             return
 
 
-def _objection(layout: counts.Layout, device: torch.device) -> str | None:
+def _objection(layout: counts.Layout, device: torch.device, across: bool) -> str | None:
     if registry.NATIVE_ERROR:
         return registry.NATIVE_ERROR
     if device.type != "cuda" or not torch.cuda.is_available() or not registry.is_hopper(device):
         return f"{device} is not a Hopper GPU"
-    if layout.ranks > MAX_RANKS or layout.num_experts > MAX_EXPERTS:
-        return f"{layout.ranks} ranks and {layout.num_experts} experts are more than {MAX_RANKS} and {MAX_EXPERTS}"
-    return None
+    most_nodes, most = (MAX_NODES, MAX_GROUP) if across else (layout.nodes, MAX_RANKS)
+    if layout.ranks > most or layout.nodes > most_nodes or (across and layout.ranks_per_node > MAX_RANKS):
+        nodes = f" on {layout.nodes} nodes" if across else ""
+        limits = f"{MAX_RANKS} on each of {MAX_NODES} and {MAX_GROUP} in all" if across else f"{MAX_RANKS}"
+        return f"{layout.ranks} ranks{nodes} are more than {limits}"
+    if layout.num_experts > MAX_EXPERTS:
+        return f"{layout.num_experts} experts are more than {MAX_EXPERTS}"
+    return nvshmem.objection() if across else None
 
 
-def _node() -> str:
+def ranks_per_machine(group: dist.ProcessGroup | None) -> int | None:
+    """How many consecutive ranks every machine has; None where it is not the same number."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, machine(), group=group)
+    runs = [len(list(run)) for _, run in itertools.groupby(everyone)]
+    return runs[0] if len(set(runs)) == 1 and len(runs) == len(set(everyone)) else None
+
+
+def machine() -> str:
     """What the processes of a machine have in common."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"

@@ -37,9 +37,15 @@ class ExpertParallel(DataParallel):
 
     @classmethod
     def split(
-        cls, parallel: DataParallel, ep: int, num_experts: int, *, wire_dtype: torch.dtype | None = None
+        cls,
+        parallel: DataParallel,
+        ep: int,
+        num_experts: int,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        transport: str = "auto",
     ) -> ExpertParallel:
-        """Splits the experts of all ranks of `parallel`, which call this together; wire_dtype is the buffer's.
+        """Splits the experts of all ranks of `parallel`, which call this together; wire_dtype and transport are the buffer's.
 
         Nodes are those of torchrun; without it all ranks are one. Raises ValueError where `ep` does not divide the ranks or the
         experts.
@@ -55,6 +61,7 @@ class ExpertParallel(DataParallel):
         buffer = ExpertBuffer(
             mesh.get_group(_EXPERT),
             num_experts=num_experts,
+            transport=transport,
             ranks_per_node=ranks_per_node(local_ranks, ep),
             wire_dtype=wire_dtype,
             device=parallel.device,

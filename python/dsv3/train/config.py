@@ -17,6 +17,7 @@ from dsv3.train.schedules import GAMMA_UNTIL, MTP_SWITCH, BatchSize, LearningRat
 _CHOICES = {
     "precision": ("bf16", "fp8", "fp32"),
     "init_optimizer": ("keep", "fresh"),
+    "ep_transport": ("auto", "collective", "ipc", "nvshmem"),
     "lr_schedule": LearningRate.SHAPES,
 }
 _POSITIVE = ("ep", "seq_len", "batch", "micro_batch", "lr", "clip", "save_every", "keep", "max_skips", "log_load_every")
@@ -46,6 +47,7 @@ class TrainConfig:
     deterministic: bool = False  # same bits from run to run on a GPU; a CPU always gives them
     seed: int = 0
     ep: int = 1  # consecutive ranks that share the routed experts among them
+    ep_transport: str = "auto"  # of dsv3.comm.ExpertBuffer, between these ranks
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
     # batch, in sequences
     seq_len: int = 4096

@@ -119,7 +119,9 @@ def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Ca
         if not any(map(model_config.is_moe, range(layers))):
             raise ValueError(f"ep {config.ep} splits routed experts, and no layer of this model has any")
         wire = _wire_dtype(config, model_config)
-        parallel = ExpertParallel.split(parallel, config.ep, model_config.n_routed_experts, wire_dtype=wire)
+        parallel = ExpertParallel.split(
+            parallel, config.ep, model_config.n_routed_experts, wire_dtype=wire, transport=config.ep_transport
+        )
     return Trainer(
         _model(model_config, config, parallel),
         config,

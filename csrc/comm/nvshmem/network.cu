@@ -1,0 +1,99 @@
+// What dsv3._nvshmem does: network.h. One translation unit, since NVSHMEM's device code takes ten seconds to compile.
+#include "network.cuh"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../combine.cuh"
+#include "../dispatch.cuh"
+#include "../exchange.cuh"
+
+namespace dsv3 {
+namespace {
+
+struct Arena {
+  char* base = nullptr;
+  int64_t bytes = 0;
+};
+Arena arena;  // of the process
+
+Far far_of(const Network& network) { return Far{network.network()}; }
+
+}  // namespace
+
+std::string nvshmem_id() {
+  nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+  if (nvshmemx_get_uniqueid(&id) != 0) throw std::runtime_error("nvshmemx_get_uniqueid failed");
+  return {reinterpret_cast<const char*>(&id), sizeof(id)};
+}
+
+void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64_t bytes, bool alone) {
+  nvshmemx_uniqueid_t unique = NVSHMEMX_UNIQUEID_INITIALIZER;
+  DSV3_CHECK(id.size() == sizeof(unique), "an id must have ", sizeof(unique), " bytes, got ", id.size());
+  DSV3_CHECK(arena.base == nullptr, "NVSHMEM has been started already");
+  std::memcpy(&unique, id.data(), sizeof(unique));
+  check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  check_cuda(cudaFree(nullptr), "cudaFree");  // makes the context
+  // What the user has set remains. Multicast over NVLink serves collectives, of which there are none here.
+  setenv("NVSHMEM_DISABLE_NVLS", "1", 0);
+  if (alone) setenv("NVSHMEM_REMOTE_TRANSPORT", "none", 0);
+  nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
+  nvshmemx_set_attr_uniqueid_args(rank, ranks, &unique, &attributes);
+  if (nvshmemx_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes) != 0) {
+    throw std::runtime_error("nvshmemx_init_attr failed");
+  }
+  arena.base = static_cast<char*>(nvshmem_malloc(bytes));
+  if (arena.base == nullptr) {
+    throw std::runtime_error("nvshmem_malloc of " + std::to_string(bytes) + " bytes failed");
+  }
+  arena.bytes = bytes;
+}
+
+Network::Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, double timeout_seconds,
+                 int64_t offset, const std::vector<int>& pes)
+    : Peers(device, rank, ranks, node, nodes, channels, slots, 0, 0, timeout_seconds) {
+  const int64_t bytes = symmetric_bytes(nodes, channels, slots);
+  DSV3_CHECK(arena.base != nullptr, "NVSHMEM has not been started");
+  DSV3_CHECK(offset >= 0 && offset % alignof(SymmetricLocal) == 0 && offset + bytes <= arena.bytes, "a part of ", bytes,
+             " bytes at ", offset, " does not fit the ", arena.bytes, " that there are");
+  DSV3_CHECK(static_cast<int>(pes.size()) == nodes * ranks, "pes must be those of ", nodes * ranks, " ranks");
+  network_.base = arena.base + offset;
+  for (size_t i = 0; i < pes.size(); ++i) network_.pes[i] = static_cast<int16_t>(pes[i]);
+  check_cuda(cudaMemset(network_.base, 0, bytes), "cudaMemset of the symmetric memory");
+  check_cuda(cudaDeviceSynchronize(), "cudaMemset of the symmetric memory");  // before another rank can write
+}
+
+int64_t Network::symmetric_bytes(int nodes, int channels, int slots) {
+  const int64_t flags = far_flags(nodes, channels, slots);
+  return far_slots_begin(flags) + 2 * flags * static_cast<int64_t>(sizeof(Slot));
+}
+
+void Network::disconnect() {
+  nvshmem_quiet();
+  Peers::disconnect();
+}
+
+void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, Tensor topk_idx, Tensor own_offsets,
+                   std::vector<int64_t> head, int64_t ranks_per_node, const Network& network, cudaStream_t stream) {
+  exchanging::exchange({heads, offsets, shift, arrivals, topk_idx, own_offsets}, head, ranks_per_node, network.rings(),
+                       far_of(network), stream);
+}
+
+void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
+                   std::optional<Tensor> row_weights, std::optional<Tensor> position, std::optional<Tensor> relay,
+                   Tensor x, std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift,
+                   Tensor arrivals, Tensor total, int64_t max_tokens, bool cast, double amax_floor,
+                   const Network& network, cudaStream_t stream) {
+  dispatching::dispatch(
+      {rows, sf, sf_rows, row_weights, position, relay, x, weights, topk_idx, pairs, shift, arrivals, total},
+      max_tokens, cast, amax_floor, network.rings(), far_of(network), stream);
+}
+
+void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::optional<Tensor> row_weights,
+                  Tensor topk_idx, Tensor position, std::optional<Tensor> relay, int64_t num_experts,
+                  int64_t ranks_per_node, bool fp32_sums, const Network& network, cudaStream_t stream) {
+  combining::combine({out, weights, rows, row_weights, topk_idx, position, relay}, num_experts, ranks_per_node,
+                     fp32_sums, network.rings(), far_of(network), stream);
+}
+
+}  // namespace dsv3

@@ -1,0 +1,133 @@
+// What lies in a rank's part of the symmetric memory, and how warps send through it.
+//
+// A ring leads from every rank to the ranks that have its place in the other nodes, on each channel. Slots are filled in the
+// sender's own memory (staging) and put from there into the same slot of the receiver's; a signal follows the data. Signals are
+// 8 bytes, of which the lower half counts as the flags of the rings within a node do. A slot of either side is free once the
+// receiver has said so, so nobody waits for a put.
+#pragma once
+
+#include <nvshmem.h>
+#include <nvshmemx.h>
+
+#include "../peers.cuh"
+#include "network.h"
+
+namespace dsv3 {
+
+struct alignas(128) SymmetricLocal {
+  uint32_t sent[kMaxNodes][kMaxChannels];  // items so far, to every node
+  uint32_t received[kMaxNodes][kMaxChannels];
+  uint64_t noticed[2][kMaxGroup];  // signals behind the notices
+  Notice notices[2][kMaxGroup];    // of even and odd exchanges, from other nodes' ranks
+  Notice outgoing[2][kMaxGroup];   // and to them
+};
+
+inline __host__ __device__ int64_t far_flags(int nodes, int channels, int slots) {
+  return static_cast<int64_t>(nodes) * channels * slots;
+}
+inline __host__ __device__ int64_t far_slots_begin(int64_t flags) {
+  const int64_t end = sizeof(SymmetricLocal) + 2 * flags * sizeof(uint64_t);
+  return (end + alignof(Slot) - 1) / alignof(Slot) * alignof(Slot);
+}
+
+// The lower half of a signal.
+__device__ __forceinline__ const uint32_t* counted(const uint64_t* signal) {
+  return reinterpret_cast<const uint32_t*>(signal);
+}
+
+struct Far : NetworkMemory {
+  static constexpr bool kNodes = true;
+  struct Link;
+
+  __device__ __forceinline__ SymmetricLocal& local() const { return *reinterpret_cast<SymmetricLocal*>(base); }
+  __device__ __forceinline__ uint32_t& sent(int node, int channel) const { return local().sent[node][channel]; }
+  __device__ __forceinline__ uint32_t& received(int node, int channel) const { return local().received[node][channel]; }
+
+  __device__ __forceinline__ int64_t index(const Rings& r, int node, int channel, uint32_t item) const {
+    return (static_cast<int64_t>(node) * r.channels + channel) * r.slots + item % r.slots;
+  }
+  __device__ __forceinline__ int64_t flags(const Rings& r) const { return far_flags(r.nodes, r.channels, r.slots); }
+  __device__ __forceinline__ uint64_t* signals() const {
+    return reinterpret_cast<uint64_t*>(base + sizeof(SymmetricLocal));
+  }
+  // Of the ring from a node, and of that to it.
+  __device__ __forceinline__ const uint32_t* ready_flag(const Rings& r, int node, int channel, uint32_t item) const {
+    return counted(signals() + index(r, node, channel, item));
+  }
+  __device__ __forceinline__ const uint32_t* done_flag(const Rings& r, int node, int channel, uint32_t item) const {
+    return counted(signals() + flags(r) + index(r, node, channel, item));
+  }
+  __device__ __forceinline__ Slot* slots(const Rings& r) const {
+    return reinterpret_cast<Slot*>(base + far_slots_begin(flags(r)));
+  }
+  // What has come from a node, and what is to go to it.
+  __device__ __forceinline__ Slot* slot(const Rings& r, int node, int channel, uint32_t item) const {
+    return slots(r) + index(r, node, channel, item);
+  }
+  __device__ __forceinline__ Slot* staging(const Rings& r, int node, int channel, uint32_t item) const {
+    return slots(r) + flags(r) + index(r, node, channel, item);
+  }
+  __device__ __forceinline__ Notice& notice(int parity, int rank) const { return local().notices[parity][rank]; }
+  __device__ __forceinline__ Notice& outgoing(int parity, int rank) const { return local().outgoing[parity][rank]; }
+  __device__ __forceinline__ const uint32_t* noticed(int parity, int rank) const {
+    return counted(&local().noticed[parity][rank]);
+  }
+
+  // By a whole warp, which has written it: a staged slot to its node.
+  __device__ __forceinline__ void put(const Rings& r, int node, int channel, uint32_t item, int bytes) const {
+    __threadfence_system();
+    __syncwarp();
+    const int64_t there = index(r, r.node, channel, item);
+    nvshmemx_putmem_signal_nbi_warp(slots(r) + there, staging(r, node, channel, item), bytes, signals() + there,
+                                    uint64_t{item + 1}, NVSHMEM_SIGNAL_SET, pes[of_node(r, node, r.rank)]);
+  }
+  // A slot from that node is free again.
+  __device__ __forceinline__ void tell_done(const Rings& r, int node, int channel, uint32_t item) const {
+    nvshmemx_signal_op(signals() + flags(r) + index(r, r.node, channel, item), uint64_t{item + 1}, NVSHMEM_SIGNAL_SET,
+                       pes[of_node(r, node, r.rank)]);
+  }
+  // By a whole warp: the notice to a rank, which the block has written.
+  __device__ __forceinline__ void tell_notice(const Rings& r, int parity, int rank, int bytes, uint32_t value) const {
+    __threadfence_system();
+    __syncwarp();
+    const int self = own_rank(r);
+    nvshmemx_putmem_signal_nbi_warp(&local().notices[parity][self], &outgoing(parity, rank), bytes,
+                                    &local().noticed[parity][self], uint64_t{value}, NVSHMEM_SIGNAL_SET, pes[rank]);
+  }
+};
+
+// The ring that a lane of dispatch's sender fills, of `pieces` slots a token, of which the last has other bytes.
+struct Far::Link {
+  const Rings& r;
+  const Far& far;
+  const int node;
+  const uint32_t begin;
+  const int pieces, bytes, last_bytes, peer;
+
+  __device__ __forceinline__ Link(const Rings& r, const Far& far, int node, uint32_t begin, int pieces, int bytes,
+                                  int last_bytes)
+      : r(r),
+        far(far),
+        node(node),
+        begin(begin),
+        pieces(pieces),
+        bytes(bytes),
+        last_bytes(last_bytes),
+        peer(of_node(r, node, r.rank)) {}
+  __device__ __forceinline__ const uint32_t* done_flag(uint32_t item) const {
+    return far.done_flag(r, node, blockIdx.x, item);
+  }
+  __device__ __forceinline__ Slot* slot(uint32_t item) const { return far.staging(r, node, blockIdx.x, item); }
+  __device__ __forceinline__ void send(uint32_t first, int count) const {
+    for (unsigned left = __ballot_sync(kAllLanes, count > 0); left != 0; left &= left - 1) {
+      const int lane = __ffs(left) - 1, items = __shfl_sync(kAllLanes, count, lane);
+      const uint32_t start = __shfl_sync(kAllLanes, first, lane), origin = __shfl_sync(kAllLanes, begin, lane);
+      for (uint32_t item = start; item != start + items; ++item) {
+        const bool last = (item - origin) % pieces == pieces - 1;
+        far.put(r, lane - kMaxRanks, blockIdx.x, item, last ? last_bytes : bytes);
+      }
+    }
+  }
+};
+
+}  // namespace dsv3

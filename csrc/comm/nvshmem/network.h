@@ -1,0 +1,58 @@
+// dsv3._nvshmem: dispatch and combine between ranks of several nodes. Within a node they use its rings (../peers.h), between
+// nodes NVSHMEM. The module is apart from dsv3._C so that nothing else needs NVSHMEM's library.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../common/tensor.h"
+#include "../peers.h"
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace dsv3 {
+
+// What starts NVSHMEM: made by one rank, given to all.
+std::string nvshmem_id();
+// Starts it for this process, with one piece of `bytes` symmetric memory, from which all buffers take theirs; all ranks together.
+// alone: they are on one machine, so no network adapter is looked for.
+void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64_t bytes, bool alone);
+
+// What leads to other nodes, for kernels: see network.cuh.
+struct NetworkMemory {
+  char* base;              // this rank's part of the symmetric memory; the others' have the same layout
+  int16_t pes[kMaxGroup];  // the group's ranks as NVSHMEM numbers them
+};
+
+// A rank's memory on its node, and its part of the symmetric memory.
+class Network : public Peers {
+ public:
+  // offset: of the part in the symmetric memory, the same on all ranks.
+  Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, double timeout_seconds,
+          int64_t offset, const std::vector<int>& pes);
+  // Of a part.
+  static int64_t symmetric_bytes(int nodes, int channels, int slots);
+  // All that this rank has sent has arrived, and the node's memory is unmapped.
+  void disconnect();
+
+  const NetworkMemory& network() const { return network_; }
+
+ private:
+  NetworkMemory network_{};
+};
+
+// As of ../../ops.h, which has the shapes.
+void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, Tensor topk_idx, Tensor own_offsets,
+                   std::vector<int64_t> head, int64_t ranks_per_node, const Network& network, cudaStream_t stream);
+void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
+                   std::optional<Tensor> row_weights, std::optional<Tensor> position, std::optional<Tensor> relay,
+                   Tensor x, std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift,
+                   Tensor arrivals, Tensor total, int64_t max_tokens, bool cast, double amax_floor,
+                   const Network& network, cudaStream_t stream);
+void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::optional<Tensor> row_weights,
+                  Tensor topk_idx, Tensor position, std::optional<Tensor> relay, int64_t num_experts,
+                  int64_t ranks_per_node, bool fp32_sums, const Network& network, cudaStream_t stream);
+
+}  // namespace dsv3

@@ -1,0 +1,127 @@
+"""NVSHMEM, through which ranks of several nodes reach each other: the module dsv3._nvshmem, loaded when it is asked for, and
+the symmetric memory of this process, of which every buffer has a part.
+
+A process starts NVSHMEM once, among the ranks of its first buffer over it; later buffers are among these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ARENA_BYTES = 256 << 20  # of symmetric memory, or ROOM times what the first buffer takes
+ROOM = 4
+ALIGNMENT = 128  # of a part
+LIBRARY = "libnvshmem_host.so.3"
+
+
+class Part(NamedTuple):
+    """A buffer's part of the symmetric memory, the same on all its ranks."""
+
+    offset: int
+    pes: list[int]  # what NVSHMEM calls the buffer's ranks
+
+
+class Refused(Exception):
+    """Why a buffer cannot have NVSHMEM; the same on all of its ranks."""
+
+
+@cache
+def native() -> ModuleType:
+    """dsv3._nvshmem. Raises ImportError with the reason where it cannot be loaded."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) / "nvshmem" / "lib" for folder in (spec and spec.submodule_search_locations) or ()]
+    library = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()), Path(LIBRARY))
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ImportError(f"NVSHMEM is not installed (pip install 'nvidia-nvshmem-cu13>=3.4,<3.5'): {error}") from error
+    from dsv3 import _nvshmem
+
+    return _nvshmem
+
+
+def objection() -> str | None:
+    """Why this process cannot use NVSHMEM."""
+    try:
+        native()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+class Memory:
+    """The symmetric memory of a process."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []  # those among which NVSHMEM runs, as the default process group numbers them
+        self.size = 0
+        self.taken: dict[int, int] = {}  # parts of buffers: {offset: bytes}
+
+    def take(
+        self, ranks: list[int], rank: int, size: int, ask: Callable[[Any], list[Any]], device: int, *, alone: bool
+    ) -> Part:
+        """A part for a buffer of these ranks, which call together; the first such call starts NVSHMEM.
+
+        Args:
+            ranks: of the buffer, as the default process group numbers them; rank: this one's place among them.
+            size: bytes.
+            ask: tells the ranks of the buffer something and returns what all said.
+            alone: all ranks are on one machine.
+        """
+        states = ask((self.ranks, self.size, self.taken))
+        if not any(running for running, *_ in states):
+            self._start(ranks, rank, size, ask, device, alone=alone)
+            states = ask((self.ranks, self.size, self.taken))
+        running = states[0][0]
+        if any(other != running for other, *_ in states) or not set(ranks) <= set(running):
+            raise Refused(f"NVSHMEM runs among ranks {sorted({r for s in states for r in s[0]})}, not among {ranks}")
+        offset = _first_gap([part for *_, taken in states for part in taken.items()], size)
+        if offset + size > min(room for _, room, _ in states):
+            raise Refused(
+                f"of {self.size / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece"
+            )
+        self.taken[offset] = size
+        return Part(offset, [running.index(r) for r in ranks])
+
+    def give_back(self, part: Part) -> None:
+        """Of a buffer that has been closed on all its ranks."""
+        self.taken.pop(part.offset, None)
+
+    def _start(
+        self, ranks: list[int], rank: int, size: int, ask: Callable[[Any], list[Any]], device: int, *, alone: bool
+    ) -> None:
+        room = -(-max(ARENA_BYTES, ROOM * size) // ALIGNMENT) * ALIGNMENT
+        reason, made = None, b""
+        try:
+            made = native().nvshmem_id() if rank == 0 else b""
+        except RuntimeError as error:
+            reason = str(error)
+        said = ask((reason, made))
+        if said[0][0] is None:
+            try:
+                native().nvshmem_start(device, rank, len(ranks), said[0][1], room, alone)
+            except RuntimeError as error:
+                reason = str(error)
+        reasons = [said[0][0], *ask(reason)]
+        if any(reasons):
+            raise Refused(next(filter(None, reasons)))
+        self.ranks, self.size = list(ranks), room
+
+
+def _first_gap(parts: list[tuple[int, int]], size: int) -> int:
+    """The lowest offset from which `size` bytes overlap no part (offset, bytes)."""
+    offset = 0
+    for begin, length in sorted(parts):
+        if offset + size <= begin:
+            break
+        offset = max(offset, -(-(begin + length) // ALIGNMENT) * ALIGNMENT)
+    return offset
+
+
+memory = Memory()  # a process has one
