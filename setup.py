@@ -3,6 +3,7 @@ metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -33,10 +34,13 @@ def module_folder(name: str) -> Path:
 
 
 def find_nvshmem() -> Path | None:
-    """Folder of the nvidia-nvshmem wheel of this interpreter's environment, with headers and libraries."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) / "nvshmem" for folder in (spec and spec.submodule_search_locations) or ()]
-    return next((folder for folder in folders if (folder / "include" / "nvshmem.h").exists()), None)
+    """Folder of the nvidia-nvshmem-cu13 wheel of this interpreter's environment, with headers and libraries."""
+    try:
+        wheel = importlib.metadata.distribution("nvidia-nvshmem-cu13")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(wheel.locate_file("nvidia/nvshmem")))
+    return folder if (folder / "lib" / "libnvshmem_device.a").exists() else None
 
 
 class CMakeBuild(build_ext):

@@ -58,7 +58,7 @@ def predict(op: str, job: Job, machine: Machine, routes: np.ndarray | None = Non
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     routes = draw_routes(job) if routes is None else routes
-    channels = machine.channels or (machine.num_sms if job.nodes == 1 else max(1, machine.num_sms // 2))
+    channels = machine.channels or machine.num_sms
     sample = max(1, min(channels, 160 // job.ranks)) if sample is None else sample
     if not 1 <= sample <= channels:
         raise ValueError(f"sample must be in 1..{channels}, got {sample}")

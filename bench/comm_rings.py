@@ -18,13 +18,14 @@ import numpy as np
 
 from bench.comm_traffic import (
     CASTERS,
-    FORWARDERS,
+    HOPS,
     OWNERS,
     PIECE_BYTES,
-    PRODUCERS,
     RECEIVERS,
+    RELAYS,
     REST_BYTES,
     WARP_BYTES,
+    WARPS,
     Job,
     Machine,
 )
@@ -125,6 +126,7 @@ class Simulation:
 
     def __init__(self, job: Job, machine: Machine, channels: int, sample: int) -> None:
         self.job, self.machine, self.channels, self.sample = job, machine, channels, sample
+        self.several = job.nodes > 1  # which has warps of its own numbers
         self.clock = Clock()
         self.width, part = job.ranks_per_node, sample / channels
         self.spills = (
@@ -224,18 +226,23 @@ class Simulation:
 
     def dispatch(self, routes: np.ndarray) -> None:
         """Casters read a token and have it written to its ranks here and its entries elsewhere; forwarders serve a node each,
-        receivers a rank each, and take what has arrived."""
+        receivers a ring or some, and take what has arrived."""
         job, sizes = self.job, self.job.slot_bytes("dispatch")
         size, pieces, row = sum(sizes) / len(sizes), len(sizes), job.row_bytes("dispatch") / len(sizes)
         plans: dict[tuple[int, int, int], list[list[Item]]] = {}
         onward: dict[Item, list[Item]] = {}
         queues: dict[Any, Queue] = {}
+        served: dict[Any, tuple[Queue, int]] = {}  # and by how many
+        receivers, hops = RECEIVERS[self.several], HOPS // max(job.nodes - 1, 1)
         for channel, source in itertools.product(range(self.sample), range(job.ranks)):
             for target in range(job.ranks):
-                queues[channel, target, source] = Queue()
+                near = source // self.width == target // self.width
+                key = channel, target, near, source % receivers if near else source
+                found, _ = served.setdefault(key, (Queue(), max(1, receivers // job.ranks) if near else hops))
+                queues[channel, target, source] = found
         for source in range(job.ranks):
             for place, (channel, token) in enumerate(self.tokens()):
-                plan = plans.setdefault((channel, source, place // self.sample % CASTERS), [])
+                plan = plans.setdefault((channel, source, place // self.sample % CASTERS[self.several]), [])
                 for _ in range(pieces):
                     items = []
                     for entry, needs in self.ways(routes, source, token):
@@ -264,9 +271,8 @@ class Simulation:
                 else:
                     yield self.write(channel, item.target, item.rows * row)
 
-        for (channel, target, source), queue in queues.items():
-            near = source // self.width == target // self.width
-            for _ in range(max(1, RECEIVERS // self.width if near else FORWARDERS // job.nodes)):
+        for (channel, *_), (queue, warps) in served.items():
+            for _ in range(warps):
                 self.clock.go(receiver(channel, queue))
         for (channel, rank, _), plan in plans.items():
             self.clock.go(caster(channel, rank, plan))
@@ -277,7 +283,7 @@ class Simulation:
         job, sizes = self.job, self.job.slot_bytes("combine")
         size, pieces, row = sum(sizes) / len(sizes), len(sizes), job.row_bytes("combine") / len(sizes)
         made: dict[tuple[int, int], list[tuple[int, int, int, Item]]] = {}
-        summed: dict[tuple[int, int], list[tuple[Item, list[Item]]]] = {}
+        summed: dict[tuple[int, int, int], list[tuple[Item, list[Item]]]] = {}
         owned: dict[tuple[int, int], list[list[Item]]] = {}
         for (channel, token), piece, source in itertools.product(self.tokens(), range(pieces), range(job.ranks)):
             parts = []
@@ -290,7 +296,7 @@ class Simulation:
                     parts += here
                     continue
                 parts.append(self.add(entry, source, 0, channel))
-                summed.setdefault((channel, entry), []).append((parts[-1], here))
+                summed.setdefault((channel, entry, source), []).append((parts[-1], here))
             owned.setdefault((channel, source), []).append(parts)
 
         def producer(channel: int, rank: int, items: list[Item]) -> Process:
@@ -314,16 +320,19 @@ class Simulation:
                 yield from self.take(channel, parts, size, WARP_BYTES)
                 yield self.write(channel, rank, row)
 
+        owners, relays = OWNERS[self.several], max(RELAYS[self.several], job.nodes - 1)
+        producers = WARPS - owners - relays
+        relays //= max(job.nodes - 1, 1)  # of each other node
         for (channel, rank), turns in made.items():
             items = [item for *_, item in sorted(turns, key=lambda turn: turn[:3])]
-            for warp in range(PRODUCERS):
-                self.clock.go(producer(channel, rank, items[warp::PRODUCERS]))
-        for (channel, _), sums in summed.items():
-            for warp in range(FORWARDERS):
-                self.clock.go(forwarder(channel, sums[warp::FORWARDERS]))
+            for warp in range(producers):
+                self.clock.go(producer(channel, rank, items[warp::producers]))
+        for (channel, *_), sums in summed.items():
+            for warp in range(relays):
+                self.clock.go(forwarder(channel, sums[warp::relays]))
         for (channel, rank), tokens in owned.items():
-            for warp in range(OWNERS):
-                mine = [parts for i, parts in enumerate(tokens) if i // pieces % OWNERS == warp]
+            for warp in range(owners):
+                mine = [parts for i, parts in enumerate(tokens) if i // pieces % owners == warp]
                 self.clock.go(owner(channel, rank, mine))
 
     def run(self, op: str, routes: np.ndarray) -> float:

@@ -9,15 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Fixed by csrc/comm (peers.cuh, dispatch.cu, combine.cu) and python/dsv3/comm/ipc.py; tests/test_comm_model.py compares.
-CASTERS, RECEIVERS, PRODUCERS, OWNERS = 10, 16, 20, 8  # warps a channel
+# Fixed by csrc/comm (peers.cuh, dispatch.cuh, combine.cuh) and python/dsv3/comm/ipc.py; tests/test_comm_model.py compares.
+CASTERS, RECEIVERS = (10, 7), (16, 8)  # warps a channel: of one node, of several
+WARPS, OWNERS, RELAYS = (
+    24,
+    (6, 5),
+    (0, 4),
+)  # of combine; relays one for each of more other nodes; the rest are producers
+HOPS = 11  # slots that are passed on at once, shared by the other nodes
 PIECE_BYTES = 8192  # of a row in a slot
 REST_BYTES = 512  # scales and meta, which dispatch writes with every piece
 WARP_BYTES = 8 * 1024  # of rows on their way to a warp of combine
 NUM_SMS, SPARE_SMS, SLOTS = 20, 4, 16
 TILE = 128
 
-FORWARDERS = 8  # warps a channel between InfiniBand and NVLink: assumed, there are no kernels for several nodes yet
 FLAG_BYTES = 32  # what a flag takes of a link; every slot has one there and one back
 OPS = ("dispatch", "combine")
 
@@ -84,7 +89,7 @@ class Machine:
     ib_gbs: float = 50.0
     memory_gbs: float = 3000.0
     num_sms: int = NUM_SMS
-    channels: int | None = None  # None: as many as multiprocessors, half as many where there are several nodes
+    channels: int | None = None  # None: as many as multiprocessors
     slots: int = SLOTS
     sm_read_gbs: float = 200.0
     sm_write_gbs: float = 50.0

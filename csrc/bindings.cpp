@@ -1,10 +1,10 @@
-// dsv3._C: the native ops as Python functions (common/bind.h). Ops that torch's dispatcher calls without Python are in
+// dsv3._C: the native ops as Python functions (bind.h). Ops that torch's dispatcher calls without Python are in
 // torch_ops.cpp.
 #include <string>
 #include <utility>
 
 #include "comm/peers.h"
-#include "common/bind.h"
+#include "bind.h"
 #include "ops.h"
 #include "torch_ops.h"
 

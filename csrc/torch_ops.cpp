@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "common/device_error.h"
-#include "common/launching.h"
+#include "launching.h"
 #include "common/tensor.h"
 #include "ops.h"
 #include "torch_abi.h"

@@ -141,13 +141,14 @@ def test_one_shot_takes_its_latencies() -> None:
 @pytest.mark.parametrize("low_latency", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_more_bandwidth_is_never_slower(op: str, low_latency: bool) -> None:
-    """But for who comes first in a queue, which another rate may change: a percent of calls as short as these."""
+    """But for who comes first in a queue, which another rate may change: two percent of calls as short as these, where
+    a receiver has rings of several ranks."""
     for job in (Job(tokens=128), Job(ranks_per_node=2, tokens=64)):
         routes, call = draw_routes(job), predict_low_latency if low_latency else predict
         for name in ("link_gbs", "ib_gbs", "memory_gbs", "sm_read_gbs", "sm_write_gbs"):
             slow = Machine(num_sms=8, **{name: 10.0})
             found = [call(op, job, replace(slow, **{name: gbs}), routes) for gbs in (10.0, 25.0, 100.0, 400.0)]
-            times, slack = [result.time_us for result in found], 1.0 if low_latency else 1.01
+            times, slack = [result.time_us for result in found], 1.0 if low_latency else 1.02
             assert all(after <= before * slack for before, after in pairwise(times)), (job, name, times)
             assert all(after.floor_us <= before.floor_us * (1 + 1e-9) for before, after in pairwise(found))
 
@@ -208,10 +209,13 @@ def test_low_latency_counts_pairs() -> None:
 
 def test_numbers_of_the_kernels() -> None:
     """Those that the model takes from csrc/comm and dsv3/comm."""
-    files = ("peers.cuh", "sums.cuh", "dispatch.cu", "combine.cu")
+    files = ("peers.cuh", "sums.cuh", "dispatch.cuh", "combine.cuh")
     text = "".join((ROOT / "csrc/comm" / name).read_text() for name in files)
-    for name in ("Casters", "Receivers", "Producers", "Owners"):
-        assert int(re.search(rf"k{name} = (\d+)", text)[1]) == getattr(comm_traffic, name.upper())
+    for name in ("Casters", "Receivers", "Owners", "Relays"):
+        several, one = re.search(rf"k{name} = kNodes \? (\d+) : (\d+);", text).groups()
+        assert (int(one), int(several)) == getattr(comm_traffic, name.upper())
+    assert int(re.search(r"kWarps = (\d+);", text)[1]) == comm_traffic.WARPS
+    assert int(re.search(r"kHops = kNodes \? (\d+) : 0;", text)[1]) == comm_traffic.HOPS
     assert int(re.search(r"kPieceBytes = (\d+)", text)[1]) == comm_traffic.PIECE_BYTES
     assert int(re.search(r"kWarpBytes = (\d+) \* 1024", text)[1]) * 1024 == comm_traffic.WARP_BYTES
     tiles, topk = comm_traffic.PIECE_BYTES // 128, int(re.search(r"kMaxTopk = (\d+)", text)[1])

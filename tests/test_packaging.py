@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,18 +23,31 @@ from dsv3.ops import registry
 
 ROOT = Path(__file__).parents[1]
 NO_NVCC = "dsv3: no nvcc found, installing without native code: every op runs on its reference\n"
+NO_NVSHMEM = "dsv3: no nvidia-nvshmem wheel found, installing without the transport nvshmem\n"
 NATIVE_FILE = registry._C.__file__ if registry._C else None
 needs_native = pytest.mark.skipif(NATIVE_FILE is None, reason="built without nvcc")
 
 
 # ---- setup.py ----
-def run_setup(monkeypatch: pytest.MonkeyPatch, found: set[str], on_path: str | None = None) -> tuple[ModuleType, dict]:
-    """setup.py where only the nvcc of `found` exist: the module and what it gave to setuptools."""
+def run_setup(
+    monkeypatch: pytest.MonkeyPatch, found: set[str], on_path: str | None = None, *, nvshmem: bool = True
+) -> tuple[ModuleType, dict]:
+    """setup.py where only the nvcc of `found` exist, and NVSHMEM or not: the module and what it gave to setuptools."""
     given: dict[str, Any] = {}
     exists = Path.exists
+
+    def wheel(name: str) -> SimpleNamespace:
+        if name == "nvidia-nvshmem-cu13" and nvshmem:
+            return SimpleNamespace(locate_file=lambda path: f"/opt/{path}")
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def there(self: Path) -> bool:
+        return str(self) in found if self.name == "nvcc" else self.name == "libnvshmem_device.a" or exists(self)
+
     monkeypatch.setattr(setuptools, "setup", lambda **values: given.update(values))
     monkeypatch.setattr(shutil, "which", lambda name: on_path)
-    monkeypatch.setattr(Path, "exists", lambda self: str(self) in found if self.name == "nvcc" else exists(self))
+    monkeypatch.setattr(Path, "exists", there)
+    monkeypatch.setattr(importlib.metadata, "distribution", wheel)
     spec = importlib.util.spec_from_file_location("dsv3_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -49,7 +63,8 @@ def test_nvcc_comes_from_the_path_then_the_machine_then_the_wheel(monkeypatch: p
     for i, expected in enumerate(places):
         module, given = run_setup(monkeypatch, set(places[i:]), places[0] if i == 0 else None)
         assert module.find_nvcc() == Path(expected)
-        assert [extension.name for extension in given["ext_modules"]] == ["dsv3._C"]
+        assert module.find_nvshmem() == Path("/opt/nvidia/nvshmem")
+        assert [extension.name for extension in given["ext_modules"]] == ["dsv3._C", "dsv3._nvshmem"]
         assert given["distclass"]({"ext_modules": given["ext_modules"]}).has_ext_modules()
 
 
@@ -63,6 +78,15 @@ def test_without_nvcc_it_says_so_in_one_line(
     assert not given["distclass"]({"ext_modules": given["ext_modules"]}).has_ext_modules()
     run_setup(monkeypatch, {"/usr/local/cuda/bin/nvcc"})
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_nvshmem_it_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, given = run_setup(monkeypatch, {"/usr/local/cuda/bin/nvcc"}, nvshmem=False)
+    assert capsys.readouterr() == ("", NO_NVSHMEM)
+    assert module.find_nvshmem() is None
+    assert [extension.name for extension in given["ext_modules"]] == ["dsv3._C"]
 
 
 def test_a_missing_build_dependency_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +138,9 @@ def test_pins() -> None:
         "nvidia-nvvm": "13.0.88",
         "nvidia-cuda-cccl": "13.0.85",
     }, "and no runtime: torch's build for CUDA requires one of its own, which a pin would make impossible to install"
-    assert "\nCUDA_RUNTIME := nvidia-cuda-runtime==13.0.88\n" in (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\nCUDA_RUNTIME := nvidia-cuda-runtime==13.0.88\n" in makefile
+    assert "\nNVSHMEM := nvidia-nvshmem-cu13==3.4.5\n" in makefile, "of which the same is true"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [requirement for requirement in project["dependencies"] if "==" in requirement or "<" in requirement]
 
@@ -163,7 +189,7 @@ def make(folder: Path, target: str, *, capability: str = "", has_all: bool = Tru
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     calls = [line.split(" ", 1)[1] for line in log.read_text().splitlines()]
-    return [call for call in calls if "--dry-run" not in call and not call.startswith("-c ")]
+    return [call for call in calls if "--dry-run" not in call and not call.startswith(("-c ", "-m pip show "))]
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")

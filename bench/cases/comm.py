@@ -25,7 +25,7 @@ from bench.shared_gpu import shared_gpu
 from dsv3.reference.quant import TILE
 
 WIRES = ("fp8", "bf16")
-SHARED_RANKS = {"ipc": 8, "nvshmem": 4}
+SHARED_RANKS, SHARED_SMS = {"ipc": 8, "nvshmem": 4}, 32  # of a GPU; multiprocessors of each of four
 NUM_SMS = (8, 16, 20, 24)  # between GPUs
 
 
@@ -47,7 +47,10 @@ def _kinds() -> list[dict[str, Any]]:
     kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if _several_gpus() else static
     kinds.append({"transport": "ipc", "mode": "exact", "wire": "fp8"})
     kinds += [{"transport": "ipc", "mode": "low_latency", "wire": wire} for wire in WIRES]
-    return [*kinds, *({"transport": "nvshmem", "nodes": 2, "mode": "static", "wire": wire} for wire in WIRES)]
+    nodes = {"transport": "nvshmem", "nodes": 2, "mode": "static"} | (
+        {} if _several_gpus() else {"num_sms": SHARED_SMS}
+    )
+    return [*kinds, *({**nodes, "wire": wire} for wire in WIRES)]
 
 
 def _peer(kind: dict[str, Any]) -> dict[str, Any]:

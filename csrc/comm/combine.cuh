@@ -18,12 +18,15 @@
 namespace dsv3::combining {
 
 template <bool kNodes>
-struct Roles {  // warps
-  static constexpr int kProducers = kNodes ? 13 : 20;
-  static constexpr int kOwners = kNodes ? 6 : 8;
-  static constexpr int kRelays = kNodes ? kMaxNodes - 1 : 0;
-  static constexpr int kWarps = kProducers + kOwners + kRelays;
+struct Roles {  // warps: the first are producers
+  static constexpr int kWarps = 24;
+  static constexpr int kOwners = kNodes ? 5 : 6;
+  static constexpr int kRelays = kNodes ? 4 : 0;  // or one for each of more other nodes
+
+  static __device__ __forceinline__ int relays(const Rings& r) { return kNodes ? max(kRelays, r.nodes - 1) : 0; }
+  static __device__ __forceinline__ int producers(const Rings& r) { return kWarps - kOwners - relays(r); }
 };
+static_assert(Roles<true>::kWarps - Roles<true>::kOwners > kMaxNodes);
 
 struct CombineParams {
   OwnTokens own;
@@ -111,6 +114,7 @@ __device__ __forceinline__ void produce(const Rings& r, const CombineParams& p, 
   using Mask = typename Set::Mask;
   constexpr int kWords = Set::kWords;
   const int lane = threadIdx.x % kWarpSize, group = group_size<kNodes>(r), self = own_rank<kNodes>(r);
+  const int producers = Roles<kNodes>::producers(r);
   int items = 0;  // of all rings, in turn one a warp
   for (int first = blockIdx.x; first < p.max_tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
@@ -131,10 +135,10 @@ __device__ __forceinline__ void produce(const Rings& r, const CombineParams& p, 
         sources |= static_cast<Mask>(__ballot_sync(kAllLanes, came[w] >> i & 1)) << 32 * w;
         item[w] = next[w] + __popc(came[w] & ((1u << i) - 1)) * p.pieces;
       }
-      const Mask turned = sources >> self | sources << (group - self);  // not all ranks begin with the same
+      const Mask turned = sources >> self | sources << 1 << (group - self - 1);  // not all ranks begin with the same
       for (int piece = 0; piece < p.pieces; ++piece) {
         for (Mask left = turned & Set::all(group); left != 0; left &= left - 1) {
-          if (items++ % Roles<kNodes>::kProducers != warp) continue;
+          if (items++ % producers != warp) continue;
           const int source = (Set::lowest(left) + self) % group;
           const uint32_t of_source = Set::of(item, source) + piece;
           if (!send_sum<kNodes, Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return;
@@ -184,7 +188,7 @@ __device__ __forceinline__ uint32_t relay(const Rings& r, const Far& far, const 
           return next;
         }
         const Slot* const slot = used ? ring_slot(r, r.rank, ring, channel, item) : nullptr;
-        Slot* const out = far.staging(r, node, channel, away);
+        Slot* const out = far.outbox(r, node, channel, away);
         const Parts from = parts_of(r.ranks, mask, slot);
         const int columns = min(p.piece, p.hidden - piece * p.piece);
         sum_rows<false, S, S>(reinterpret_cast<S*>(out->data), columns, reinterpret_cast<const S*>(from.slot->data),
@@ -252,11 +256,9 @@ __device__ __forceinline__ uint32_t own(const Rings& r, const Far& far, const Co
           sum_rows<kNested, S, S>(out, min(p.piece, p.hidden - begin), part, __popc(mask), parts.ends, memory);
           if (p.weights != nullptr && piece == 0) take_weights<kNodes>(r, p, token, slot);
           __syncwarp();
-          if (!used) continue;
-          if (near) {
-            store_relaxed(done_flag(r, lane, own_rank<kNodes>(r), channel, item), item + 1);
-          } else if constexpr (kNodes) {
-            far.tell_done(r, node, channel, item);
+          if (used && near) store_relaxed(done_flag(r, lane, own_rank<kNodes>(r), channel, item), item + 1);
+          if constexpr (kNodes) {
+            if (used && !near) far.tell_done(r, node, channel, item);
           }
         }
         return true;
@@ -270,74 +272,78 @@ __device__ __forceinline__ void spoil(const CombineParams& p) {
   if (p.weights != nullptr) fill_nan(p.weights, p.own.tokens * p.own.topk * sizeof(float));
 }
 
-// The counters of a warp's rings; lane i has those of ways i.
-template <class Far>
-__device__ __forceinline__ uint32_t* owner_counter(const Rings& r, const Far& far, int channel) {
-  const int lane = threadIdx.x % kWarpSize;
-  if (lane < r.ranks) return &local_of(r, r.rank)->received[of_node<Far::kNodes>(r, r.node, lane)][channel];
-  if constexpr (Far::kNodes) {
-    const int node = lane - kMaxRanks;
-    if (node >= 0 && node < r.nodes) return &far.received(node, channel);
+// What the warps of a block do, of one node; false where a rank was waited for in vain.
+template <bool kNested, class Y, class S>
+__device__ __forceinline__ bool work(const Rings& r, const OneNode& one, const CombineParams& p, int warp,
+                                     uint4* memory) {
+  Local* const local = local_of(r, r.rank);
+  const int lane = threadIdx.x % kWarpSize, owner = warp - Roles<false>::producers(r);
+  uint32_t* const counter =
+      owner < 0 ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
+  uint32_t next[1] = {lane < r.ranks ? *counter : 0};
+  if (owner < 0) {
+    produce<false, Y, S>(r, p, warp, next, memory);
+  } else {
+    next[0] = own<kNested, Y, S>(r, one, p, owner, next[0], memory);
   }
-  return nullptr;
+  if (has_failed(r)) return false;
+  if (lane < r.ranks && (warp == 0 || owner == 0)) *counter = next[0];
+  return true;
 }
 
-// A warp that relays for one of the other nodes.
-template <class S, class Far>
-__device__ __forceinline__ void relay_for(const Rings& r, const Far& far, const CombineParams& p, int warp,
-                                          uint32_t& next, uint32_t& sent, int& node, uint4* memory) {
-  const int others = r.nodes - 1, lane = threadIdx.x % kWarpSize, parts = Roles<true>::kRelays / others;
-  const int place = warp / parts;
-  if (place >= others) return;
-  node = place + (place >= r.node);
-  next = lane < r.ranks ? local_of(r, r.rank)->received[of_node(r, node, lane)][blockIdx.x] : 0;
-  sent = far.sent(node, blockIdx.x);
-  next = relay<S>(r, far, p, node, warp % parts, parts, next, sent, memory);
-  if (warp % parts != 0) node = -1;  // the first of them counts for all
+// The same of several.
+template <bool kNested, class Y, class S, class Far>
+__device__ __forceinline__ bool work(const Rings& r, const Far& far, const CombineParams& p, int warp, uint4* memory) {
+  using Warps = Roles<true>;
+  constexpr int kWords = Ranks<true>::kWords;
+  Local* const local = local_of(r, r.rank);
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x, owner = warp - Warps::producers(r);
+  const int group = group_size(r), others = r.nodes - 1, parts = Warps::relays(r) / others;
+  const int relayer = owner - Warps::kOwners, place = relayer / parts, node = place + (place >= r.node);
+  uint32_t *counters[kWords] = {}, next[kWords] = {}, sent = 0;
+  if (owner < 0) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if (lane + 32 * w < group) counters[w] = &local->sent[lane + 32 * w][channel];
+    }
+  } else if (relayer < 0) {
+    const int far_node = lane - kMaxRanks;
+    if (lane < r.ranks) counters[0] = &local->received[of_node(r, r.node, lane)][channel];
+    if (far_node >= 0 && far_node < r.nodes) counters[0] = &far.received(far_node, channel);
+  } else if (place < others && lane < r.ranks) {
+    counters[0] = &local->received[of_node(r, node, lane)][channel];
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if (counters[w] != nullptr) next[w] = *counters[w];
+  }
+  if (owner < 0) {
+    produce<true, Y, S>(r, p, warp, next, memory);
+  } else if (relayer < 0) {
+    next[0] = own<kNested, Y, S>(r, far, p, owner, next[0], memory);
+  } else if (place < others) {
+    sent = far.sent(node, channel);
+    next[0] = relay<S>(r, far, p, node, relayer % parts, parts, next[0], sent, memory);
+  }
+  if (has_failed(r)) return false;
+  const bool first =
+      warp == 0 || owner == 0 || (relayer >= 0 && relayer % parts == 0);  // of those that counted the same
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if (first && counters[w] != nullptr) *counters[w] = next[w];
+  }
+  if (first && relayer >= 0 && place < others && lane == 0) far.sent(node, channel) = sent;
+  return true;
 }
 
 template <bool kNested, class Y, class S, class Far>
 __global__ void __launch_bounds__(Roles<Far::kNodes>::kWarps* kWarpSize, 1)
     combine_kernel(const __grid_constant__ Rings r, const __grid_constant__ Far far,
                    const __grid_constant__ CombineParams p) {
-  constexpr bool kNodes = Far::kNodes;
-  using Warps = Roles<kNodes>;
-  constexpr int kWords = Ranks<kNodes>::kWords;
   extern __shared__ uint4 memory[];  // [warp][kWarpBytes / 16]
   wait_for_inputs();
-  Local* const local = local_of(r, r.rank);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, channel = blockIdx.x;
-  if (has_failed(r)) return spoil<Y>(p);
-  uint4* const mine = memory + warp * (kWarpBytes / 16);
-  const int owner = warp - Warps::kProducers;
-  uint32_t next[kWords] = {}, sent = 0;
-  int node = -1;
-  if (owner < 0) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      if (lane + 32 * w < group_size<kNodes>(r)) next[w] = local->sent[lane + 32 * w][channel];
-    }
-    produce<kNodes, Y, S>(r, p, warp, next, mine);
-  } else if (owner < Warps::kOwners) {
-    const uint32_t* const counter = owner_counter(r, far, channel);
-    next[0] = own<kNested, Y, S>(r, far, p, owner, counter != nullptr ? *counter : 0, mine);
-  } else {
-    if constexpr (kNodes) relay_for<S>(r, far, p, owner - Warps::kOwners, next[0], sent, node, mine);
-  }
-  if (has_failed(r)) return spoil<Y>(p);
-  if (warp == 0) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      if (lane + 32 * w < group_size<kNodes>(r)) local->sent[lane + 32 * w][channel] = next[w];
-    }
-  } else if (owner == 0) {
-    uint32_t* const counter = owner_counter(r, far, channel);
-    if (counter != nullptr) *counter = next[0];
-  }
-  if constexpr (kNodes) {
-    if (node >= 0 && lane < r.ranks) local->received[of_node(r, node, lane)][channel] = next[0];
-    if (node >= 0 && lane == 0) far.sent(node, channel) = sent;
-  }
+  const int warp = threadIdx.x / kWarpSize;
+  if (has_failed(r) || !work<kNested, Y, S>(r, far, p, warp, memory + warp * (kWarpBytes / 16))) spoil<Y>(p);
 }
 
 // As of comm_combine (ops.h).
@@ -369,7 +375,7 @@ void combine(const CombineTensors& t, int64_t num_experts, int64_t ranks_per_nod
   DSV3_CHECK(weights.has_value() == row_weights.has_value(), "weights and row_weights go together");
   if (weights) check_operand("weights", *weights, Dtype::kFloat32, tokens, topk);
   if (row_weights) check_operand("row_weights", *row_weights, Dtype::kFloat32, num_rows);
-  DSV3_CHECK(relay.has_value() == kNodes, "relay is for several nodes");
+  DSV3_CHECK(relay.has_value() == kNodes && (!kNodes || ranks_per_node == r.ranks), "relay and nodes go together");
   if (relay) check_operand("relay", *relay, Dtype::kInt32, r.nodes, position.size(0) / group);
   const DeviceGuard guard(out);
   CombineParams p{.own = {.topk_idx = topk_idx.data<int64_t>(),

@@ -20,10 +20,10 @@ namespace dsv3::dispatching {
 template <bool kNodes>
 struct Roles {  // warps
   static constexpr int kSenders = kNodes ? 2 : 1;
-  static constexpr int kCasters = kNodes ? 6 : 10;  // each has its stage, so that it is never more than a phase ahead
+  static constexpr int kCasters = kNodes ? 7 : 10;  // each has its stage, so that it is never more than a phase ahead
   static constexpr int kReceivers = kNodes ? 8 : 16;
   static constexpr int kForwarders = kNodes ? kMaxNodes - 1 : 0;
-  static constexpr int kHops = kNodes ? 12 : 0;  // slots, which the forwarders share
+  static constexpr int kHops = kNodes ? 11 : 0;  // slots, which the forwarders share
   static constexpr int kThreads = (kSenders + kCasters + kReceivers + kForwarders) * kWarpSize;
 };
 constexpr int kFlight = 5;  // slots of a sender on their way at once
@@ -295,7 +295,10 @@ __device__ __forceinline__ uint32_t forward(const Rings& r, const Far& far, cons
         needs &= ~(1u << r.rank);
       }
       const bool used = needs >> lane & 1;
-      if (!warp_wait<true>(r, used, link.done_flag(next), next + 1 - r.slots, link.peer)) return next;
+      if (!warp_wait<true>(r, used, link.done_flag(next), next + 1 - r.slots, link.peer)) {
+        wait_bulk_stores();
+        return next;
+      }
       if (used) bulk_store(link.slot(next++), slot, slot_bytes<Way>(columns_of(i + j)));
     }
     wait_bulk_stores();

@@ -217,6 +217,7 @@ void exchange(const ExchangeTensors& t, const std::vector<int64_t>& head, int64_
   DSV3_CHECK(experts <= kMaxCommExperts && experts % group == 0, "experts must be at most ", kMaxCommExperts,
              " and a multiple of the ", group, " ranks, got ", experts);
   DSV3_CHECK(head.size() == kHeadInts, "head must have ", kHeadInts, " numbers");
+  DSV3_CHECK(!Far::kNodes || ranks_per_node == r.ranks, "ranks_per_node must be the nodes', got ", ranks_per_node);
   check_operand("heads", heads, Dtype::kInt32, group, kHeadInts);
   check_operand("offsets", offsets, Dtype::kInt32, local_experts + 1);
   check_operand("shift", shift, Dtype::kInt32, experts);

@@ -7,22 +7,6 @@
 #include "peers.cuh"
 
 namespace dsv3 {
-namespace {
-
-// Makes a device current; the host functions of kernels have a tensor to take it from.
-class Current {
- public:
-  explicit Current(int device) {
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    check_cuda(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~Current() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
-
-}  // namespace
 
 Peers::Peers(int device, int rank, int ranks, int node, int nodes, int channels, int slots, int window_tokens,
              int window_pieces, double timeout_seconds)

@@ -24,6 +24,20 @@ constexpr int kMaxCommExperts = 1024;
 constexpr int kPieceBytes = 8192;               // of a row in a slot
 constexpr int kPieceTiles = kPieceBytes / 128;  // scales of a piece in FP8
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kLine = 128;  // bytes of the cache: what one writes and another polls shares none with what others write
+
+// Makes a device current; the host functions of kernels have a tensor to take it from.
+class Current {
+ public:
+  explicit Current(int device) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~Current() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
 
 // What travels with a piece: all pairs of the token, by rank, then by row: the row at that rank, and a number.
 struct Meta {
@@ -35,7 +49,7 @@ struct Meta {
 constexpr uint8_t kNoRank = 255;
 
 // Bulk copies bring it from the top to the last byte in use.
-struct alignas(128) Slot {
+struct alignas(kLine) Slot {
   Meta meta;
   alignas(16) float sf[kPieceTiles];
   alignas(128) uint4 data[kPieceBytes / 16];
@@ -54,24 +68,24 @@ struct alignas(16) Notice {
 // while the one before is still received. What a rank knows and is told of them, for the ways there and back:
 constexpr int kMaxWindowTokens = 1024;
 enum : int { kThere, kBack };
-struct WindowState {
-  uint32_t epoch[2];               // calls that have been sent, received
-  uint32_t blocks[2];              // that are done with the call, of either half
-  uint32_t arrived[2][kMaxRanks];  // [epoch % 2]: epoch + 1, from every rank, once all it sends is there
-  uint32_t counts[2][kMaxRanks];   // tokens that it sent
-  uint32_t taken[2][kMaxRanks];    // epoch + 1, from every rank, once it has taken all that was sent to it
+struct alignas(kLine) WindowState {
+  uint32_t epoch[2];                              // calls that have been sent, received
+  uint32_t blocks[2];                             // that are done with the call, of either half
+  alignas(kLine) uint32_t arrived[2][kMaxRanks];  // [epoch % 2]: epoch + 1, from every rank, once all it sends is there
+  alignas(kLine) uint32_t counts[2][kMaxRanks];   // tokens that it sent
+  alignas(kLine) uint32_t taken[2][kMaxRanks];  // epoch + 1, from every rank, once it has taken all that was sent to it
 };
 
 // A rank's memory: `Local`, then flags and slots of the rings, each [ring][channel][slot]; a ring is called by the node whose
 // tokens it carries and by its other side's place in this node, in one number as of the group's ranks.
-struct Local {
-  uint32_t failed;                             // a wait was given up: nothing is to be waited for any more
-  uint32_t epoch;                              // exchanges so far
-  uint32_t sent[kMaxGroup][kMaxChannels];      // items so far, on every ring that leads away
-  uint32_t received[kMaxGroup][kMaxChannels];  // and on every ring that leads here
-  uint32_t noticed[2][kMaxRanks];              // flags of the notices
-  WindowState windows[2];                      // there and back
-  Notice notices[2][kMaxRanks];                // of even and odd exchanges, from the ranks of this node
+struct alignas(kLine) Local {
+  uint32_t failed;                                // a wait was given up: nothing is to be waited for any more
+  uint32_t epoch;                                 // exchanges so far
+  uint32_t sent[kMaxGroup][kMaxChannels];         // items so far, on every ring that leads away
+  uint32_t received[kMaxGroup][kMaxChannels];     // and on every ring that leads here
+  alignas(kLine) uint32_t noticed[2][kMaxRanks];  // flags of the notices
+  WindowState windows[2];                         // there and back
+  Notice notices[2][kMaxRanks];                   // of even and odd exchanges, from the ranks of this node
 };
 
 // What leads to other nodes, for kernels of one node: nothing (of several: nvshmem/network.cuh).
@@ -180,45 +194,38 @@ inline __device__ __noinline__ bool wait_longer(const Rings& r, bool late, uint6
   return *static_cast<volatile uint32_t*>(failed) == 0;
 }
 
-// How long a warp has waited.
-struct Patience {
-  uint64_t start = 0;
-  int polls = 0;
-
-  // After a look that was in vain for lanes that are `late`; false, for the whole warp, where one gives up.
-  __device__ __forceinline__ bool lasts(const Rings& r, bool late, int peer) {
-    constexpr int kPolls = 256;  // between two looks at the clock
-    if (++polls % kPolls != 0) return true;
-    const uint64_t now = now_ns();
-    if (start == 0) start = now;
-    return __all_sync(kAllLanes, wait_longer(r, late, now - start, peer));
-  }
-};
-
 __device__ __forceinline__ bool reached(const uint32_t* flag, uint32_t value) {
   return static_cast<int32_t>(load_relaxed(flag) - value) >= 0;
 }
+
+constexpr int kPolls = 256;  // between two looks at the clock
 
 // Lanes that have `wants` wait until their flag has reached `value`; false, for the whole warp, where one gave up; peer: of the
 // group, whom they wait for.
 // After it the warp sees what the peers wrote before, unless kRoom: then it may write where they have read.
 template <bool kRoom = false>
 __device__ __forceinline__ bool warp_wait(const Rings& r, bool wants, const uint32_t* flag, uint32_t value, int peer) {
-  for (Patience patience;;) {
+  uint64_t start = 0;
+  for (int polls = 1;; ++polls) {
     const bool there = !wants || reached(flag, value);
     if (__all_sync(kAllLanes, there)) {
       if (!kRoom && wants) load_acquire(flag);  // once: each empties the L1 cache
       __syncwarp();                             // a lane may read what another has waited for
       return true;
     }
-    if (!patience.lasts(r, !there, peer)) return false;
+    if (polls % kPolls != 0) continue;
+    const uint64_t now = now_ns();
+    if (start == 0) start = now;
+    if (!__all_sync(kAllLanes, wait_longer(r, !there, now - start, peer))) return false;
   }
 }
 
-// The same until the flag of any has: those lanes; none where one gave up.
+// The same until the flag of any has: those lanes; none where one gave up. (One loop for both, with the clock in a struct, cost
+// comm_combine 3%.)
 __device__ __forceinline__ unsigned warp_wait_any(const Rings& r, bool wants, const uint32_t* flag, uint32_t value,
                                                   int peer) {
-  for (Patience patience;;) {
+  uint64_t start = 0;
+  for (int polls = 1;; ++polls) {
     const bool there = wants && reached(flag, value);
     const unsigned found = __ballot_sync(kAllLanes, there);
     if (found != 0) {
@@ -226,7 +233,10 @@ __device__ __forceinline__ unsigned warp_wait_any(const Rings& r, bool wants, co
       __syncwarp();
       return found;
     }
-    if (!patience.lasts(r, wants, peer)) return 0;
+    if (polls % kPolls != 0) continue;
+    const uint64_t now = now_ns();
+    if (start == 0) start = now;
+    if (!__all_sync(kAllLanes, wait_longer(r, wants, now - start, peer))) return 0;
   }
 }
 

@@ -37,7 +37,7 @@ class Peers {
   // of a row there; of one node alone.
   Peers(int device, int rank, int ranks, int node, int nodes, int channels, int slots, int window_tokens,
         int window_pieces, double timeout_seconds);
-  ~Peers() { disconnect(); }
+  virtual ~Peers() { Peers::disconnect(); }
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
@@ -46,7 +46,7 @@ class Peers {
   // handles: of the node's ranks in their order. Throws std::runtime_error where one cannot be mapped.
   void connect(const std::vector<std::string>& handles);
   // Unmaps the others' memory; release frees this rank's. In between all ranks meet: no kernel of theirs may still write.
-  void disconnect();
+  virtual void disconnect();
   void release();
   // The rank, of all nodes', that was waited for in vain, or -1.
   int lost() const;
@@ -56,6 +56,7 @@ class Peers {
   bool take_long_wait();
 
   const Rings& rings() const { return rings_; }
+  int device() const { return device_; }
 
  private:
   void allocate();

@@ -10,10 +10,10 @@ namespace dsv3 {
 constexpr int kWarpBytes = 8 * 1024;  // of shared memory, for rows on their way
 
 // A lane takes kRun consecutive columns, kRuns times a warp's width apart; its loads run ahead through memory of its own.
-constexpr int kRun = 8, kRuns = 4;
-constexpr int kTurn = kRuns * kWarpSize * kRun;  // columns of a warp and turn
-template <class T>
+constexpr int kRun = 8;
+template <class T, int kRuns>
 struct Ahead {
+  static constexpr int kTurn = kRuns * kWarpSize * kRun;  // columns of a warp and turn
   static constexpr int kWords = kRun * sizeof(T) / 16;
   static constexpr int kStages = kWarpBytes / (kTurn * static_cast<int>(sizeof(T)));
   uint4* const words;  // [kStages][kRuns][kWords][lane]: this lane's first
@@ -52,7 +52,7 @@ struct Ahead {
   }
 };
 
-template <class T>
+template <class T, int kRuns>
 __device__ __forceinline__ void store_sums(T* row, int first, int columns, const float (&sum)[kRuns][kRun]) {
   constexpr int kStep = Vec<T>::kSize;
 #pragma unroll
@@ -76,7 +76,9 @@ template <bool kNodes, class In, class S, class Out>
 __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
                                          uint4* memory) {
   const int lane = threadIdx.x % kWarpSize;
-  using Loads = Ahead<In>;
+  constexpr int kRuns = kNodes ? 2 : 4;  // nodes have sums of their own in registers
+  using Loads = Ahead<In, kRuns>;
+  constexpr int kTurn = Loads::kTurn;
   const Loads ahead{memory + lane};
   const int turns = ceil_div(columns, kTurn), loads = turns * count;
   int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
@@ -144,18 +146,20 @@ __device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, con
 
 // The slots of the ways in `mask`, by node: those of the own node's ranks make one sum, those of other nodes are sums.
 __device__ __forceinline__ Parts parts_of_ways(const Rings& r, unsigned mask, const Slot* slot) {
-  const int lane = threadIdx.x % kWarpSize, near = __popc(mask & kNearWays);
-  const unsigned earlier = mask & ~kNearWays & ((1u << (kMaxRanks + r.node)) - 1);  // of nodes before this one
-  const int first = __popc(earlier), count = __popc(mask);
+  const int lane = threadIdx.x % kWarpSize;
   Parts parts{slot, 0};
-  for (int place = 0; place < count; ++place) {
-    const bool own = place >= first && place < first + near;
-    const unsigned among = own ? mask & kNearWays : place < first ? earlier : mask & ~kNearWays & ~earlier;
-    const int way = __fns(among, 0, (own ? place - first : place < first ? place : place - first - near) + 1);
-    const auto of_way = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), way);
-    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_way);
-    if (!own || place + 1 == first + near) parts.ends |= 1u << place;
-  }
+  int place = 0;
+  const auto add = [&](unsigned ways, bool one_sum) {
+    for (unsigned left = ways; left != 0; left &= left - 1, ++place) {
+      const auto of_way = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), __ffs(left) - 1);
+      if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_way);
+      if (!one_sum || (left & (left - 1)) == 0) parts.ends |= 1u << place;
+    }
+  };
+  const unsigned before = (1u << (kMaxRanks + r.node)) - 1;  // ways to this node and to those before it
+  add(mask & before & ~kNearWays, false);
+  add(mask & kNearWays, true);
+  add(mask & ~before, false);
   return parts;
 }
 

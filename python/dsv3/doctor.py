@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dsv3.ops
+from dsv3.comm import nvshmem
 from dsv3.ops import registry
 
 REQUIRED = ("numpy", "safetensors", "tokenizers", "rich", "typer")
@@ -34,6 +35,7 @@ def report(console: Console | None = None) -> None:
         ("CPU threads", str(torch.get_num_threads())),
         ("GPU", gpu()),
         ("native module", native_module()),
+        ("nvshmem module", nvshmem.objection() or str(nvshmem.native().__file__)),
     ]
     console.print(_table(None, rows))
     reason = why_no_native_ops()

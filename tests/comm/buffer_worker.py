@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import Dispatched, ExpertBuffer
+from dsv3.comm import Dispatched, ExpertBuffer, nvshmem
 from dsv3.reference.quant import dequantize
 from tests.comm.cases import CASES, FP8, Case, arrived, experts, inputs
 
@@ -163,6 +163,7 @@ def main() -> None:
     groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 4, 8)}
     results: dict[str, Any] = {}
     if transport == "nvshmem":  # the first buffer says among whom NVSHMEM runs
+        nvshmem.DIRECT = False  # as between machines
         ExpertBuffer(num_experts=8, transport=transport, ranks_per_node=4, timeout=20).close()
     for case in CASES:
         if rank < case.ranks:

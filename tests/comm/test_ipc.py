@@ -42,16 +42,20 @@ def group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group")
-def test_what_cannot_be_reached_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
+def test_what_cannot_be_reached_is_said_once(
+    transport: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(registry, "NATIVE_ERROR", "dsv3 was installed without native code")
     with caplog.at_level(logging.WARNING, logger="dsv3"):
-        buffer = ExpertBuffer(num_experts=8, transport="ipc")
+        buffer = ExpertBuffer(num_experts=8, transport=transport)
     assert buffer.transport == "collective"
     buffer.check()
     buffer.close()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "experts are exchanged through torch.distributed instead of ipc: dsv3 was installed without native code (rank 0)"
+        f"experts are exchanged through torch.distributed instead of {transport}: "
+        "dsv3 was installed without native code (rank 0)"
     )
 
 

@@ -152,7 +152,9 @@ def test_local_buffer(device):
     out.sum().backward()
     torch.testing.assert_close(x.grad, weights.sum(1, keepdim=True).expand_as(x))
     torch.testing.assert_close(weights.grad, x.sum(1, keepdim=True).expand_as(weights))
-    with pytest.raises(ValueError, match="transport must be one of auto, local, collective, ipc, got 'pigeon'"):
+    with pytest.raises(
+        ValueError, match="transport must be one of auto, local, collective, ipc, nvshmem, got 'pigeon'"
+    ):
         ExpertBuffer(num_experts=6, transport="pigeon")
 
 

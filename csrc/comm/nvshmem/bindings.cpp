@@ -1,5 +1,5 @@
 // dsv3._nvshmem: see network.h.
-#include "../../common/bind.h"
+#include "../../bind.h"
 #include "network.h"
 
 PYBIND11_MODULE(_nvshmem, m) {
@@ -7,7 +7,7 @@ PYBIND11_MODULE(_nvshmem, m) {
   m.def("nvshmem_id", [] { return py::bytes(dsv3::nvshmem_id()); });
   m.def("nvshmem_start", dsv3::nvshmem_start, py::call_guard<py::gil_scoped_release>());
   dsv3::bind::peers<Network>(m, "Network")
-      .def(py::init<int, int, int, int, int, int, int, double, int64_t, const std::vector<int>&>())
+      .def(py::init<int, int, int, int, int, int, int, double, bool, int64_t, const std::vector<int>&>())
       .def_static("symmetric_bytes", &Network::symmetric_bytes);
   dsv3::bind::define(m, "comm_exchange", dsv3::comm_exchange);
   dsv3::bind::define(m, "comm_dispatch", dsv3::comm_dispatch);

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <tuple>
 
 #include "../combine.cuh"
 #include "../dispatch.cuh"
@@ -30,9 +31,11 @@ std::string nvshmem_id() {
 void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64_t bytes, bool alone) {
   nvshmemx_uniqueid_t unique = NVSHMEMX_UNIQUEID_INITIALIZER;
   DSV3_CHECK(id.size() == sizeof(unique), "an id must have ", sizeof(unique), " bytes, got ", id.size());
-  DSV3_CHECK(arena.base == nullptr, "NVSHMEM has been started already");
+  if (nvshmemx_init_status() != NVSHMEM_STATUS_NOT_INITIALIZED) {
+    throw std::runtime_error("NVSHMEM runs in this process already, and not for dsv3");
+  }
   std::memcpy(&unique, id.data(), sizeof(unique));
-  check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  const Current guard(device);
   check_cuda(cudaFree(nullptr), "cudaFree");  // makes the context
   // What the user has set remains. Multicast over NVLink serves collectives, of which there are none here.
   setenv("NVSHMEM_DISABLE_NVLS", "1", 0);
@@ -42,6 +45,7 @@ void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64
   if (nvshmemx_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes) != 0) {
     throw std::runtime_error("nvshmemx_init_attr failed");
   }
+  if (nvshmem_my_pe() != rank || nvshmem_n_pes() != ranks) throw std::runtime_error("NVSHMEM counts other ranks");
   arena.base = static_cast<char*>(nvshmem_malloc(bytes));
   if (arena.base == nullptr) {
     throw std::runtime_error("nvshmem_malloc of " + std::to_string(bytes) + " bytes failed");
@@ -50,15 +54,31 @@ void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64
 }
 
 Network::Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, double timeout_seconds,
-                 int64_t offset, const std::vector<int>& pes)
+                 bool direct, int64_t offset, const std::vector<int>& pes)
     : Peers(device, rank, ranks, node, nodes, channels, slots, 0, 0, timeout_seconds) {
-  const int64_t bytes = symmetric_bytes(nodes, channels, slots);
+  try {
+    open(direct, offset, pes);
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+void Network::open(bool direct, int64_t offset, const std::vector<int>& pes) {
+  const auto& [node, nodes, rank, ranks] = std::tie(rings().node, rings().nodes, rings().rank, rings().ranks);
+  const int64_t bytes = symmetric_bytes(nodes, rings().channels, rings().slots);
+  const Current guard(device());
+  DSV3_CHECK(nodes > 1, "nodes must be several");
   DSV3_CHECK(arena.base != nullptr, "NVSHMEM has not been started");
   DSV3_CHECK(offset >= 0 && offset % alignof(SymmetricLocal) == 0 && offset + bytes <= arena.bytes, "a part of ", bytes,
              " bytes at ", offset, " does not fit the ", arena.bytes, " that there are");
   DSV3_CHECK(static_cast<int>(pes.size()) == nodes * ranks, "pes must be those of ", nodes * ranks, " ranks");
   network_.base = arena.base + offset;
   for (size_t i = 0; i < pes.size(); ++i) network_.pes[i] = static_cast<int16_t>(pes[i]);
+  for (int other = 0; other < nodes && direct; ++other) {
+    if (other == node) continue;
+    network_.mapped[other] = static_cast<char*>(nvshmem_ptr(network_.base, pes[other * ranks + rank]));
+  }
   check_cuda(cudaMemset(network_.base, 0, bytes), "cudaMemset of the symmetric memory");
   check_cuda(cudaDeviceSynchronize(), "cudaMemset of the symmetric memory");  // before another rank can write
 }
@@ -69,7 +89,15 @@ int64_t Network::symmetric_bytes(int nodes, int channels, int slots) {
 }
 
 void Network::disconnect() {
-  nvshmem_quiet();
+  if (network_.base != nullptr && lost() < 0) {
+    const Current guard(device());
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    nvshmemx_quiet_on_stream(stream);  // on the device, where all was sent
+    const cudaError_t status = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check_cuda(status, "waiting for what was sent over NVSHMEM");
+  }
   Peers::disconnect();
 }
 

@@ -3,7 +3,7 @@
 // A ring leads from every rank to the ranks that have its place in the other nodes, on each channel. Slots are filled in the
 // sender's own memory (staging) and put from there into the same slot of the receiver's; a signal follows the data. Signals are
 // 8 bytes, of which the lower half counts as the flags of the rings within a node do. A slot of either side is free once the
-// receiver has said so, so nobody waits for a put.
+// receiver has said so, so nobody waits for a put. Where the receiver's memory is mapped, its slot is filled itself.
 #pragma once
 
 #include <nvshmem.h>
@@ -14,7 +14,7 @@
 
 namespace dsv3 {
 
-struct alignas(128) SymmetricLocal {
+struct alignas(kLine) SymmetricLocal {
   uint32_t sent[kMaxNodes][kMaxChannels];  // items so far, to every node
   uint32_t received[kMaxNodes][kMaxChannels];
   uint64_t noticed[2][kMaxGroup];  // signals behind the notices
@@ -57,15 +57,17 @@ struct Far : NetworkMemory {
   __device__ __forceinline__ const uint32_t* done_flag(const Rings& r, int node, int channel, uint32_t item) const {
     return counted(signals() + flags(r) + index(r, node, channel, item));
   }
-  __device__ __forceinline__ Slot* slots(const Rings& r) const {
-    return reinterpret_cast<Slot*>(base + far_slots_begin(flags(r)));
+  __device__ __forceinline__ Slot* slots(const Rings& r, char* part) const {
+    return reinterpret_cast<Slot*>(part + far_slots_begin(flags(r)));
   }
-  // What has come from a node, and what is to go to it.
+  // What has come from a node.
   __device__ __forceinline__ Slot* slot(const Rings& r, int node, int channel, uint32_t item) const {
-    return slots(r) + index(r, node, channel, item);
+    return slots(r, base) + index(r, node, channel, item);
   }
-  __device__ __forceinline__ Slot* staging(const Rings& r, int node, int channel, uint32_t item) const {
-    return slots(r) + flags(r) + index(r, node, channel, item);
+  // Where to put what is to go to it.
+  __device__ __forceinline__ Slot* outbox(const Rings& r, int node, int channel, uint32_t item) const {
+    if (mapped[node] != nullptr) return slots(r, mapped[node]) + index(r, r.node, channel, item);
+    return slots(r, base) + flags(r) + index(r, node, channel, item);
   }
   __device__ __forceinline__ Notice& notice(int parity, int rank) const { return local().notices[parity][rank]; }
   __device__ __forceinline__ Notice& outgoing(int parity, int rank) const { return local().outgoing[parity][rank]; }
@@ -73,18 +75,28 @@ struct Far : NetworkMemory {
     return counted(&local().noticed[parity][rank]);
   }
 
-  // By a whole warp, which has written it: a staged slot to its node.
+  // By a whole warp, which has written it: what is in the outbox to its node.
   __device__ __forceinline__ void put(const Rings& r, int node, int channel, uint32_t item, int bytes) const {
+    const int64_t there = index(r, r.node, channel, item);
+    if (mapped[node] != nullptr) {
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) store_release(mapped_flag(node, there), item + 1);
+      return;
+    }
     __threadfence_system();
     __syncwarp();
-    const int64_t there = index(r, r.node, channel, item);
-    nvshmemx_putmem_signal_nbi_warp(slots(r) + there, staging(r, node, channel, item), bytes, signals() + there,
+    nvshmemx_putmem_signal_nbi_warp(slots(r, base) + there, outbox(r, node, channel, item), bytes, signals() + there,
                                     uint64_t{item + 1}, NVSHMEM_SIGNAL_SET, pes[of_node(r, node, r.rank)]);
   }
   // A slot from that node is free again.
   __device__ __forceinline__ void tell_done(const Rings& r, int node, int channel, uint32_t item) const {
-    nvshmemx_signal_op(signals() + flags(r) + index(r, r.node, channel, item), uint64_t{item + 1}, NVSHMEM_SIGNAL_SET,
-                       pes[of_node(r, node, r.rank)]);
+    const int64_t there = flags(r) + index(r, r.node, channel, item);
+    if (mapped[node] != nullptr) return store_relaxed(mapped_flag(node, there), item + 1);
+    nvshmemx_signal_op(signals() + there, uint64_t{item + 1}, NVSHMEM_SIGNAL_SET, pes[of_node(r, node, r.rank)]);
+  }
+  // The lower half of a signal in mapped memory.
+  __device__ __forceinline__ uint32_t* mapped_flag(int node, int64_t signal) const {
+    return reinterpret_cast<uint32_t*>(mapped[node] + sizeof(SymmetricLocal) + signal * sizeof(uint64_t));
   }
   // By a whole warp: the notice to a rank, which the block has written.
   __device__ __forceinline__ void tell_notice(const Rings& r, int parity, int rank, int bytes, uint32_t value) const {
@@ -117,9 +129,16 @@ struct Far::Link {
   __device__ __forceinline__ const uint32_t* done_flag(uint32_t item) const {
     return far.done_flag(r, node, blockIdx.x, item);
   }
-  __device__ __forceinline__ Slot* slot(uint32_t item) const { return far.staging(r, node, blockIdx.x, item); }
+  __device__ __forceinline__ Slot* slot(uint32_t item) const { return far.outbox(r, node, blockIdx.x, item); }
   __device__ __forceinline__ void send(uint32_t first, int count) const {
-    for (unsigned left = __ballot_sync(kAllLanes, count > 0); left != 0; left &= left - 1) {
+    const bool direct = far.mapped[node] != nullptr;
+    if (direct && count > 0) {
+      __threadfence_system();
+      for (uint32_t item = first; item != first + count; ++item) {
+        store_relaxed(far.mapped_flag(node, far.index(r, r.node, blockIdx.x, item)), item + 1);
+      }
+    }
+    for (unsigned left = __ballot_sync(kAllLanes, !direct && count > 0); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1, items = __shfl_sync(kAllLanes, count, lane);
       const uint32_t start = __shfl_sync(kAllLanes, first, lane), origin = __shfl_sync(kAllLanes, begin, lane);
       for (uint32_t item = start; item != start + items; ++item) {

@@ -17,29 +17,34 @@ namespace dsv3 {
 // What starts NVSHMEM: made by one rank, given to all.
 std::string nvshmem_id();
 // Starts it for this process, with one piece of `bytes` symmetric memory, from which all buffers take theirs; all ranks together.
-// alone: they are on one machine, so no network adapter is looked for.
+// alone: they are on one machine, so no network adapter is looked for. Throws std::runtime_error, also where it runs already.
 void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64_t bytes, bool alone);
 
 // What leads to other nodes, for kernels: see network.cuh.
 struct NetworkMemory {
-  char* base;              // this rank's part of the symmetric memory; the others' have the same layout
+  char* base;  // this rank's part of the symmetric memory; the others' have the same layout
+  char* mapped
+      [kMaxNodes];  // the part of the rank that has this one's place in a node, where it can be written to, or null
   int16_t pes[kMaxGroup];  // the group's ranks as NVSHMEM numbers them
 };
 
 // A rank's memory on its node, and its part of the symmetric memory.
 class Network : public Peers {
  public:
-  // offset: of the part in the symmetric memory, the same on all ranks.
+  // offset: of the part in the symmetric memory, the same on all ranks. direct: memory that is mapped here (the "nodes" are on one
+  // machine, or NVLink joins them) is written to without NVSHMEM.
   Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, double timeout_seconds,
-          int64_t offset, const std::vector<int>& pes);
+          bool direct, int64_t offset, const std::vector<int>& pes);
   // Of a part.
   static int64_t symmetric_bytes(int nodes, int channels, int slots);
-  // All that this rank has sent has arrived, and the node's memory is unmapped.
-  void disconnect();
+  // Waits until all that kernels of this process have sent has arrived, unless a rank is lost; then as Peers'.
+  void disconnect() override;
 
   const NetworkMemory& network() const { return network_; }
 
  private:
+  void open(bool direct, int64_t offset, const std::vector<int>& pes);
+
   NetworkMemory network_{};
 };
 

@@ -136,7 +136,7 @@ class ExpertBuffer:
             between several nodes, a call is a dispatch.
         hidden: H of what is sent; wanted with low_latency alone.
         timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
-            and the next call raises.
+            and the next call raises. What NVSHMEM does where a network fails is its own: it may end the process.
 
     In static mode the first dispatch logs, as "dsv3", what memory it takes (see Room.line). The exchanges of collective have
     room for ranks x max_tokens tokens and move all of it, and what must be the same on all ranks is not compared.
@@ -199,7 +199,7 @@ class ExpertBuffer:
             self.transport = "local" if ranks == 1 else "ipc" if on_gpu else "collective"
         if self.transport != "local":
             self._heartbeat = Heartbeat()
-            self._agree({"num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
+            self._agree({"transport": transport, "num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
         machine = ranks
         if self.transport == "nvshmem" or (transport == "auto" and self.transport == "ipc"):
             machine = ipc.ranks_per_machine(group) or ranks

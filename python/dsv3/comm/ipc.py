@@ -100,8 +100,9 @@ class Link:
         found = self._ask((_objection(layout, device, across), machine(), _gpu(device)))
         self._alone = len({there for _, there, _ in found}) == 1
         for first in range(0, layout.ranks, self._width):
-            if len({there for _, there, _ in found[first : first + self._width]}) > 1:
-                raise Unreachable("its ranks are on several nodes")
+            last = first + self._width - 1
+            if len({there for _, there, _ in found[first : last + 1]}) > 1:
+                raise Unreachable(f"ranks {first} to {last} are not on one machine")
         _raise_first([reason for reason, *_ in found])
         sharing = max(Counter(gpu for *_, gpu in found).values())
         spare = registry.sm_count(device) - SPARE_SMS
@@ -152,7 +153,7 @@ class Link:
                 raise Unreachable(str(refused)) from refused
         try:
             if self.across:
-                self._peers = self._native.Network(*sizes, float(self.timeout), *self._part)
+                self._peers = self._native.Network(*sizes, float(self.timeout), nvshmem.DIRECT, *self._part)
             else:
                 self._peers = self._native.Peers(*sizes, *self.window, float(self.timeout))
             handle = self._peers.handle

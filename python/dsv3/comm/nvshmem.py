@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 ARENA_BYTES = 256 << 20  # of symmetric memory, or ROOM times what the first buffer takes
 ROOM = 4
 ALIGNMENT = 128  # of a part
+DIRECT = True  # memory of other nodes that is mapped here is written to without NVSHMEM; tests have it both ways
 LIBRARY = "libnvshmem_host.so.3"
 
 
@@ -41,8 +42,11 @@ def native() -> ModuleType:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ImportError(f"NVSHMEM is not installed (pip install 'nvidia-nvshmem-cu13>=3.4,<3.5'): {error}") from error
-    from dsv3 import _nvshmem
-
+    try:
+        from dsv3 import _nvshmem
+    except ModuleNotFoundError as error:
+        needs = "which needs nvcc and nvidia-nvshmem-cu13 to build"
+        raise ImportError(f"dsv3 was installed without the transport nvshmem, {needs}") from error
     return _nvshmem
 
 
@@ -60,8 +64,9 @@ class Memory:
 
     def __init__(self) -> None:
         self.ranks: list[int] = []  # those among which NVSHMEM runs, as the default process group numbers them
-        self.size = 0
+        self.size, self.device = 0, 0
         self.taken: dict[int, int] = {}  # parts of buffers: {offset: bytes}
+        self.refused: str | None = None  # why it did not start, which cannot be tried again
 
     def take(
         self, ranks: list[int], rank: int, size: int, ask: Callable[[Any], list[Any]], device: int, *, alone: bool
@@ -74,24 +79,31 @@ class Memory:
             ask: tells the ranks of the buffer something and returns what all said.
             alone: all ranks are on one machine.
         """
-        states = ask((self.ranks, self.size, self.taken))
-        if not any(running for running, *_ in states):
+        states = ask(self._state(device))
+        _raise_first([problem for problem, *_ in states])
+        if not any(running for _, running, *_ in states):
             self._start(ranks, rank, size, ask, device, alone=alone)
-            states = ask((self.ranks, self.size, self.taken))
-        running = states[0][0]
-        if any(other != running for other, *_ in states) or not set(ranks) <= set(running):
-            raise Refused(f"NVSHMEM runs among ranks {sorted({r for s in states for r in s[0]})}, not among {ranks}")
+            states = ask(self._state(device))
+        running = states[0][1]
+        if any(other != running for _, other, *_ in states) or not set(ranks) <= set(running):
+            among = " and among ".join(str(list(r)) for r in dict.fromkeys(tuple(s[1]) for s in states) if r)
+            raise Refused(f"NVSHMEM runs among ranks {among}, a buffer was asked for by {ranks}")
         offset = _first_gap([part for *_, taken in states for part in taken.items()], size)
-        if offset + size > min(room for _, room, _ in states):
-            raise Refused(
-                f"of {self.size / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece"
-            )
+        room = min(room for *_, room, _ in states)
+        if offset + size > room:
+            raise Refused(f"of {room / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece")
         self.taken[offset] = size
         return Part(offset, [running.index(r) for r in ranks])
 
     def give_back(self, part: Part) -> None:
         """Of a buffer that has been closed on all its ranks."""
         self.taken.pop(part.offset, None)
+
+    def _state(self, device: int) -> tuple[str | None, list[int], int, dict[int, int]]:
+        problem = self.refused
+        if self.ranks and device != self.device:
+            problem = f"NVSHMEM's memory is on GPU {self.device} of this process, not {device}"
+        return problem, self.ranks, self.size, self.taken
 
     def _start(
         self, ranks: list[int], rank: int, size: int, ask: Callable[[Any], list[Any]], device: int, *, alone: bool
@@ -103,15 +115,21 @@ class Memory:
         except RuntimeError as error:
             reason = str(error)
         said = ask((reason, made))
-        if said[0][0] is None:
-            try:
-                native().nvshmem_start(device, rank, len(ranks), said[0][1], room, alone)
-            except RuntimeError as error:
-                reason = str(error)
-        reasons = [said[0][0], *ask(reason)]
-        if any(reasons):
-            raise Refused(next(filter(None, reasons)))
-        self.ranks, self.size = list(ranks), room
+        _raise_first([reason for reason, _ in said])
+        try:
+            native().nvshmem_start(device, rank, len(ranks), said[0][1], room, alone)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error)
+        reasons = ask(reason)
+        self.refused = next(filter(None, reasons), None)
+        _raise_first(reasons)
+        self.ranks, self.size, self.device = list(ranks), room, device
+
+
+def _raise_first(reasons: list[str | None]) -> None:
+    for reason in reasons:
+        if reason is not None:
+            raise Refused(reason)
 
 
 def _first_gap(parts: list[tuple[int, int]], size: int) -> int:

@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "device_error.h"
-#include "dlpack.h"
+#include "common/device_error.h"
+#include "common/dlpack.h"
+#include "common/tensor.h"
 #include "launching.h"
-#include "tensor.h"
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -69,17 +69,17 @@ void define(py::module_& m, const char* name, void (*op)(Args...)) {
 }
 
 // The class of what ranks of a node share (comm/peers.h), without its constructor.
-template <class Peers>
-py::class_<Peers> peers(py::module_& m, const char* name) {
-  return py::class_<Peers>(m, name, py::module_local())
-      .def_property_readonly("handle", [](const Peers& peers) { return py::bytes(peers.handle()); })
-      .def_property_readonly("bytes", [](const Peers& peers) { return peers.bytes(); })
-      .def_property_readonly("lost", [](const Peers& peers) { return peers.lost(); })
-      .def("give_up", [](Peers& peers, int rank) { peers.give_up(rank); })
-      .def("take_long_wait", [](Peers& peers) { return peers.take_long_wait(); })
-      .def("connect", [](Peers& peers, const std::vector<std::string>& handles) { peers.connect(handles); })
-      .def("disconnect", [](Peers& peers) { peers.disconnect(); })
-      .def("release", [](Peers& peers) { peers.release(); });
+template <class Class>
+py::class_<Class> peers(py::module_& m, const char* name) {
+  return py::class_<Class>(m, name, py::module_local())
+      .def_property_readonly("handle", [](const Class& peers) { return py::bytes(peers.handle()); })
+      .def_property_readonly("bytes", [](const Class& peers) { return peers.bytes(); })
+      .def_property_readonly("lost", [](const Class& peers) { return peers.lost(); })
+      .def("give_up", [](Class& peers, int rank) { peers.give_up(rank); })
+      .def("take_long_wait", [](Class& peers) { return peers.take_long_wait(); })
+      .def("connect", [](Class& peers, const std::vector<std::string>& handles) { peers.connect(handles); })
+      .def("disconnect", [](Class& peers) { peers.disconnect(); })
+      .def("release", [](Class& peers) { peers.release(); });
 }
 
 }  // namespace dsv3::bind
