@@ -3,8 +3,8 @@
 #include <string>
 #include <utility>
 
-#include "comm/peers.h"
 #include "bind.h"
+#include "comm/peers.h"
 #include "ops.h"
 #include "torch_ops.h"
 

@@ -16,8 +16,8 @@
 #include <utility>
 
 #include "common/device_error.h"
-#include "launching.h"
 #include "common/tensor.h"
+#include "launching.h"
 #include "ops.h"
 #include "torch_abi.h"
 

@@ -22,7 +22,8 @@ TRANSPORT = sys.argv[1]  # two nodes of two ranks, which over ipc is a matter of
 
 
 def buffer_of(transport: str = TRANSPORT, **settings: object) -> ExpertBuffer:
-    return ExpertBuffer(num_experts=EXPERTS, transport=transport, ranks_per_node=2, timeout=20, **settings)
+    settings = {"ranks_per_node": 2, **settings}
+    return ExpertBuffer(num_experts=EXPERTS, transport=transport, timeout=20, **settings)
 
 
 def draw(tokens: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +99,8 @@ def a_graph() -> None:
 def few_tokens() -> None:
     """Low-latency mode: the rows and sums of a dispatch, in a graph as without, also for ranks without tokens."""
     for wire in (None, torch.float32, FP8):
-        buffer = buffer_of(wire_dtype=wire, low_latency=128, hidden=HIDDEN)
+        # One node: of several, a dispatch has an expert's rows by the ranks' places in their nodes, the masked layout by rank.
+        buffer = buffer_of(wire_dtype=wire, low_latency=128, hidden=HIDDEN, ranks_per_node=RANKS)
         x, idx, weights = draw(128 if dist.get_rank() else 0)
         handle = buffer.dispatch(x, idx, weights)
         masked = buffer.send(x, idx, weights).receive()
