@@ -3,7 +3,8 @@
 # make wheel   a wheel with the native modules, tagged manylinux, in dist/; make wheel PYTHON=python3.13 for that version
 # make lint    ruff and clang-format, as CI runs them; make format rewrites the files
 #
-# A python3 that already has what a target needs is used as it is, without any network; otherwise .venv is made
+# A python3 that already has what a target needs is used as it is, without any network (only NVSHMEM, where it is missing, is asked
+# for; targets that compile go without it); otherwise .venv is made
 # (.venv-python3.13 with PYTHON=python3.13).
 # ARGS are passed on: make demo ARGS="--data ~/books --seconds 600", make test ARGS="tests/ops -x".
 SHELL := /bin/bash
@@ -53,9 +54,11 @@ endef
 
 # $(call nvshmem): NVSHMEM's headers and libraries, for the transport between machines, from the wheel that a torch built for CUDA
 # has brought and must keep, or from the one that this was tested with. Where there is none and no network, setup.py goes without.
+# That of a torch for CUDA 12 has the same folder, and is left alone.
 define nvshmem
-$$python -m pip show -q nvidia-nvshmem-cu13 >/dev/null 2>&1 || \
-  $$python -m pip install -q --disable-pip-version-check --no-deps $(NVSHMEM) || true
+if ! $$python -m pip show -q nvidia-nvshmem-cu13 >/dev/null 2>&1 && ! $$python -m pip show -q nvidia-nvshmem-cu12 >/dev/null 2>&1; then
+  $$python -m pip install -q --disable-pip-version-check --retries 0 --no-deps $(NVSHMEM) || echo "without the transport nvshmem"
+fi
 endef
 
 # $(call build): compiles the native modules into python/dsv3.

@@ -47,10 +47,11 @@ def _kinds() -> list[dict[str, Any]]:
     kinds = [{**kind, "num_sms": sms} for kind in static for sms in NUM_SMS] if _several_gpus() else static
     kinds.append({"transport": "ipc", "mode": "exact", "wire": "fp8"})
     kinds += [{"transport": "ipc", "mode": "low_latency", "wire": wire} for wire in WIRES]
-    nodes = {"transport": "nvshmem", "nodes": 2, "mode": "static"} | (
-        {} if _several_gpus() else {"num_sms": SHARED_SMS}
-    )
-    return [*kinds, *({**nodes, "wire": wire} for wire in WIRES)]
+    if _several_gpus() and torch.cuda.device_count() % 2:
+        return kinds
+    nodes = {"transport": "nvshmem", "nodes": 2, "mode": "static"}
+    shared = {} if _several_gpus() else {"num_sms": SHARED_SMS}
+    return [*kinds, *({**nodes, **shared, "wire": wire} for wire in WIRES)]
 
 
 def _peer(kind: dict[str, Any]) -> dict[str, Any]:

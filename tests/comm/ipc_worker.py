@@ -202,6 +202,7 @@ def memory_comes_back() -> None:
         taken.append(torch.cuda.mem_get_info()[0])
         dist.barrier()
     assert abs(taken[0] - taken[1]) < size
+    assert nvshmem.memory.taken == {}, "every part of the symmetric memory has been given back"
     with pytest.raises(RuntimeError, match="this buffer has been closed"):
         buffer.check()
 

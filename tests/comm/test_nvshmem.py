@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.comm import nvshmem
+from dsv3.comm import ipc, nvshmem
 from dsv3.comm.nvshmem import ALIGNMENT, ARENA_BYTES, Memory, Part, Refused, _first_gap
 
 
@@ -137,15 +137,25 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvshmem, "ctypes", SimpleNamespace(CDLL=lambda *_, **__: None, RTLD_GLOBAL=0))
-    monkeypatch.setitem(sys.modules, "dsv3._nvshmem", None)
-    monkeypatch.delattr("dsv3._nvshmem", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     nvshmem.native.cache_clear()
     reason = nvshmem.objection()
     nvshmem.native.cache_clear()
-    assert (
-        reason == "dsv3 was installed without the transport nvshmem, which needs nvcc and nvidia-nvshmem-cu13 to build"
-    )
+    needs = "which is compiled where nvcc and the wheel nvidia-nvshmem-cu13 are found"
+    assert reason == f"dsv3 was installed without the transport nvshmem, {needs}"
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected"),
+    [("aaaa", 4), ("aabb", 2), ("abcd", 1), ("aaab", None), ("abab", None), ("aabbcc", 2), ("aabbaa", None)],
+)
+def test_ranks_per_machine(machines: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(everyone: list[Any], mine: Any, group: Any) -> None:
+        everyone[:] = machines
+
+    stand_in = SimpleNamespace(get_world_size=lambda group: len(machines), all_gather_object=gather)
+    monkeypatch.setattr(ipc, "dist", stand_in)
+    assert ipc.ranks_per_machine(None) == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("dsv3._nvshmem") is None, reason="built without NVSHMEM")

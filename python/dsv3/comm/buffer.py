@@ -117,8 +117,8 @@ class ExpertBuffer:
             all_to_all_single (gloo or NCCL); "ipc", kernels that write into the memory of the other ranks, which are on one
             machine and may share its Hopper GPUs; "nvshmem", the same within a node, and NVSHMEM between nodes (at most 8 of
             16 ranks, 64 in all; needs the wheel nvidia-nvshmem-cu13): what is said of ipc holds for it too; "auto", local for
-            one rank, for more on GPUs ipc, or nvshmem where they are on several machines, otherwise collective. Where ranks
-            cannot reach each other so, all say so in one line and use collective.
+            one rank, and for more ipc on GPUs, otherwise collective. Where ranks cannot reach each other so, all say so in one
+            line and use collective; only where NVSHMEM itself does not start, it ends the process, with a line of its own.
         ranks_per_node: consecutive ranks that are a node; None: all of them, over nvshmem those of a machine.
         wire_dtype: of the rows between ranks and of the sums of a rank and of a node: None for x's; torch.float32; or
             torch.float8_e4m3fn on the way there (dispatch, and combine's backward), cast once by the sender in tiles of
@@ -200,11 +200,9 @@ class ExpertBuffer:
         if self.transport != "local":
             self._heartbeat = Heartbeat()
             self._agree({"transport": transport, "num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
-        machine = ranks
-        if self.transport == "nvshmem" or (transport == "auto" and self.transport == "ipc"):
-            machine = ipc.ranks_per_machine(group) or ranks
-            self.transport = "nvshmem" if machine < ranks else self.transport
-        width = (machine if self.transport == "nvshmem" else ranks) if ranks_per_node is None else ranks_per_node
+        width = ranks if ranks_per_node is None else ranks_per_node
+        if ranks_per_node is None and self.transport == "nvshmem":
+            width = ipc.ranks_per_machine(group) or ranks
         if num_experts < 1 or num_experts % ranks:
             raise ValueError(
                 f"num_experts must be a multiple of the ranks, got {num_experts} experts for {ranks} ranks"
@@ -344,8 +342,8 @@ class ExpertBuffer:
             self._link.raise_lost()
 
     def close(self) -> None:
-        """Frees what ipc holds, as otherwise only the end of the process does; all ranks call it together, and nothing after
-        it."""
+        """Frees what ipc holds, as otherwise only the end of the process does (NVSHMEM's memory, of which later buffers have
+        parts, stays until then); all ranks call it together, and nothing after it."""
         if self._link is not None:
             self._link.close()
 

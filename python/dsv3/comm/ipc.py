@@ -102,7 +102,8 @@ class Link:
         for first in range(0, layout.ranks, self._width):
             last = first + self._width - 1
             if len({there for _, there, _ in found[first : last + 1]}) > 1:
-                raise Unreachable(f"ranks {first} to {last} are not on one machine")
+                hint = "" if across else "; transport nvshmem joins machines"
+                raise Unreachable(f"ranks {first} to {last} are not on one machine{hint}")
         _raise_first([reason for reason, *_ in found])
         sharing = max(Counter(gpu for *_, gpu in found).values())
         spare = registry.sm_count(device) - SPARE_SMS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ ROOM = 4
 ALIGNMENT = 128  # of a part
 DIRECT = True  # memory of other nodes that is mapped here is written to without NVSHMEM; tests have it both ways
 LIBRARY = "libnvshmem_host.so.3"
+
+log = logging.getLogger("dsv3")
 
 
 class Part(NamedTuple):
@@ -35,6 +38,9 @@ class Refused(Exception):
 @cache
 def native() -> ModuleType:
     """dsv3._nvshmem. Raises ImportError with the reason where it cannot be loaded."""
+    if importlib.util.find_spec("dsv3._nvshmem") is None:
+        needs = "which is compiled where nvcc and the wheel nvidia-nvshmem-cu13 are found"
+        raise ImportError(f"dsv3 was installed without the transport nvshmem, {needs}")
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) / "nvshmem" / "lib" for folder in (spec and spec.submodule_search_locations) or ()]
     library = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()), Path(LIBRARY))
@@ -42,11 +48,8 @@ def native() -> ModuleType:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ImportError(f"NVSHMEM is not installed (pip install 'nvidia-nvshmem-cu13>=3.4,<3.5'): {error}") from error
-    try:
-        from dsv3 import _nvshmem
-    except ModuleNotFoundError as error:
-        needs = "which needs nvcc and nvidia-nvshmem-cu13 to build"
-        raise ImportError(f"dsv3 was installed without the transport nvshmem, {needs}") from error
+    from dsv3 import _nvshmem
+
     return _nvshmem
 
 
@@ -124,6 +127,7 @@ class Memory:
         self.refused = next(filter(None, reasons), None)
         _raise_first(reasons)
         self.ranks, self.size, self.device = list(ranks), room, device
+        log.info("nvshmem: %.3g MB of symmetric device memory for the buffers of %d ranks", room / 1e6, len(ranks))
 
 
 def _raise_first(reasons: list[str | None]) -> None:
