@@ -47,9 +47,7 @@ class Way(NamedTuple):
     topk_idx: Tensor  # int64 [T, k], of this rank's tokens
     pairs: Tensor  # int64 [T, k]: each pair's place in this rank's own order by expert
     shift: Tensor  # int32 [E]: from there to its row, at the rank of the expert
-    arrivals: (
-        Tensor  # int32 [ranks, channels]: tokens that come; between nodes [ranks + nodes, channels]: and to pass on
-    )
+    arrivals: Tensor  # int32 [ranks, channels]: tokens that come; between nodes `nodes` rows more: those to pass on
     relay: Tensor | None = None  # between nodes int32 [nodes, max_tokens]: a bit for each rank here that needs a token
 
     @property
