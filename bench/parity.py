@@ -160,7 +160,8 @@ def measure(name: str, plan: Plan, env: Environment, say: Callable[[str], None])
 def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
     """How far the means are from those of bf16 after the warm-up, relative; the bound, and whether FP8 keeps it.
 
-    The means of signed differences say whether a run is on one side of bf16 throughout.
+    The means of signed differences say whether a run is on one side of bf16 throughout; windows_within, in how many of the
+    `windows` FP8 keeps the bound that the control's difference in the same one makes.
     """
     means = {name: window_means(loss, plan.window) for name, loss in losses.items()}
     first = -(-plan.warmup_steps // plan.window)
@@ -174,6 +175,8 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
         "mean_difference": float(apart["fp8"].mean()),
         "control_mean_difference": float(apart["control"].mean()),
     }
+    of_window = apart["control"].abs().mul(CONTROL_FACTOR).clamp(min=TOLERANCE)
+    found |= {"windows": len(of_window), "windows_within": int((apart["fp8"].abs() <= of_window).sum())}
     rounded = {name: round(value, 6) for name, value in found.items()}
     return {**rounded, "last_loss": round(float(means["fp8"][-1]), 4), "held": worst["fp8"] <= bound}
 

@@ -91,7 +91,7 @@ def test_means_count_and_only_after_the_warm_up() -> None:
     found = parity.compare(made_up(12, fp8={3: 2.0, 6: 1.004, 8: 0.999}), TINY)
     assert found == {
         "max_difference": 0.002, "control_difference": 0.0, "bound": 0.0025, "mean_difference": 0.000375,
-        "control_mean_difference": 0.0, "last_loss": 2.0, "held": True,
+        "control_mean_difference": 0.0, "windows": 4, "windows_within": 4, "last_loss": 2.0, "held": True,
     }  # fmt: skip
 
 
@@ -102,6 +102,12 @@ def test_means_count_and_only_after_the_warm_up() -> None:
 def test_the_bound(fp8: float, control: float, held: bool) -> None:
     """A quarter of a per cent, or one and a half times what the control differs anywhere."""
     assert parity.compare(made_up(12, fp8={6: fp8}, control={9: control}), TINY)["held"] is held
+
+
+def test_windows_apart() -> None:
+    """The control's difference in another window does not count."""
+    found = parity.compare(made_up(12, fp8={6: 1.01, 8: 1.01, 10: 1.01}, control={8: 1.02, 10: 1.002}), TINY)
+    assert (found["windows"], found["windows_within"], found["held"]) == (4, 2, True)
 
 
 # ---- the command ----
