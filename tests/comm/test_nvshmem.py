@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.comm import ipc, nvshmem
-from dsv3.comm.nvshmem import ALIGNMENT, ARENA_BYTES, Memory, Part, Refused, _first_gap
+from dsv3.comm import nvshmem, reach
+from dsv3.comm.nvshmem import ALIGNMENT, ARENA_BYTES, Memory, Part, _first_gap
+from dsv3.comm.reach import Unreachable
 
 
 class Starts:
@@ -71,21 +72,21 @@ def test_what_a_neighbour_holds_is_not_taken(starts: Starts) -> None:
     other = None, [0, 1], ARENA_BYTES, {0: 256, 256: 300}
     assert memory.take([0, 1], 0, 100, beside(other), 0, alone=True).offset == 640
     full = None, [0, 1], ARENA_BYTES, {0: ARENA_BYTES}
-    with pytest.raises(Refused, match=r"of 268 MB of symmetric memory no 1 MB are left in one piece"):
+    with pytest.raises(Unreachable, match=r"of 268 MB of symmetric memory no 1 MB are left in one piece"):
         memory.take([0, 1], 0, 1 << 20, beside(full), 0, alone=True)
 
 
 def test_ranks_that_nvshmem_does_not_know(starts: Starts) -> None:
     memory = Memory()
     memory.take([0, 1], 0, 256, beside(), 0, alone=True)
-    with pytest.raises(Refused, match=r"NVSHMEM runs among ranks \[0, 1\], a buffer was asked for by \[0, 2\]"):
+    with pytest.raises(Unreachable, match=r"NVSHMEM runs among ranks \[0, 1\], a buffer was asked for by \[0, 2\]"):
         memory.take([0, 2], 0, 256, beside((None, [0, 1], ARENA_BYTES, {})), 0, alone=True)
     with pytest.raises(
-        Refused, match=r"runs among ranks \[0, 1\] and among \[2, 3\], a buffer was asked for by \[0, 2\]"
+        Unreachable, match=r"runs among ranks \[0, 1\] and among \[2, 3\], a buffer was asked for by \[0, 2\]"
     ):
         memory.take([0, 2], 0, 256, beside((None, [2, 3], ARENA_BYTES, {})), 0, alone=True)
     for neighbour in ([], [1, 2]):
-        with pytest.raises(Refused, match="NVSHMEM runs among ranks"):
+        with pytest.raises(Unreachable, match="NVSHMEM runs among ranks"):
             memory.take([0, 1], 0, 256, beside((None, neighbour, ARENA_BYTES, {})), 0, alone=True)
 
 
@@ -95,11 +96,11 @@ def test_a_start_that_fails_is_told(starts: Starts) -> None:
         starts.fails, memory = own, Memory()
         state = (None, [], 0, {})
         ask = beside(state, (None, b"id"), neighbour)
-        with pytest.raises(Refused, match="no memory"):
+        with pytest.raises(Unreachable, match="no memory"):
             memory.take([0, 1], 0, 256, ask, 0, alone=True)
         assert memory.ranks == []
         calls = len(starts.calls)
-        with pytest.raises(Refused, match="no memory"):
+        with pytest.raises(Unreachable, match="no memory"):
             memory.take([0, 1], 0, 256, beside(state), 0, alone=True)
         assert len(starts.calls) == calls
 
@@ -107,7 +108,7 @@ def test_a_start_that_fails_is_told(starts: Starts) -> None:
 def test_another_gpu_of_the_process(starts: Starts) -> None:
     memory = Memory()
     memory.take([0, 1], 0, 256, beside(), 2, alone=True)
-    with pytest.raises(Refused, match="NVSHMEM's memory is on GPU 2 of this process, not 3"):
+    with pytest.raises(Unreachable, match="NVSHMEM's memory is on GPU 2 of this process, not 3"):
         memory.take([0, 1], 0, 256, beside(), 3, alone=True)
 
 
@@ -154,8 +155,8 @@ def test_ranks_per_machine(machines: str, expected: int | None, monkeypatch: pyt
         everyone[:] = machines
 
     stand_in = SimpleNamespace(get_world_size=lambda group: len(machines), all_gather_object=gather)
-    monkeypatch.setattr(ipc, "dist", stand_in)
-    assert ipc.ranks_per_machine(None) == expected
+    monkeypatch.setattr(reach, "dist", stand_in)
+    assert reach.ranks_per_machine(None) == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("dsv3._nvshmem") is None, reason="built without NVSHMEM")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import counts, ipc, low_latency
+from dsv3.comm import counts, ipc, low_latency, reach
 from dsv3.comm.alive import Heartbeat
 from dsv3.comm.fp8 import add_up_cast, spread_cast
 from dsv3.comm.low_latency import Masked, Pending
@@ -202,7 +202,7 @@ class ExpertBuffer:
             self._agree({"transport": transport, "num_experts": num_experts, "wire_dtype": wire_dtype, **sizes})
         width = ranks if ranks_per_node is None else ranks_per_node
         if ranks_per_node is None and self.transport == "nvshmem":
-            width = ipc.ranks_per_machine(group) or ranks
+            width = reach.ranks_per_machine(group) or ranks
         if num_experts < 1 or num_experts % ranks:
             raise ValueError(
                 f"num_experts must be a multiple of the ranks, got {num_experts} experts for {ranks} ranks"
@@ -356,7 +356,7 @@ class ExpertBuffer:
             self._link = ipc.Link(
                 self.group, self.layout, device, across=across, num_sms=num_sms, window=window, timeout=timeout
             )
-        except ipc.Unreachable as reason:
+        except reach.Unreachable as reason:
             wanted, self.transport = self.transport, "collective"
             if self.layout.rank == 0:
                 log.warning("experts are exchanged through torch.distributed instead of %s: %s", wanted, reason)

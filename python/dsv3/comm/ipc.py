@@ -7,13 +7,10 @@ device: nothing is allocated after the start, and calls can be captured in a CUD
 
 from __future__ import annotations
 
-import itertools
 import logging
-import socket
 import threading
 import weakref
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 from dsv3.comm import counts, nvshmem
 from dsv3.comm.alive import lost_ranks, naming_lost_ranks
 from dsv3.comm.low_latency import Masked, empty_masked
+from dsv3.comm.reach import Unreachable, machine, raise_first
 from dsv3.ops import registry
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.ops.grad import Function
@@ -64,10 +62,6 @@ class Told(NamedTuple):
     max_tokens: int  # of any rank
 
 
-class Unreachable(Exception):
-    """Why the ranks of a group cannot use each other's memory; the same on all of them."""
-
-
 class Link:
     """The rings among the ranks of a group. All make it together, and use it in the same order.
 
@@ -102,7 +96,7 @@ class Link:
             if len({there for _, there, _ in found[first : last + 1]}) > 1:
                 hint = "" if across else "; transport nvshmem joins machines"
                 raise Unreachable(f"ranks {first} to {last} are not on one machine{hint}")
-        _raise_first([reason for reason, *_ in found])
+        raise_first([reason for reason, *_ in found])
         sharing = max(Counter(gpu for *_, gpu in found).values())
         spare = registry.sm_count(device) - SPARE_SMS
         self.num_sms = min(NUM_SMS, spare // sharing) if num_sms is None else num_sms
@@ -144,12 +138,9 @@ class Link:
         sizes = self.device.index, place, width, node, nodes, self.num_sms, SLOTS
         if self.across:
             ranks = dist.get_process_group_ranks(self.group)
-            try:
-                self._part = nvshmem.memory.take(
-                    ranks, layout.rank, self._symmetric_bytes, self._ask, self.device.index, alone=self._alone
-                )
-            except nvshmem.Refused as refused:
-                raise Unreachable(str(refused)) from refused
+            self._part = nvshmem.memory.take(
+                ranks, layout.rank, self._symmetric_bytes, self._ask, self.device.index, alone=self._alone
+            )
         try:
             if self.across:
                 self._peers = self._native.Network(*sizes, float(self.timeout), nvshmem.DIRECT, *self._part)
@@ -159,12 +150,12 @@ class Link:
         except RuntimeError as error:
             reason = str(error)
         found = self._ask((reason, handle))
-        _raise_first([reason for reason, _ in found])
+        raise_first([reason for reason, _ in found])
         try:
             self._peers.connect([handle for _, handle in found[node * width : (node + 1) * width]])
         except RuntimeError as error:
             reason = str(error)
-        _raise_first(self._ask(reason))
+        raise_first(self._ask(reason))
 
     def _ask(self, mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.layout.ranks
@@ -428,26 +419,6 @@ def _objection(layout: counts.Layout, device: torch.device, across: bool) -> str
     return nvshmem.objection() if across else None
 
 
-def ranks_per_machine(group: dist.ProcessGroup | None) -> int | None:
-    """How many consecutive ranks every machine has; None where it is not the same number."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, machine(), group=group)
-    runs = [len(list(run)) for _, run in itertools.groupby(everyone)]
-    return runs[0] if len(set(runs)) == 1 and len(runs) == len(set(everyone)) else None
-
-
-def machine() -> str:
-    """What the processes of a machine have in common."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
-
-
 def _gpu(device: torch.device) -> str:
     there = device.type == "cuda" and torch.cuda.is_available()
     return str(torch.cuda.get_device_properties(device).uuid) if there else "none"
-
-
-def _raise_first(reasons: list[str | None]) -> None:
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise Unreachable(f"{reason} (rank {rank})")

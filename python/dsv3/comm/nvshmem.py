@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from dsv3.comm.reach import Unreachable, raise_first
+
 ARENA_BYTES = 256 << 20  # of symmetric memory, or ROOM times what the first buffer takes
 ROOM = 4
 ALIGNMENT = 128  # of a part
@@ -29,10 +31,6 @@ class Part(NamedTuple):
 
     offset: int
     pes: list[int]  # what NVSHMEM calls the buffer's ranks
-
-
-class Refused(Exception):
-    """Why a buffer cannot have NVSHMEM; the same on all of its ranks."""
 
 
 @cache
@@ -81,20 +79,24 @@ class Memory:
             size: bytes.
             ask: tells the ranks of the buffer something and returns what all said.
             alone: all ranks are on one machine.
+
+        Raises Unreachable on all of them.
         """
         states = ask(self._state(device))
-        _raise_first([problem for problem, *_ in states])
+        raise_first([problem for problem, *_ in states])
         if not any(running for _, running, *_ in states):
             self._start(ranks, rank, size, ask, device, alone=alone)
             states = ask(self._state(device))
         running = states[0][1]
         if any(other != running for _, other, *_ in states) or not set(ranks) <= set(running):
             among = " and among ".join(str(list(r)) for r in dict.fromkeys(tuple(s[1]) for s in states) if r)
-            raise Refused(f"NVSHMEM runs among ranks {among}, a buffer was asked for by {ranks}")
+            raise Unreachable(f"NVSHMEM runs among ranks {among}, a buffer was asked for by {ranks}")
         offset = _first_gap([part for *_, taken in states for part in taken.items()], size)
         room = min(room for *_, room, _ in states)
         if offset + size > room:
-            raise Refused(f"of {room / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece")
+            raise Unreachable(
+                f"of {room / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece"
+            )
         self.taken[offset] = size
         return Part(offset, [running.index(r) for r in ranks])
 
@@ -118,22 +120,16 @@ class Memory:
         except RuntimeError as error:
             reason = str(error)
         said = ask((reason, made))
-        _raise_first([reason for reason, _ in said])
+        raise_first([reason for reason, _ in said])
         try:
             native().nvshmem_start(device, rank, len(ranks), said[0][1], room, alone)
         except (RuntimeError, ValueError) as error:
             reason = str(error)
         reasons = ask(reason)
         self.refused = next(filter(None, reasons), None)
-        _raise_first(reasons)
+        raise_first(reasons)
         self.ranks, self.size, self.device = list(ranks), room, device
         log.info("nvshmem: %.3g MB of symmetric device memory for the buffers of %d ranks", room / 1e6, len(ranks))
-
-
-def _raise_first(reasons: list[str | None]) -> None:
-    for reason in reasons:
-        if reason is not None:
-            raise Refused(reason)
 
 
 def _first_gap(parts: list[tuple[int, int]], size: int) -> int:
