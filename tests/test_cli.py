@@ -124,11 +124,14 @@ def test_module_is_the_command() -> None:
     assert done.stderr.lower() == "dsv3: missing argument 'model'.\n"
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [40, 200])
+def test_doctor(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    from dsv3.comm import nvshmem
     from dsv3.ops import registry
 
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert run("doctor") == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out
@@ -137,7 +140,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         if not torch.cuda.is_available():
             reason = registry.NATIVE_ERROR or "no GPU" if op.native else "no kernel yet"
             assert line.split(maxsplit=1)[1].strip() == f"reference: {reason}"
-    assert (registry.NATIVE_ERROR or str(registry.native().__file__)) in out.replace("\n", "")
+    assert (registry.NATIVE_ERROR or str(registry.native().__file__)) in out
+    assert (nvshmem.objection() or str(nvshmem.native().__file__)) in out
 
 
 @pytest.mark.parametrize(

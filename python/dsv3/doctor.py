@@ -8,7 +8,6 @@ import sys
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import dsv3.ops
 from dsv3.comm import nvshmem
@@ -37,13 +36,14 @@ def report(console: Console | None = None) -> None:
         ("native module", native_module()),
         ("nvshmem module", nvshmem.objection() or str(nvshmem.native().__file__)),
     ]
-    console.print(_table(None, rows))
+    _print(console, rows)
     reason = why_no_native_ops()
     found = [
         (op.name, "native" if op.native and not reason else f"reference: {_why(op, reason)}")
         for op in sorted(registry.OPS.values(), key=lambda op: op.name)
     ]
-    console.print(_table("ops", found))
+    console.print("ops")
+    _print(console, found)
 
 
 def gpu() -> str:
@@ -84,8 +84,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _table(title: str | None, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _print(console: Console, rows: list[tuple[str, str]]) -> None:
+    """Two columns, a line each: however narrow the terminal is, a path or a reason is neither cut nor wrapped by us."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f" {name:<{width}}  {value}", markup=False, soft_wrap=True)
