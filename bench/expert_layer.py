@@ -20,7 +20,7 @@ from bench.cases import Baseline, Case
 from dsv3.config import Config
 from dsv3.model.layers import MLP
 from dsv3.model.moe import Experts
-from dsv3.ops import Fp8Weight, Fp8Weights, Quantized
+from dsv3.ops import Fp8Weight, Quantized
 
 EXPERTS = 4
 SM_SHARE = 112 / 132
@@ -81,7 +81,9 @@ def _layer(
         param.main_grad = grad
     if fp8:
         made = [Fp8Weight(p, Quantized(*c[:2]), Quantized(*c[2:])) for p, c in zip(owned, copies, strict=True)]
-        experts.fp8 = shared.gate_up.fp8 = shared.down.fp8 = Fp8Weights(dict(zip(owned, made, strict=True)))
+        names = (experts, "gate_up"), (experts, "down"), (shared.gate_up, "weight"), (shared.down, "weight")
+        for (layer, name), weight in zip(names, made, strict=True):
+            layer.fp8, layer.fp8_copies.made[name] = True, weight
     outputs = experts(rows, weights, offsets), shared(tokens)
     torch.autograd.backward(outputs, (drows, dtokens))
     return *(out.detach() for out in outputs), rows.grad, tokens.grad, weights.grad, *grads

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -37,6 +41,12 @@ def model_of(precision, device, config=CONFIG):
 
 def moes_of(model):
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def copies_of(model):
+    """The FP8 copies that have been made, by the parameter's name."""
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "fp8_copies")]
+    return {f"{layer}.{name}": weight for layer, module in layers for name, weight in module.fp8_copies.made.items()}
 
 
 def batch_of(device, rows=4, length=64, seed=1):
@@ -127,7 +137,7 @@ def test_which_products_are_in_fp8(device, monkeypatch):
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
     assert used == {name for name in matrices if not name.endswith(PLAIN)}
     assert shared == {name for name in matrices if name.endswith("attention.o.weight")}
-    assert {names[p] for p in model.fp8.made} == used
+    assert copies_of(model).keys() == used
 
 
 def test_rows_reach_the_experts_as_fp8(device):
@@ -158,9 +168,8 @@ def test_rows_reach_the_experts_as_fp8(device):
 def test_sizes_that_do_not_fit_stay_as_they_are(device):
     """kv_a has 40 rows and the experts' inner size is 24: no multiples of 16."""
     model = model_of("fp8", device, BASE)
-    names = {p: name for name, p in model.named_parameters()}
     _, grads = gradients(model, Batch(tokens_for(BASE, 2, 33).to(device)))
-    made = {names[p] for p in model.fp8.made}
+    made = copies_of(model)
     assert "layers.0.attention.o.weight" in made
     assert not any(name.endswith(("kv_a.weight", "experts.down", "shared.down.weight")) for name in made)
     assert all(grad.isfinite().all() for grad in grads.values())
@@ -187,7 +196,7 @@ def test_recomputation_changes_no_bit(what, device):
 def test_the_state_dict_does_not_depend_on_it(device):
     plain, fp8 = model_of("bf16", device), model_of("fp8", device)
     fp8.loss(batch_of(device))
-    assert fp8.fp8.made
+    assert copies_of(fp8)
     for (name, a), (other, b) in zip(plain.state_dict().items(), fp8.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(a, b)
@@ -200,12 +209,12 @@ def test_weights_are_cast_again_after_a_step(device):
     model, batch = model_of("fp8", device), batch_of(device)
     optimizer = AdamW(ParamBuffers(model))
     model.loss(batch, **LOSS).total.backward()
-    copies = {p: w.data.data.data_ptr() for p, w in model.fp8.made.items()}
+    copies = {name: weight.data.data.data_ptr() for name, weight in copies_of(model).items()}
     before = model.loss(batch, **LOSS).total.detach()
     optimizer.step(1e-2, before)
     model.refresh_fp8()
     after = model.loss(batch, **LOSS).total.detach()
-    assert copies == {p: w.data.data.data_ptr() for p, w in model.fp8.made.items()}
+    assert copies == {name: weight.data.data.data_ptr() for name, weight in copies_of(model).items()}
     fresh = DeepSeekV3(CONFIG, device=device, precision="fp8")
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(after, fresh.loss(batch, **LOSS).total)
@@ -218,3 +227,26 @@ def test_back_to_bf16(device):
     model.set_precision("bf16")
     assert torch.equal(model.loss(batch).total, model_of("bf16", device).loss(batch).total)
     assert not torch.equal(in_fp8, model.loss(batch).total)
+
+
+def test_copies_go_with_their_parameters(device):
+    """Other parameters in a layer's place leave none of the old ones behind; a copy of a layer, and its file, hold none."""
+    model, batch = model_of("fp8", device), batch_of(device)
+    expected = model.loss(batch, **LOSS).total
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    made, gone = len(copies_of(model)), [weakref.ref(p) for p in model.parameters()]
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model.loss(batch, **LOSS).total, expected)
+    del expected
+    gc.collect()
+    assert len(copies_of(model)) == made
+    assert not any(ref() is not None for ref in gone)
+
+    layer = model.layers[0].attention.o
+    x = torch.randn(5, layer.weight.shape[1], device=device)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not other.fp8_copies.made
+        with torch.no_grad():
+            assert torch.equal(other(x), layer(x))
+            other.weight.mul_(2.0)
+            assert not torch.equal(other(x), layer(x))

@@ -278,8 +278,8 @@ def test_cached_weights(device):
     """Made once, rewritten in place by refresh, and None where a size does not fit."""
     cache = ops.Fp8Weights()
     param = parameter(torch.randn(3, 144, 64, device=device))
-    weight = cache.of(param)
-    assert cache.of(param) is weight
+    weight = cache.of("w", param)
+    assert cache.of("w", param) is weight
     places = [t.data_ptr() for q in (weight.data, weight.transposed) for t in (q.data, q.sf)]
     with torch.no_grad():
         param.mul_(-3)
@@ -287,9 +287,9 @@ def test_cached_weights(device):
     now = weight.data.data, weight.data.sf, weight.transposed.data, weight.transposed.sf
     assert [t.data_ptr() for t in now] == places
     check_same(now, ops.per_block_cast(param, transpose=True))
-    assert cache.of(parameter(torch.randn(24, 64, device=device))) is None
-    assert cache.of(parameter(torch.randn(64, 24, device=device))) is None
-    assert cache.of(ops.Quantized(weight.data.data[0], weight.data.sf[0])) is None
+    assert cache.of("w", parameter(torch.randn(24, 64, device=device))) is None
+    assert cache.of("w", parameter(torch.randn(64, 24, device=device))) is None
+    assert cache.of("w", ops.Quantized(weight.data.data[0], weight.data.sf[0])) is None
 
 
 @pytest.mark.parametrize(
@@ -305,40 +305,39 @@ def test_cached_weights(device):
 def test_changes_that_torch_makes_are_noticed(change, device):
     """At the next use, in place, also where an engine uses them first; once."""
     cache, param = ops.Fp8Weights(), parameter(torch.randn(48, 64, device=device))
-    weight, param.grad = cache.of(param), torch.ones_like(param)
+    weight, param.grad = cache.of("w", param), torch.ones_like(param)
     place = weight.data.data.data_ptr()
     with torch.no_grad():
         change(param)
     with torch.inference_mode():
-        assert cache.of(param) is weight
+        assert cache.of("w", param) is weight
     assert weight.data.data.data_ptr() == place
     now = weight.data.data, weight.data.sf, weight.transposed.data, weight.transposed.sf
     check_same(now, ops.per_block_cast(param, transpose=True))
     weight.data.data.zero_()
-    assert not cache.of(param).data.data.float().any()
-    given = ops.Fp8Weights(
-        {param: ops.Fp8Weight(param, weight.data, weight.transposed)}
-    )  # copies that somebody else made
-    assert not given.of(param).data.data.float().any()
+    assert not cache.of("w", param).data.data.float().any()
+    # Copies that somebody else made.
+    given = ops.Fp8Weights({"w": ops.Fp8Weight(param, weight.data, weight.transposed)})
+    assert not given.of("w", param).data.data.float().any()
 
 
 def test_weights_that_moved_are_made_anew(device):
     """A parameter moved in place after its copies were made: refresh leaves it to the next use."""
     cache, param = ops.Fp8Weights(), parameter(torch.randn(32, 64))
-    cache.of(param)
+    cache.of("w", param)
     elsewhere = torch.randn(32, 64, device="meta" if device.type == "cpu" else device)
     torch.utils.swap_tensors(param, parameter(elsewhere))
     cache.refresh()
     assert not cache.made
-    assert cache.of(param).data.device == elsewhere.device
+    assert cache.of("w", param).data.device == elsewhere.device
 
 
 def test_weights_first_used_by_an_engine_can_train(device):
     cache, param = ops.Fp8Weights(), parameter(torch.randn(32, 64, device=device))
     x = torch.randn(5, 64, device=device)
     with torch.inference_mode():
-        ops.fp8_linear(x, cache.of(param))
-    ops.fp8_linear(x, cache.of(param)).sum().backward()
+        ops.fp8_linear(x, cache.of("w", param))
+    ops.fp8_linear(x, cache.of("w", param)).sum().backward()
     cache.refresh()
     assert param.grad.any()
 

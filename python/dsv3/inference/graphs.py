@@ -62,5 +62,5 @@ def addresses(model: nn.Module) -> tuple[object, ...]:
                 found += [value.data.data_ptr(), value.sf.data_ptr()]
             elif isinstance(value, Tensor):
                 found.append(value.data_ptr())
-        found.append(getattr(module, "fp8", None) is None)
+        found.append(getattr(module, "fp8", False))
     return tuple(found)

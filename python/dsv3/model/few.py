@@ -35,9 +35,9 @@ def fits(block: Block, ctx: AttentionContext, tokens: int) -> bool:
 
 def _plain(module: nn.Module) -> bool:
     if isinstance(module, Linear):
-        return module.fp8 is None and isinstance(module.weight, Tensor)
+        return not module.fp8 and isinstance(module.weight, Tensor)
     if isinstance(module, Experts):
-        return module.fp8 is None and isinstance(module.gate_up, Tensor) and isinstance(module.down, Tensor)
+        return not module.fp8 and isinstance(module.gate_up, Tensor) and isinstance(module.down, Tensor)
     return True
 
 

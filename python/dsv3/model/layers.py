@@ -23,16 +23,16 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.fp8: ops.Fp8Weights | None = None
+        self.fp8, self.fp8_copies = False, ops.Fp8Weights()
 
     @property
     def in_fp8(self) -> bool:
         """Whether it multiplies in FP8."""
-        return self.fp8 is not None and self.fp8.takes(self.weight)
+        return self.fp8 and self.fp8_copies.takes(self.weight)
 
     def fp8_weight(self) -> ops.Fp8Weight | None:
         """The weight's FP8 copies, or None where it is multiplied as it is."""
-        return None if self.fp8 is None else self.fp8.of(self.weight)
+        return self.fp8_copies.of("weight", self.weight) if self.fp8 else None
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None, *, shared_input: bool = False) -> Tensor:
         """`shared_input`: x is kept by what made it, so FP8 needs no copy of its own; see ops.fp8_linear."""

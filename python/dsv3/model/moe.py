@@ -80,12 +80,12 @@ class Experts(nn.Module):
         hidden, inter = config.hidden_size, config.moe_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(local, 2 * inter, hidden, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(local, hidden, inter, device=device, dtype=dtype))
-        self.fp8: ops.Fp8Weights | None = None
+        self.fp8, self.fp8_copies = False, ops.Fp8Weights()
 
     @property
     def in_fp8(self) -> bool:
         """Whether they multiply in FP8, and take rows that came so."""
-        return self.fp8 is not None and self.fp8.takes(self.gate_up) and self.fp8.takes(self.down)
+        return self.fp8 and self.fp8_copies.takes(self.gate_up) and self.fp8_copies.takes(self.down)
 
     def forward(
         self, x: Tensor, weights: Tensor, offsets: Tensor, *cast: Tensor, wgrad: ops.WgradQueue | None = None
@@ -95,7 +95,7 @@ class Experts(nn.Module):
         cast: x as e4m3 [R, H] and its scales, where it came as FP8. Raises ValueError where the experts want it otherwise.
         """
         if self.in_fp8:
-            first, second = self.fp8.of(self.gate_up), self.fp8.of(self.down)
+            first, second = (self.fp8_copies.of(name, getattr(self, name)) for name in ("gate_up", "down"))
             return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
         if cast:
             raise ValueError("rows came as FP8 to experts that do not compute in it: leave out the buffer's wire_dtype")

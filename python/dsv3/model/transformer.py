@@ -82,7 +82,6 @@ class DeepSeekV3(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **at)
         self.head = Linear(config.hidden_size, config.vocab_size, **at)
         self.mtp = nn.ModuleList(MTP(config, k, self.embed, **at) for k in range(config.num_nextn_predict_layers))
-        self.fp8 = ops.Fp8Weights()
         self.set_recompute(recompute)
         self.set_precision(precision)
 
@@ -109,7 +108,7 @@ class DeepSeekV3(nn.Module):
         modules = [module for block in self.modules() if isinstance(block, Block) for module in block.modules()]
         layers = [module for module in modules if isinstance(module, Linear | Experts)]
         for layer in layers:
-            layer.fp8 = self.fp8 if fp8 else None
+            layer.fp8 = fp8
         for norm in (module for module in modules if isinstance(module, RMSNorm)):
             norm.cast = fp8
         unfit = sum(fp8 and not layer.in_fp8 for layer in layers)
@@ -120,7 +119,9 @@ class DeepSeekV3(nn.Module):
     def refresh_fp8(self) -> None:
         """Casts the weights again, after they have changed, in place: every optimizer step, and also in bf16 where FP8 comes
         back later. What torch itself has changed is noticed without it (see ops.Fp8Weights). Nothing before FP8's first use."""
-        self.fp8.refresh()
+        for module in self.modules():
+            if isinstance(module, Linear | Experts):
+                module.fp8_copies.refresh()
 
     @staticmethod
     def from_pretrained(path: str | Path, **options: Any) -> DeepSeekV3:

@@ -64,11 +64,15 @@ def _state(param: Tensor) -> tuple[object, ...] | None:
 
 @dataclass
 class Fp8Weights:
-    """The FP8 copies of a model's parameters: made at first use, rewritten in place by `refresh` after each optimizer step, and
-    at their next use where torch knows that the parameter has changed (`optimizer.step`, `load_state_dict`, a cast; not what a
-    kernel of ours or of another library has written)."""
+    """The FP8 copies of one layer's parameters, by their names in it: made at first use, rewritten in place by `refresh` after
+    each optimizer step, and at their next use where torch knows that the parameter has changed (`optimizer.step`,
+    `load_state_dict`, a cast; not what a kernel of ours or of another library has written). They go with the parameter that
+    they were made from, and are no state: a copy of the layer, or what is read from its file, makes its own."""
 
-    made: dict[Tensor, Fp8Weight] = field(default_factory=dict)
+    made: dict[str, Fp8Weight] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"made": {}}
 
     @staticmethod
     def takes(param: Tensor | Quantized) -> bool:
@@ -76,14 +80,14 @@ class Fp8Weights:
         return not isinstance(param, Quantized) and param.shape[-1] % 16 == param.shape[-2] % 16 == 0
 
     @torch.inference_mode(False)  # copies first made by an engine must serve training too
-    def of(self, param: Tensor | Quantized) -> Fp8Weight | None:
-        """The copies of a parameter; None for what is to be multiplied as it is: a size that is no multiple of 16, or a
-        weight that has no other form than its quantised one."""
+    def of(self, name: str, param: Tensor | Quantized) -> Fp8Weight | None:
+        """The copies of the parameter that has this name now; None for what is to be multiplied as it is: a size that is no
+        multiple of 16, or a weight that has no other form than its quantised one."""
         if not self.takes(param):
             return None
-        weight = self.made.get(param)
-        if weight is None or weight.data.device != param.device:
-            weight = self.made[param] = Fp8Weight.make(param)
+        weight = self.made.get(name)
+        if weight is None or weight.param is not param or weight.data.device != param.device:
+            weight = self.made[name] = Fp8Weight.make(param)
         elif weight.is_stale:
             weight.refresh()
         return weight
@@ -92,7 +96,7 @@ class Fp8Weights:
     def refresh(self) -> None:
         """Casts every parameter again whose copies have been made, but those that have moved to another device since:
         theirs are made anew at the next use."""
-        self.made = {param: weight for param, weight in self.made.items() if weight.data.device == param.device}
+        self.made = {name: weight for name, weight in self.made.items() if weight.data.device == weight.param.device}
         for weight in self.made.values():
             weight.refresh()
 
