@@ -360,6 +360,7 @@ def grouped_fp8_gemm(
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
+        RuntimeError: offsets without sense; those on a GPU are told at a later call.
     """
     a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
     if out is None:
@@ -397,6 +398,7 @@ def masked_grouped_fp8_gemm(
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
+        RuntimeError: counts beyond R or below 0; those on a GPU are told at a later call.
     """
     a, a_sf, b, b_sf = _detached(a, a_sf, b, b_sf)
     if out is None:
@@ -421,5 +423,6 @@ def grouped_fp8_wgrad(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offs
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
+        RuntimeError: offsets without sense; those on a GPU are told at a later call.
     """
     torch.ops.dsv3.grouped_fp8_wgrad(*_detached(a_t, a_sf, b_t, b_sf), offsets, out)

@@ -197,6 +197,7 @@ def grouped_linear(
 
     Raises:
         ValueError: shapes that do not fit.
+        RuntimeError: on a CPU, offsets without sense.
     """
     if (
         x.dim() != 2

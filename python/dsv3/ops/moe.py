@@ -430,6 +430,7 @@ def swiglu_cast(
 
     Raises:
         ValueError: shapes, dtypes or a floor that do not fit.
+        RuntimeError: on a CPU, offsets without sense.
     """
     _check_swiglu_cast("swiglu_cast", gate_up, weights, amax_floor)
     weights = None if weights is None else weights.detach().contiguous()
@@ -479,6 +480,7 @@ def swiglu_cast_backward(
 
     Raises:
         ValueError: shapes, dtypes or a floor that do not fit.
+        RuntimeError: on a CPU, offsets without sense.
     """
     _check_swiglu_cast("swiglu_cast_backward", gate_up, weights, amax_floor)
     if dout.shape != (gate_up.shape[0], gate_up.shape[1] // 2) or dout.dtype != gate_up.dtype:

@@ -224,6 +224,7 @@ def cast_transpose(
 
     Raises:
         ValueError: shapes, dtypes or a floor that do not fit.
+        RuntimeError: on a CPU, offsets without sense.
     """
     x, x_sf = (x, None) if isinstance(x, Tensor) else x
     if x.dim() != 2 or x.shape[1] % 16:
@@ -256,6 +257,7 @@ def per_token_cast_and_transpose(
 
     Raises:
         ValueError: shapes, dtypes or a floor that do not fit.
+        RuntimeError: on a CPU, offsets without sense.
     """
     name = "per_token_cast_and_transpose"
     if x.dim() != 2 or x.shape[1] % 16:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from dsv3.reference.groups import bounds
 from dsv3.reference.quant import TILE, per_token_cast
 
 # A row of an FP8 cache in bytes: the latent in e4m3, a scale (fp32) for every 128 of it, 64 rotated values in bf16.
@@ -53,25 +54,15 @@ def mla_attention(
         parts = [x.view(n, m, *x.shape[1:]).transpose(1, 2) for x, m in zip(tensors, lengths, strict=True)]
         out, lse = _attend(*parts, *settings)
         return out.transpose(1, 2).reshape(-1, *v.shape[1:]), lse.transpose(0, 1).reshape(q.shape[1], -1)
-    bounds = [_bounds(*pair) for pair in ((cu_seqlens_q, q.shape[0]), (cu_seqlens_k, k.shape[0]))]
-    rest = slice(bounds[0][-1], None), slice(0, 0)  # the queries of no sequence
-    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in bounds]
+    ends = bounds(cu_seqlens_q, q.shape[0]), bounds(cu_seqlens_k, k.shape[0])
+    rest = slice(ends[0][-1], None), slice(0, 0)  # the queries of no sequence
+    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in ends]
     done = []
     for queries, keys in [*zip(*slices, strict=True), rest]:
         parts = [x[s].transpose(0, 1)[None] for x, s in zip(tensors, (queries, keys, keys), strict=True)]
         done.append(_attend(*parts, *settings))
     out = torch.cat([out[0].transpose(0, 1) for out, _ in done]).contiguous()
     return out, torch.cat([lse[0] for _, lse in done], -1).contiguous()
-
-
-def _bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
-    """The offsets as numbers."""
-    numbers = cu_seqlens.tolist()
-    for i, (first, second) in enumerate(pairwise(numbers)):
-        if (i == 0 and first) or second < first or second > rows:
-            found = f"got offsets[{i}] = {first} before {second}"
-            raise RuntimeError(f"offsets must start at 0, not decrease and stay within the {rows} rows, {found}")
-    return numbers
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -296,8 +287,8 @@ def mla_attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk_rope = torch.zeros_like(q, dtype=wide), torch.zeros_like(k_rope, dtype=wide)
     dkv = v.new_zeros(*v.shape[:2], k_nope.shape[2] + v.shape[2], dtype=wide)
-    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in bounds]
+    ends = bounds(cu_seqlens_q, q.shape[0]), bounds(cu_seqlens_k, k_nope.shape[0])
+    slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in ends]
     for queries, keys in zip(*slices, strict=True):
         for head in range(q.shape[1]):
             q_, o, do, v_ = (x[s, head].to(wide) for x, s in ((q, queries), (out, queries), (dout, queries), (v, keys)))

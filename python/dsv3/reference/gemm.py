@@ -5,12 +5,10 @@ The operands are dequantised to fp32 and multiplied in fp32; what comes out is r
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from dsv3.reference.groups import groups
 from dsv3.reference.quant import TILE, dequantize
 
 
@@ -74,7 +72,7 @@ def grouped_fp8_gemm_out(
     a: Tensor, a_sf: Tensor, b: Tensor, b_sf: Tensor, offsets: Tensor, out: Tensor, batch_invariant: bool
 ) -> None:
     """The same into out [R, N]."""
-    for g, rows in _groups(offsets, a.shape[0]):
+    for g, rows in groups(offsets, a.shape[0]):
         out[rows] = product(a[rows], a_sf[rows], b[g], b_sf[g], batch_invariant).to(out.dtype)
 
 
@@ -108,7 +106,7 @@ def grouped_fp8_wgrad(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offs
     P[g] + 128 * ceil(length / 128): cast_transpose's layout. Empty groups leave out[g] alone."""
     slots, tile = a_t.shape[1], 0
     pieces = []
-    for g, rows in _groups(offsets, slots):
+    for g, rows in groups(offsets, slots):
         end = tile + -(-(rows.stop - rows.start) // TILE)
         pieces.append((g, slice(tile * TILE, end * TILE), slice(tile, end)))
         tile = end
@@ -116,15 +114,3 @@ def grouped_fp8_wgrad(a_t: Tensor, a_sf: Tensor, b_t: Tensor, b_sf: Tensor, offs
         raise RuntimeError(f"offsets must stay within the {slots} slots, got groups that need {tile * TILE}")
     for g, part, tiles in pieces:
         out[g] += product(a_t[:, part], a_sf[:, tiles], b_t[:, part], b_sf[:, tiles])
-
-
-def _groups(offsets: Tensor, limit: int) -> Iterator[tuple[int, slice]]:
-    """Number and rows of every group that has rows; RuntimeError, before the first, if the offsets make no sense."""
-    bounds = offsets.tolist()
-    for g, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if not 0 <= start <= end <= limit or bounds[0] != 0:
-            raise RuntimeError(
-                f"offsets must start at 0, not decrease and stay within the {limit} rows, "
-                f"got offsets[{g}] = {start} before {end}"
-            )
-    return ((g, slice(a, b)) for g, (a, b) in enumerate(itertools.pairwise(bounds)) if b > a)

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from dsv3.reference.groups import groups
+
 
 def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     """x [T, K] times weight [N, K] transposed -> [T, N] of out_dtype, summed in it at least."""
@@ -52,8 +54,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _grouped_mm(x):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for w, rows in _groups(weight, offsets):
-        torch.mm(x[rows], w.t(), out=out[rows])
+    for g, rows in groups(offsets, x.shape[0]):
+        torch.mm(x[rows], weight[g].t(), out=out[rows])
     return out
 
 
@@ -62,8 +64,8 @@ def grouped_linear_dgrad(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _grouped_mm(dy):
         return torch.nn.functional.grouped_mm(dy, weight, offs=offsets[1:])
     out = dy.new_empty(dy.shape[0], weight.shape[2])
-    for w, rows in _groups(weight, offsets):
-        torch.mm(dy[rows], w, out=out[rows])
+    for g, rows in groups(offsets, dy.shape[0]):
+        torch.mm(dy[rows], weight[g], out=out[rows])
     return out
 
 
@@ -72,8 +74,8 @@ def grouped_linear_wgrad_(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -
     if _grouped_mm(x):
         out += torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:])
         return
-    for w, rows in _groups(out, offsets):
-        add_product_(w, dy[rows], x[rows])
+    for g, rows in groups(offsets, x.shape[0]):
+        add_product_(out[g], dy[rows], x[rows])
 
 
 def add_product_(out: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -104,8 +106,3 @@ def _adds_to_wide_sums() -> bool:
 def _grouped_mm(x: Tensor) -> bool:
     """torch has a grouped product, with offsets that stay on the device, for bf16 on CUDA."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
-
-
-def _groups(weight: Tensor, offsets: Tensor) -> list[tuple[Tensor, slice]]:
-    bounds = offsets.tolist()
-    return [(w, slice(a, b)) for w, a, b in zip(weight.unbind(0), bounds, bounds[1:], strict=False) if b > a]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.reference.groups import bounds
+
 TILE = 128  # values that share a scale, in one dimension or in both
 E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
@@ -83,11 +85,11 @@ def cast_transpose(
     Rows offsets[g] to offsets[g+1] go to slots P[g] on, P[g+1] = P[g] + 128 * ceil(length / 128); other slots are 0.
     """
     tokens, k = x.shape
-    bounds = [0, tokens] if offsets is None else offsets.tolist()
-    slots = num_slots(tokens, None if offsets is None else len(bounds) - 1)
+    ends = [0, tokens] if offsets is None else bounds(offsets, tokens)
+    slots = num_slots(tokens, None if offsets is None else len(ends) - 1)
     padded = torch.zeros(slots, k, dtype=torch.float32, device=x.device)
     at = 0
-    for start, end in itertools.pairwise(bounds):
+    for start, end in itertools.pairwise(ends):
         rows = x[start:end].float() if x_sf is None else dequantize(x[start:end], x_sf[start:end])
         padded[at : at + end - start] = rows
         at += _round_up(end - start, TILE)
@@ -111,7 +113,7 @@ def per_token_cast_and_transpose(
 
 def last_row(x: Tensor, offsets: Tensor | None) -> int:
     """Where the groups end: offsets[G], or T."""
-    return x.shape[0] if offsets is None else int(offsets[-1])
+    return x.shape[0] if offsets is None else bounds(offsets, x.shape[0])[-1]
 
 
 def first_rows(x: Tensor, rows: int) -> Tensor:

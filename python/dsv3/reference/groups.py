@@ -1,0 +1,22 @@
+"""Offsets of groups of rows, as numbers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor
+
+
+def bounds(offsets: Tensor, rows: int) -> list[int]:
+    """offsets [G+1] on the host; RuntimeError where they make no sense, as the kernels that read them report it."""
+    numbers = offsets.tolist()
+    for i, (first, second) in enumerate(pairwise(numbers)):
+        if (i == 0 and first) or second < first or second > rows:
+            found = f"got offsets[{i}] = {first} before {second}"
+            raise RuntimeError(f"offsets must start at 0, not decrease and stay within the {rows} rows, {found}")
+    return numbers
+
+
+def groups(offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
+    """The number and the rows of every group that has rows."""
+    return [(g, slice(a, b)) for g, (a, b) in enumerate(pairwise(bounds(offsets, rows))) if b > a]
