@@ -1,6 +1,6 @@
 """Expected times of dispatch and combine from bytes, messages and latencies: the plan on paper that a run is compared with.
 
-    python -m bench.comm_model                                       the tables of csrc/README.md, beside published figures
+    python -m bench.comm_model                                       the tables of csrc/comm/README.md, beside published figures
     python -m bench.comm_model --check bench/results/*/comm.jsonl    expected beside measured
     python -m bench.comm_model --case ranks=16 ib_gbs=25 slots=4     one case: any field of Job and Machine
 
@@ -139,7 +139,7 @@ SETUPS = [("EP8", 8, 450.0), ("EP8", 8, 160.0), ("EP64", 64, 160.0)]
 
 
 def plan() -> list[list[str]]:
-    """The rows of csrc/README.md's tables, the names of their columns first."""
+    """The rows of csrc/comm/README.md's tables, the names of their columns first."""
     head = ["", "NVLink, IB GB/s", "slots on NVLink, IB", "MB", "floor us", "expected us", "limit", "GB/s", "DeepEP's"]
     rows = [head]
     for low in (False, True):
