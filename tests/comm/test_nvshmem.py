@@ -16,6 +16,8 @@ from dsv3.comm import nvshmem, reach
 from dsv3.comm.nvshmem import ALIGNMENT, ARENA_BYTES, Memory, Part, _first_gap
 from dsv3.comm.reach import Unreachable
 
+BUILT = pytest.mark.skipif(importlib.util.find_spec("dsv3._nvshmem") is None, reason="built without NVSHMEM")
+
 
 class Starts:
     """Stands for dsv3._nvshmem; `fails`: what this rank's start says."""
@@ -127,6 +129,7 @@ def test_parts_do_not_overlap(sizes: list[int], size: int, data: st.DataObject) 
         assert any(lower < begin + length and begin < lower + size for begin, length in parts.items())
 
 
+@BUILT
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "LIBRARY", "libnvshmem_nowhere.so.3")
     nvshmem.native.cache_clear()
@@ -159,7 +162,7 @@ def test_ranks_per_machine(machines: str, expected: int | None, monkeypatch: pyt
     assert reach.ranks_per_machine(None) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dsv3._nvshmem") is None, reason="built without NVSHMEM")
+@BUILT
 def test_the_module_loads_without_a_gpu() -> None:
     assert nvshmem.objection() is None
     module = nvshmem.native()
