@@ -1,8 +1,8 @@
-"""`torchrun --nproc-per-node 4 -m bench.expert_curve`: does a model with split experts learn what a whole one does?
+"""`python -m bench.expert_curve`: does a model with split experts learn what a whole one does?
 
-`tiny` in bf16 on CPUs, 200 steps of four data-parallel processes: with all experts on every rank, with a quarter of them on
-each (rows and partial sums between ranks are then bf16), and as the control twice more whole, from weights that differ by a
-millionth. See README.md.
+Data-parallel processes train in bf16, 200 steps: with all experts on every rank, with a part of them on each (rows and partial
+sums between ranks are then bf16), and as the control twice more whole, from weights that differ by a millionth. On CPUs four
+gloo processes with `tiny`; on a Hopper GPU four that share it, with `tiny`; on several one a GPU, with `mini`. See README.md.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from bench.cases.model import window_means
 from bench.parity import CONTROL_FACTOR, TOLERANCE
-from bench.results import RESULTS, ROOT, csrc_sha, head_commit
+from bench.results import RESULTS, ROOT, csrc_sha, gpu_folder, head_commit
+from bench.shared_gpu import run_on_nodes, shared_gpu
 from dsv3.parallel.data import DataParallel
 from dsv3.train import launch
 from dsv3.train.config import TrainConfig
@@ -28,8 +30,44 @@ from dsv3.train.data import tokenize_corpus
 from dsv3.train.metrics import Callback, StepReport
 from dsv3.train.tokenizer import train_on_corpus
 
-RUNS = {"ep1": (1, 0), "ep4": (4, 0), "control1": (1, 1), "control2": (1, 2)}  # ep, seed of the perturbation or 0
+RUNS = {"whole": 0, "split": 0, "control1": 1, "control2": 2}  # seed of the perturbation of the start, 0 for none
 PERTURBATION, WINDOW, WARMUP = 1e-6, 20, 20  # WARMUP in steps, a multiple of WINDOW
+
+
+class Setup(NamedTuple):
+    """Where a comparison runs."""
+
+    device: str  # cpu or cuda
+    ranks: int
+    transport: str  # between the ranks that share experts
+    preset: str
+
+    @staticmethod
+    def of_this_machine(transport: str | None) -> Setup:
+        """One rank a GPU where there are several, otherwise four. Raises ValueError where the transport cannot be had."""
+        gpus = torch.cuda.device_count()
+        usual = "ipc" if gpus else "collective"
+        setup = Setup("cuda" if gpus else "cpu", gpus if gpus > 1 else 4, transport or usual, "tiny")
+        if gpus == 0 and setup.transport != "collective":
+            raise ValueError(f"transport {setup.transport} needs a GPU")
+        if gpus > 1 and setup.transport == "nvshmem":
+            raise ValueError("transport nvshmem is for ranks that share a GPU, as two nodes, or for several machines")
+        return setup._replace(preset="mini") if gpus > 1 else setup
+
+    @property
+    def nodes(self) -> int:
+        return 2 if self.transport == "nvshmem" else 1
+
+    @property
+    def folder(self) -> Path:
+        """Of the result."""
+        if self.device == "cpu":
+            return RESULTS / "cpu"
+        return RESULTS / gpu_folder(torch.cuda.get_device_name(), torch.cuda.device_count())
+
+    @property
+    def file(self) -> str:
+        return f"expert_curve_{self.transport}.json"
 
 
 class Losses(Callback):
@@ -42,21 +80,25 @@ class Losses(Callback):
         self.losses.append(report.loss)
 
 
-def recipe(tokens: Path, out: Path, ep: int, steps: int) -> TrainConfig:
-    """The demo's initialisation on 8 x 32 tokens a step; its learning rate of 1e-2 is too high for so few: the loss jumps."""
+def recipe(setup: Setup, tokens: Path, out: Path, steps: int, *, split: bool) -> TrainConfig:
+    """`tiny`: the demo's initialisation on 8 x 32 tokens a step; its learning rate of 1e-2 is too high for so few: the loss
+    jumps. `mini`: 8 sequences of 512 a rank, with the demo's learning rate."""
+    tiny = setup.preset == "tiny"
+    batch = 8 if tiny else 8 * setup.ranks
     return TrainConfig(
-        preset="tiny",
-        model={"initializer_range": 0.04},
+        preset=setup.preset,
+        model={"initializer_range": 0.04} if tiny else {},
         data=str(tokens),
         out=str(out),
-        device="cpu",
+        device=setup.device,
         precision="bf16",
-        ep=ep,
-        seq_len=32,
-        batch=8,
-        micro_batch=2,
+        ep=setup.ranks if split else 1,
+        ep_transport=setup.transport,
+        seq_len=32 if tiny else 512,
+        batch=batch,
+        micro_batch=batch // setup.ranks,
         max_steps=steps,
-        lr=2e-3,
+        lr=2e-3 if tiny else 1e-3,
         lr_schedule="cosine",
         warmup_steps=WARMUP,
         mtp_weight_final=0.3,  # a constant weight: no step in the curve
@@ -77,9 +119,10 @@ def prepare(folder: Path, parallel: DataParallel) -> Path:
 @torch.no_grad()
 def perturb(trainer: launch.Trainer, seed: int) -> None:
     """Master weights times 1 + 1e-6 x normal noise, the same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
     for group in trainer.buffers.groups:
-        group.master *= 1 + PERTURBATION * torch.randn(group.master.shape, generator=generator)
+        generator = torch.Generator(group.master.device).manual_seed(seed)
+        noise = torch.randn(group.master.shape, generator=generator, device=group.master.device)
+        group.master *= 1 + PERTURBATION * noise
     trainer.buffers.sync_weights()
 
 
@@ -97,68 +140,96 @@ def train(config: TrainConfig, parallel: DataParallel, seed: int) -> list[float]
 
 
 def compare(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """How far the means over WINDOW steps are from those of EP=1 after the warm-up, relative; the bound, and whether EP=4
-    keeps it."""
+    """How far the means over WINDOW steps are from those of the whole model after the warm-up, relative; the bound, and
+    whether the split one keeps it."""
     means = {name: window_means(torch.tensor(loss, dtype=torch.float64), WINDOW) for name, loss in losses.items()}
-    apart = {name: (mean / means["ep1"] - 1)[WARMUP // WINDOW :] for name, mean in means.items()}
+    apart = {name: (mean / means["whole"] - 1)[WARMUP // WINDOW :] for name, mean in means.items()}
     worst = {name: float(difference.abs().max()) for name, difference in apart.items()}
     control = max(worst["control1"], worst["control2"])
     bound = max(TOLERANCE, CONTROL_FACTOR * control)
     return {
-        "max_difference": round(worst["ep4"], 6),
+        "max_difference": round(worst["split"], 6),
         "control_difference": round(control, 6),
         "bound": round(bound, 6),
-        "mean_difference": round(float(apart["ep4"].mean()), 6),
-        "held": worst["ep4"] <= bound,
+        "mean_difference": round(float(apart["split"].mean()), 6),
+        "held": worst["split"] <= bound,
         "means": {name: [round(x, 5) for x in mean.tolist()] for name, mean in means.items()},
     }
 
 
-def record(losses: dict[str, list[float]], seconds: float) -> dict[str, Any]:
-    """What is written: the comparison, and what identifies the run."""
+def record(
+    setup: Setup, config: TrainConfig, losses: dict[str, list[float]], seconds: float, commit: str | None
+) -> dict[str, Any]:
+    """What is written: the comparison, and what identifies the run; commit: of a tree that came without its history."""
+    cuda = setup.device == "cuda"
     return {
-        "title": "tiny, bf16, 4 gloo processes, 8 x 32 tokens a step, EP=4 against EP=1",
-        "steps": len(losses["ep1"]),
+        "title": f"{setup.preset}, bf16, {config.batch} x {config.seq_len} tokens a step, {setup.ranks} ranks",
+        "transport": setup.transport,
+        "nodes": setup.nodes,
+        "steps": len(losses["whole"]),
         "window": WINDOW,
         "warmup_steps": WARMUP,
         **compare(losses),
         "seconds": round(seconds),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": torch.cuda.device_count(),
         "torch": torch.__version__,
-        "commit": head_commit(),
-        "csrc_sha": csrc_sha("model"),
+        "commit": commit or head_commit(),
+        "csrc_sha": csrc_sha("model", copied=commit is not None),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 1 if EP=4 does not keep the bound, 2 without four processes."""
-    parser = argparse.ArgumentParser(prog="python -m bench.expert_curve", description="Trains with EP=4 and EP=1.")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "expert_curve", help="folder of the tokens")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of the result")
-    args = parser.parse_args(argv)
+def work(setup: Setup, args: argparse.Namespace) -> None:
+    """What every rank does; the first one writes the result."""
     torch.set_num_threads(1)
-    parallel = DataParallel.start("cpu")
+    parallel = DataParallel.start(setup.device)
     try:
-        if parallel.world != 4:
-            print("bench.expert_curve: start it with torchrun --nproc-per-node 4", file=sys.stderr)
-            return 2
         tokens = prepare(args.runs, parallel)
         start, losses = time.monotonic(), {}
-        for name, (ep, seed) in RUNS.items():
-            losses[name] = train(recipe(tokens, args.runs, ep, args.steps), parallel, seed)
+        for name, seed in RUNS.items():
+            config = recipe(setup, tokens, args.runs, args.steps, split=name == "split")
+            losses[name] = train(config, parallel, seed)
             if parallel.is_first:
                 print(f"{name}: loss {losses[name][-1]:.4f} after {time.monotonic() - start:.0f} s", flush=True)
-        held = [True]
         if parallel.is_first:
-            result = record(losses, time.monotonic() - start)
+            result = record(setup, config, losses, time.monotonic() - start, args.commit)
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "expert_curve.json").write_text(json.dumps(result) + "\n")
-            held[0] = result["held"]
-        dist.broadcast_object_list(held, src=0)
-        return 0 if held[0] else 1
+            (args.out / setup.file).write_text(json.dumps(result) + "\n")
     finally:
         parallel.stop()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 1 if the split model does not keep the bound, 2 where it cannot be tried here."""
+    parser = argparse.ArgumentParser(prog="python -m bench.expert_curve", description="Trains split and whole.")
+    parser.add_argument(
+        "--transport", choices=("collective", "ipc", "nvshmem"), help="ipc on GPUs, otherwise collective"
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "expert_curve", help="folder of the tokens")
+    parser.add_argument("--out", type=Path, help="folder of the result")
+    parser.add_argument("--commit", help="what to record where this is no git checkout")
+    args = parser.parse_args(argv)
+    try:
+        setup = Setup.of_this_machine(args.transport)
+    except ValueError as error:
+        print(f"bench.expert_curve: {error}", file=sys.stderr)
+        return 2
+    args.out = args.out or setup.folder
+    if dist.is_torchelastic_launched():
+        work(setup, args)
+        return 0
+    if not (args.commit or head_commit()):
+        print("bench.expert_curve: no git checkout with a commit: name the sources with --commit", file=sys.stderr)
+        return 2
+    options = ["--runs", args.runs, "--out", args.out, "--steps", args.steps, "--transport", setup.transport]
+    options += ["--commit", args.commit] if args.commit else []
+    command = ["-m", "bench.expert_curve", *map(str, options)]
+    shares = setup.device == "cuda" and torch.cuda.device_count() < setup.ranks
+    with shared_gpu() if shares else nullcontext() as env:
+        run_on_nodes(setup.nodes, setup.ranks // setup.nodes, command, env=env, shown=True, timeout=1800)
+    return 0 if json.loads((args.out / setup.file).read_text())["held"] else 1
 
 
 if __name__ == "__main__":

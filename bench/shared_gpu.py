@@ -1,13 +1,52 @@
-"""One GPU for several processes, whose kernels run at the same time; for benchmarks and tests."""
+"""Processes that work together, and a GPU whose kernels of several run at the same time; for benchmarks and tests."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from bench.results import ROOT
+
+
+def run_on_nodes(
+    nodes: int,
+    ranks: int,
+    command: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    shown: bool = False,
+    timeout: float = 120,
+) -> str:
+    """A torchrun a node, as on so many machines, each with `ranks` processes of `python command...`; returns what the first
+    said as errors. shown: what they print is seen as it comes. Raises RuntimeError with the end of it where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
+    at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    out = None if shown else subprocess.DEVNULL
+    started = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(node), *at, *command],
+            cwd=ROOT, env=env, stdout=out, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
+    try:
+        said = [run.communicate(timeout=timeout)[1] for run in started]
+    finally:
+        for run in started:
+            run.kill()
+    failed = [errors for run, errors in zip(started, said, strict=True) if run.returncode != 0]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {nodes} torchruns failed: {failed[0].strip()[-3000:]}")
+    return said[0]
 
 
 @contextmanager

@@ -6,24 +6,25 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import expert_curve
-from bench.expert_curve import RUNS, WARMUP, WINDOW, compare, recipe
+from bench.expert_curve import RUNS, WARMUP, WINDOW, Setup, compare, recipe
 
 
 def losses(**factors: float) -> dict[str, list[float]]:
-    """200 losses a run: those of ep1 times a factor, but in the warm-up, where all differ."""
+    """200 losses a run: those of whole times a factor, but in the warm-up, where all differ."""
     plain = [3.0 - step / 100 for step in range(200)]
     return {
         name: [loss * (2 if step < WARMUP else factors.get(name, 1)) for step, loss in enumerate(plain)]
-        if name != "ep1"
+        if name != "whole"
         else plain
         for name in RUNS
     }
 
 
 def test_differences_after_the_warm_up() -> None:
-    found = compare(losses(ep4=1.012, control1=0.99, control2=1.005))
+    found = compare(losses(split=1.012, control1=0.99, control2=1.005))
     assert found["max_difference"] == found["mean_difference"] == pytest.approx(0.012)
     assert found["control_difference"] == pytest.approx(0.01)
     assert found["bound"] == pytest.approx(0.015)
@@ -31,16 +32,67 @@ def test_differences_after_the_warm_up() -> None:
     assert [len(mean) for mean in found["means"].values()] == [200 // WINDOW] * 4
 
 
-@pytest.mark.parametrize(("ep4", "held"), [(1.0024, True), (1.0026, False), (0.9974, False)])
-def test_a_curve_that_parts_is_not_held(ep4: float, held: bool) -> None:
+@pytest.mark.parametrize(("split", "held"), [(1.0024, True), (1.0026, False), (0.9974, False)])
+def test_a_curve_that_parts_is_not_held(split: float, held: bool) -> None:
     """Controls that hardly differ leave a quarter of a percent."""
-    assert compare(losses(ep4=ep4, control1=1.0001))["held"] is held
+    assert compare(losses(split=split, control1=1.0001))["held"] is held
 
 
-def test_only_the_split_and_the_start_differ(tmp_path: Path) -> None:
-    whole, split = (recipe(tmp_path, tmp_path, ep, 200) for ep in (1, 4))
+CPU, SHARED, SEVERAL = (
+    Setup("cpu", 4, "collective", "tiny"), Setup("cuda", 4, "nvshmem", "tiny"), Setup("cuda", 8, "ipc", "mini"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setup", [CPU, SHARED, SEVERAL])
+def test_only_the_split_and_the_start_differ(setup: Setup, tmp_path: Path) -> None:
+    whole, split = (recipe(setup, tmp_path, tmp_path, 200, split=split) for split in (False, True))
     assert dataclasses.replace(split, ep=1) == whole
-    assert (split.precision, split.preset, split.max_steps) == ("bf16", "tiny", 200)
-    assert {name: ep for name, (ep, _) in RUNS.items()} == {"ep1": 1, "ep4": 4, "control1": 1, "control2": 1}
-    assert [bool(seed) for _, seed in RUNS.values()] == [False, False, True, True]
+    assert (split.ep, split.ep_transport) == (setup.ranks, setup.transport)
+    assert (split.precision, split.preset, split.max_steps) == ("bf16", setup.preset, 200)
+    assert split.batch == split.micro_batch * setup.ranks
+    assert {name: bool(seed) for name, seed in RUNS.items()} == {
+        "whole": False, "split": False, "control1": True, "control2": True,
+    }  # fmt: skip
     assert expert_curve.WARMUP % expert_curve.WINDOW == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "transport", "expected"),
+    [
+        (0, None, CPU),
+        (1, None, Setup("cuda", 4, "ipc", "tiny")),
+        (1, "nvshmem", SHARED),
+        (2, None, Setup("cuda", 2, "ipc", "mini")),
+        (8, None, SEVERAL),
+        (8, "collective", Setup("cuda", 8, "collective", "mini")),
+    ],
+)
+def test_ranks_of_a_machine(gpus: int, transport: str | None, expected: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert Setup.of_this_machine(transport) == expected
+    assert expected.nodes == (2 if transport == "nvshmem" else 1)
+
+
+def test_what_cannot_be_tried_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus, transport, why in ((0, "ipc", "needs a GPU"), (2, "nvshmem", "ranks that share a GPU")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert expert_curve.main(["--transport", transport]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_what_was_asked_for_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they found is the exit code."""
+    monkeypatch.setattr(Setup, "of_this_machine", lambda transport: CPU._replace(ranks=2))
+    started: list[object] = []
+
+    def run_on_nodes(*arguments: object, **options: object) -> str:
+        started.append(arguments)
+        (tmp_path / "expert_curve_collective.json").write_text('{"held": false}')
+        return ""
+
+    monkeypatch.setattr(expert_curve, "run_on_nodes", run_on_nodes)
+    assert expert_curve.main(["--out", str(tmp_path), "--steps", "7", "--commit", "abc"]) == 1
+    [(nodes, ranks, command)] = started
+    assert (nodes, ranks) == (1, 2)
+    assert command[:2] == ["-m", "bench.expert_curve"]
+    assert " ".join(command).endswith(f"--out {tmp_path} --steps 7 --transport collective --commit abc")

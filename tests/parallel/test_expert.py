@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.shared_gpu import shared_gpu
+from bench.shared_gpu import run_on_nodes, shared_gpu
 from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import is_expert_param
@@ -175,7 +174,7 @@ def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) 
     config = dataclasses.replace(same, ep_transport=transport)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
     with shared_gpu() as env:
-        said = on_nodes(nodes, 4 // nodes, ["-m", "dsv3", "train", str(tmp_path / "run.json")], env=env)
+        said = run_on_nodes(nodes, 4 // nodes, ["-m", "dsv3", "train", str(tmp_path / "run.json")], env=env)
     assert f"instead of {transport}" not in said
     recorder = Recorder()
     alone = same_losses(tokens, tmp_path / "alone", device="cuda", max_steps=6)
@@ -235,32 +234,9 @@ def test_ranks_that_do_not_divide(
     assert not (tmp_path / "run").exists()
 
 
-def on_nodes(nodes: int, ranks: int, command: list[str], env: dict[str, str] | None = None) -> str:
-    """A torchrun a node, as on so many machines, each with `ranks` processes of the command; what the first said as errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
-    at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    started = [
-        subprocess.Popen(
-            [*torchrun, "--node-rank", str(node), *at, *command],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for node in range(nodes)
-    ]  # fmt: skip
-    try:
-        said = [run.communicate(timeout=120)[1] for run in started]
-    finally:
-        for run in started:
-            run.kill()
-    assert [run.returncode for run in started] == [0] * nodes, said[0][-3000:]
-    return said[0]
-
-
 def test_nodes_are_those_of_torchrun(tmp_path: Path) -> None:
     """Two torchruns of two processes each, as on two machines: a group of 4 is 2 x 2, groups of 2 stay in their node."""
-    on_nodes(2, 2, ["-m", "tests.parallel.nodes_worker", str(tmp_path)])
+    run_on_nodes(2, 2, ["-m", "tests.parallel.nodes_worker", str(tmp_path)])
     for rank in range(4):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[2, 2, 1], [4, 2, 2]]
 
