@@ -139,8 +139,10 @@ def errors(group: dist.ProcessGroup, rank: int, transport: str, device: str) -> 
         except ValueError as error:
             said[name] = str(error)
     small = ExpertBuffer(group, num_experts=8, max_recv=4, max_tokens=3, transport=transport)
-    full = {} if device == "cuda" else {"full": (x, idx, weights)}  # a GPU says it later: see ipc_worker.py
-    for name, arguments in {**full, "long": (x[[0] * 4], idx[[0] * 4], weights[[0] * 4])}.items():
+    tried = {"long": (x[[0] * 4], idx[[0] * 4], weights[[0] * 4])}
+    if device == "cpu":  # a GPU says the first later (see ipc_worker.py) and does not look at ids
+        tried |= {"full": (x, idx, weights), "static": (x[:1], idx[:1] + rank, weights[:1])}
+    for name, arguments in tried.items():
         try:
             small.dispatch(*arguments)
         except (RuntimeError, ValueError) as error:

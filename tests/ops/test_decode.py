@@ -413,6 +413,18 @@ BAD = [
         "decode_positions: expected tensors of int64",
     ),
     (
+        lambda x, w: ops.decode_positions(
+            x[:, 0].long(), x[:, 0].long(), x.long(), first=0, steps=1, page=64, last_position=9
+        ),
+        "decode_positions: expected a block_table of int32",
+    ),
+    (
+        lambda x, w: ops.decode_positions(
+            x[:, 0].long(), x[:, 0].long(), x.int(), first=0, steps=1, page=0, last_position=9
+        ),
+        "decode_positions: expected page and steps of at least 1, got 0 and 1",
+    ),
+    (
         lambda x, w: ops.greedy_round(x[:, :4], x[:, :3], x[:, 0], x[:, :3, None], x[:, 0]),
         "greedy_round: expected tensors",
     ),
@@ -421,6 +433,23 @@ BAD = [
         "greedy_round: expected result",
     ),
 ]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_absorbing_leaves_the_queries_as_they_are(heads, device):
+    q, weight = draw(5, heads, 40, device=device), draw(heads, 24, 32, device=device)
+    cos, sin = torch.rand(9, 8, device=device), torch.rand(9, 8, device=device)
+    positions, before = torch.arange(5, device=device), q.clone()
+    ops.mla_absorb(q, weight, cos, sin, positions)
+    assert torch.equal(q, before)
+
+
+def test_experts_that_do_not_exist():
+    x, weights = draw(2, 16, device="cpu"), torch.ones(2, 1)
+    gate_up, down = draw(3, 32, 16, device="cpu"), draw(3, 16, 16, device="cpu")
+    for bad in (-1, 3):
+        with pytest.raises(RuntimeError, match=rf"experts must lie in 0\.\.2, got {bad}"):
+            ops.few_experts(x, torch.tensor([[0], [bad]]), weights, gate_up=gate_up, down=down)
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)

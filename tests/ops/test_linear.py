@@ -230,3 +230,12 @@ def test_bad_arguments():
         ops.grouped_linear(torch.zeros(2, 3), torch.zeros(1, 4, 3), torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"linear_cross_entropy: .* got \(2, 3\), \(9, 3\) and \(4,\)"):
         ops.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(9, 3), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"grouped_linear: offsets must be int32 \(G\+1,\) with G >= 1, got float32 \(2,\)"
+    ):
+        ops.grouped_linear(torch.zeros(2, 3), torch.zeros(1, 4, 3), torch.zeros(2))
+    h, weight, targets = torch.zeros(2, 3), torch.zeros(9, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="linear_cross_entropy: expected targets of int64"):
+        ops.linear_cross_entropy(h, weight, targets.int())
+    with pytest.raises(ValueError, match="linear_cross_entropy: chunk must be at least 1, got 0"):
+        ops.linear_cross_entropy(h, weight, targets, chunk=0)

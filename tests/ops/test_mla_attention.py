@@ -260,11 +260,45 @@ def test_registration_compile_graph(device):
     def attend(q, k_nope, k_rope, v, cu_q, cu_k):
         return ops.mla_attention(q, k_nope, k_rope, v, cu_q, cu_k, 100, 120, softmax_scale=SCALE)
 
+    check_compile(attend, *args[:6])
     if device.type == "cuda":  # the reference reads the lengths
-        check_compile(attend, *args[:6])
         check_graph(lambda *x: attend(*x, *args[4:6]), *(x.clone() for x in args[:4]))
         check_graph(ops.mla_merge, out, lse, out.flip(0), lse + 1)
     check_compile(ops.mla_merge, out, lse, out, lse)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 3]], ids=["equal", "unequal"])
+def test_self_attention_compiles(lengths, device):
+    """One tensor of offsets for queries and keys, forward and gradients; equal lengths have the strides that they should."""
+    q, k_nope, k_rope, v, cu, _, longest, _ = make(lengths, lengths, 2, device)
+    check_registration("mla_attention", q, k_nope, k_rope, v, cu, cu.clone(), longest, longest, True, SCALE)
+    leaves = [x.float().clone().requires_grad_() for x in (q, k_nope, k_rope, v)]
+
+    def loss(*leaves):
+        out, _ = ops.mla_attention(*leaves, cu, cu, longest, longest, softmax_scale=SCALE)
+        return out.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    pairs = zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled)), strict=True)
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cu", [[0, 2, 5], [0, 3, 4], [0, 1, 6]], ids=str)
+def test_offsets_decide_and_not_the_number_of_rows(cu, device):
+    """Six rows are two sequences of the largest length 3 or 6, or sequences of other lengths with rows over."""
+    q, k_nope, k_rope, v, *_ = make([6], [6], 2, device)
+    cu = torch.tensor(cu, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        expected = plain(q, k_nope, k_rope, v, cu, cu)[0]
+    else:
+        q, k_nope, k_rope, v = (x.double() for x in (q, k_nope, k_rope, v))
+        expected = plain(q, k_nope, k_rope, v, cu, cu)[0]
+    longest = int(cu.diff().max())
+    for most in {longest, 3 if longest <= 3 else 6}:
+        out, _ = ops.mla_attention(q, k_nope, k_rope, v, cu, cu, most, most, softmax_scale=SCALE)
+        end = int(cu[-1])
+        torch.testing.assert_close(out[:end].double(), expected[:end], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -289,6 +323,8 @@ def test_bad_arguments(device):
     for bad in ((q[:, :1], k_nope, k_rope, v), (q, k_nope[:2], k_rope, v), (q, k_nope, k_rope[:2], v)):
         with pytest.raises(ValueError, match=r"mla_attention: expected q \(Tq,H,Dn\+Dr\)"):
             ops.mla_attention(*bad, *rest, softmax_scale=SCALE)
+    with pytest.raises(ValueError, match=r"mla_attention: expected q .*, H >= 1, got \(\(3, 0, 192\)"):
+        ops.mla_attention(q[:, :0], k_nope[:, :0], k_rope, v[:, :0], *rest, softmax_scale=SCALE)
     with pytest.raises(ValueError, match="mla_attention: expected tensors of one dtype"):
         ops.mla_attention(q, k_nope, k_rope.float(), v, *rest, softmax_scale=SCALE)
     with pytest.raises(ValueError, match=r"expected cu_seqlens_q and cu_seqlens_k of int32 \(n\+1,\), got torch.int64"):

@@ -7,6 +7,7 @@ import torch
 
 from dsv3 import ops
 from dsv3.reference.attention import pack_fp8_cache, unpack_fp8_cache
+from dsv3.testing import check_compile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 
@@ -40,6 +41,10 @@ def test_slots_that_there_are_not(slot, dtype, device):
         found = ops.mla_cached_rows(cache, slots)
         assert found[1].isnan().all()
         assert torch.equal(found[::2], ops.mla_cached_rows(cache, slots[::2]))
+
+
+def test_compile(device):
+    check_compile(ops.mla_cached_rows, torch.randn(3, 16, 1, 576, device=device), torch.tensor([5, 0], device=device))
 
 
 @pytest.mark.parametrize(

@@ -192,5 +192,16 @@ def test_bad_arguments():
         ops.moe_gate(logits, None, **{**V3, "topk": 9})
     with pytest.raises(ValueError, match="got tanh, top2_sum"):
         ops.moe_gate(logits, None, **V3, score="tanh")
+    with pytest.raises(ValueError, match=r"4 of 0 groups do not divide 16 experts"):
+        ops.moe_gate(logits, None, **{**V3, "num_groups": 0, "topk_groups": 4})
+    with pytest.raises(ValueError, match=r"top2_sum needs groups of at least 2 experts, got 16 in 16 groups"):
+        ops.moe_gate(logits, None, **{**V3, "num_groups": 16, "topk_groups": 16})
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(3, 1\)"):
         ops.moe_permute(logits, torch.zeros(3, 1, dtype=torch.int64), 2)
+    for bad in (-1, 2):
+        with pytest.raises(RuntimeError, match=rf"experts must lie in 0\.\.1, got {bad}"):
+            ops.moe_permute(logits, torch.tensor([[0], [bad]]), 2)
+    rows, handle = ops.moe_permute(logits, torch.tensor([[0, 1], [1, 0]]), 2)
+    for shape in ((2, 1), (1, 2), (2,)):
+        with pytest.raises(ValueError, match=r"moe_unpermute: weights must be \(T, k\), got .* for \(2, 2\) pairs"):
+            ops.moe_unpermute(rows, handle, torch.ones(shape))

@@ -77,6 +77,17 @@ def test_registration(device):
     check_registration("adamw", *state([16, 8], device))
 
 
+def test_a_tensor_without_dimensions():
+    flat = state([1, 4], "cpu")
+    args = copy(flat)
+    for group in args[:5]:
+        group[0] = group[0].view(())
+    ops.adamw(*flat)
+    ops.adamw(*args)
+    for ours, theirs in zip(args[0], flat[0], strict=True):
+        assert torch.equal(ours.view(-1), theirs)
+
+
 def test_bad_arguments():
     args = state([4, 4], "cpu")
     with pytest.raises(ValueError, match="grad must have 2 entries as master has, got 1"):

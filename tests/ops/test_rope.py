@@ -82,7 +82,14 @@ def test_registration_and_graph(device):
 
 def test_bad_arguments():
     cos, sin = tables(4, 16, "cpu")
-    with pytest.raises(ValueError, match=r"R <= 8, got \(2, 16\), \(4, 8\) and \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"R <= 8, got float32 \(2, 16\), \(4, 8\) and \(4, 8\)"):
         ops.rope_(torch.zeros(2, 16), cos, sin, torch.zeros(2).long(), head_dim=8)
     with pytest.raises(ValueError, match=r"positions must be \(2,\), got \(3,\)"):
         ops.rope_(torch.zeros(2, 16), cos, sin, torch.zeros(3).long(), head_dim=16)
+    for x, (c, s), head_dim in (
+        (torch.zeros(2, 16).long(), (cos, sin), 16),
+        (torch.zeros(2, 16), (cos[:0], sin[:0]), 16),
+        (torch.zeros(2, 16), (cos, sin), 0),
+    ):
+        with pytest.raises(ValueError, match=r"rope_: x must be floats .* with P >= 1"):
+            ops.rope_(x, c, s, torch.zeros(2).long(), head_dim=head_dim)

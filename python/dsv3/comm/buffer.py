@@ -231,8 +231,8 @@ class ExpertBuffer:
             topk_weights: fp32 [T, k]; of another float dtype, so are the handle's, but not over ipc.
 
         Raises:
-            ValueError: shapes, dtypes or (exact mode between ranks only) expert ids that do not fit; exact mode raises on
-                every rank if they do not on one, or if H, k or a dtype differ. In static mode also T > max_tokens.
+            ValueError: shapes, dtypes or expert ids that do not fit, in static mode also T > max_tokens. Between ranks exact
+                mode, and static mode on CPUs, raise on every rank if they do not on one, or if H, k or a dtype differ.
             RuntimeError: static mode, more rows than max_recv; over ipc, a rank that was waited for in vain (see RankLost).
         """
         cast = self.wire_dtype == FP8
@@ -247,8 +247,9 @@ class ExpertBuffer:
         traffic: counts.Counts | ipc.Told | None = None
         if self.room is None and self._link is not None:
             traffic = self._link.agree(x, topk_idx, topk_weights, found)
-        elif self.room is None and self.transport == "collective":
-            traffic = counts.exchange(self.layout, self.group, x, topk_idx, topk_weights, found)
+        elif self.transport == "collective" and (self.room is None or x.device.type == "cpu"):
+            told = counts.exchange(self.layout, self.group, x, topk_idx, topk_weights, found)
+            traffic = told if self.room is None else None
         if found is not None:
             raise ValueError(f"dispatch: {found}")
         if self.room is not None and not self._told:

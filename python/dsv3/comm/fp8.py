@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv3.comm.steps import Step, Sum, back, there
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast, GradientCast
+from dsv3.ops.grad import Function
 from dsv3.ops.quant import per_token_cast
 from dsv3.reference.quant import dequantize, empty_row_scales
 
@@ -30,7 +31,7 @@ def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
     return words.view(torch.float8_e4m3fn), empty_row_scales(sf, *sf.shape).copy_(sf)
 
 
-class _SpreadCast(torch.autograd.Function):
+class _SpreadCast(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
         ctx.steps = steps
@@ -44,7 +45,7 @@ class _SpreadCast(torch.autograd.Function):
         return None if drows is None else back(drows.contiguous(), ctx.steps), None
 
 
-class _SumCast(torch.autograd.Function):
+class _SumCast(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, steps: Sequence[Step], gradient: GradientCast | None) -> Tensor:
         ctx.gradient = gradient

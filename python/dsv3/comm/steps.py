@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dsv3.ops.moe  # noqa: F401, registers torch.ops.dsv3.moe_*
 from dsv3.comm.alive import naming_lost_ranks
+from dsv3.ops.grad import Function
 
 
 class Step(Protocol):
@@ -151,7 +152,7 @@ def back(y: Tensor, steps: Sequence[Step]) -> Tensor:
     return y
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, steps: Sequence[Step]) -> Tensor:
         ctx.steps = steps
@@ -162,7 +163,7 @@ class _Spread(torch.autograd.Function):
         return back(drows.contiguous(), ctx.steps), None
 
 
-class Sum(torch.autograd.Function):
+class Sum(Function):
     """`back`; its gradient goes `there`."""
 
     @staticmethod

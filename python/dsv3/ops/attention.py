@@ -248,8 +248,11 @@ def mla_decode(
     if block_table.dtype != torch.int32 or seq_lens.dtype != torch.int32:
         found = f"{block_table.dtype} and {seq_lens.dtype}"
         raise ValueError(f"mla_decode: expected block_table and seq_lens of int32, got {found}")
-    if q.shape[1] < 1 or q.shape[2] < 1:
-        raise ValueError(f"mla_decode: expected q (B,S,H,D) of at least a token and a head, got {tuple(q.shape)}")
+    if q.shape[1] < 1 or q.shape[2] < 1 or cache.shape[1] < 1:
+        found = f"{tuple(q.shape)} and {tuple(cache.shape)}"
+        raise ValueError(
+            f"mla_decode: expected q (B,S,H,D) of at least a token and a head, and pages of rows, got {found}"
+        )
     if schedule is not None:
         _check_schedule(schedule, seq_lens, q, batch_invariant)
     if block_table.stride(1) != 1:
@@ -348,7 +351,8 @@ def mla_cached_rows(cache: Tensor, slots: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a cache that is not contiguous.
-        RuntimeError: a slot that the cache does not have, on a CPU; on a GPU it gives a row of NaN, and nothing is read for it.
+        RuntimeError: a slot that the cache does not have, on a CPU; on a GPU, and compiled, it gives a row of NaN, and nothing
+            is read for it.
     """
     fp8 = cache.dtype == torch.uint8
     if cache.dim() != 4 or cache.shape[2] != 1 or (fp8 and cache.shape[3] != reference.FP8_ROW):
@@ -361,7 +365,7 @@ def mla_cached_rows(cache: Tensor, slots: Tensor) -> Tensor:
         raise ValueError(f"mla_cached_rows: expected a contiguous cache, got {found}")
     rows = cache.detach().view(-1, cache.shape[3])
     known = (slots >= 0) & (slots < len(rows))
-    if known.is_cpu and not known.all():
+    if known.is_cpu and not torch.compiler.is_compiling() and not known.all():
         token = int((~known).nonzero()[0])
         raise RuntimeError(
             f"slots must be among the {len(rows)} rows of the cache, got slots[{token}] = {int(slots[token])}"

@@ -292,6 +292,7 @@ def mla_absorb(
         or weight.shape[0] != q.shape[1]
         or cos.dim() != 2
         or cos.shape != sin.shape
+        or cos.shape[0] < 1
         or q.shape[2] != weight.shape[1] + 2 * cos.shape[1]
         or positions.shape != q.shape[:1]
     ):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3.ops.grad import Function, apply
-from dsv3.ops.linear import Quantized, WgradQueue, now_or_later
+from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later
 from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 
@@ -39,7 +39,9 @@ class Fp8Weight:
 
     @staticmethod
     def make(param: Tensor) -> Fp8Weight:
-        """Casts a parameter whose last two sizes are multiples of 16."""
+        """Casts a parameter; ValueError unless its last two sizes are multiples of 16."""
+        if not Fp8Weights.takes(param):
+            raise ValueError(f"Fp8Weight: the last two sizes must be multiples of 16, got {tuple(param.shape)}")
         data, sf, data_t, sf_t = per_block_cast(param, transpose=True)
         return Fp8Weight(param, Quantized(data, sf), Quantized(data_t, sf_t))
 
@@ -132,13 +134,14 @@ class _Fp8Linear(Function):
     def forward(
         ctx: Any, x: Tensor, param: Tensor, weight: Fp8Weight, cast: Cast, wgrad: WgradQueue | None, keep_input: bool
     ) -> Tensor:
-        ctx.save_for_backward(*((x,) if keep_input else cast))
+        kept = (x,) if keep_input else cast
+        ctx.save_for_backward(param, *(kept if ctx.needs_input_grad[1] else ()))  # the parameter: as in ops.linear
         ctx.weight, ctx.wgrad, ctx.keep_input, ctx.dtype = weight, wgrad, keep_input, x.dtype
         return _product(cast, weight.data, None, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, kept, keep_input, none = ctx.weight, ctx.saved_tensors, ctx.keep_input, (None,) * 4
+        weight, (_, *kept), keep_input, none = ctx.weight, ctx.saved_tensors, ctx.keep_input, (None,) * 4
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dy_cast, dy_t = _cast_gradient(dy, None, need_dw, False)
         dx = _product(dy_cast, weight.transposed, None, ctx.dtype) if need_dx else None
@@ -146,7 +149,7 @@ class _Fp8Linear(Function):
             return dx, None, *none
 
         def work() -> Tensor | None:
-            x_t = cast_transpose(kept[0] if keep_input else kept, pow2_scale=keep_input)
+            x_t = cast_transpose(kept[0] if keep_input else tuple(kept), pow2_scale=keep_input)
             return _add_wgrad(dy_t, x_t, weight.param, None)
 
         return dx, now_or_later(ctx.wgrad, weight.param, work), *none
@@ -178,9 +181,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
 
 
 def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
-    made = None if pow2_scale else getattr(x, "cast", None)
-    if made is not None and not torch.compiler.is_compiling() and not x.is_inference() and x._version:
-        made = None  # x has been written since
+    made = getattr(x, "cast", None) if not pow2_scale and is_unchanged(x) else None
     return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
 
 
@@ -237,13 +238,14 @@ class _Fp8MLP(Function):
         offsets: Tensor | None,
     ) -> Tensor:
         gate_up = _product(cast, mlp.gate_up.data, offsets, x.dtype)
-        ctx.save_for_backward(*cast, gate_up, weights, offsets)
+        kept = cast if ctx.needs_input_grad[2] else (None, None)
+        ctx.save_for_backward(gate_up_param, down_param, *kept, gate_up, weights, offsets)
         ctx.mlp, ctx.gradient_cast = mlp, mlp.gradient
         return _product(swiglu_cast(gate_up, weights, offsets=offsets), mlp.down.data, offsets, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (*x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
+        (_, _, *x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
         need_dx, _, need_first, need_second = ctx.needs_input_grad[:4]
         # What is large is let go as soon as it has been used: here a step's memory is at its highest.
         dy_cast = None if mlp.gradient is None else mlp.gradient.take(dy)

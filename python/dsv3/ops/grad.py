@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 
 class Function(torch.autograd.Function):
@@ -14,7 +17,28 @@ class Function(torch.autograd.Function):
     RuntimeError instead of being zeros."""
 
     def __init_subclass__(cls) -> None:
-        cls.backward = staticmethod(once_differentiable(cls.backward))
+        cls.backward = staticmethod(_once(cls.backward))
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """backward, whose results raise when they are differentiated. (torch's once_differentiable lets them be constants where
+    the gradient that came in is one.)"""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad(), _as_it_is(grads):
+            found = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # without create_graph=True
+            return found
+        outputs = found if isinstance(found, tuple) else (found,)
+        leaves = [x if x is None else x.detach().requires_grad_() for x in outputs]
+        raising = torch._C._functions.DelayedError("dsv3's ops have no gradients of second order", len(leaves))(*leaves)
+        return raising if isinstance(found, tuple) else raising[0]
+
+    return run
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class _Forgetful:
@@ -29,11 +53,26 @@ class _Forgetful:
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """function.apply(*args); without autograd's part, which takes longer than many a kernel, where no argument needs a
-    gradient."""
+    """function.apply(*args), in the dtypes of the arguments, whatever autocast says; without autograd's part, which takes
+    longer than many a kernel, where no argument needs a gradient. Forward-mode differentiation raises, as apply does."""
+    with _as_it_is(args):
+        return _apply(function, args)
+
+
+def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return function.apply(*args)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return function.apply(*args)
     return function.forward(_Forgetful(), *args)
+
+
+def _as_it_is(args: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """Without autocast, where there is any."""
+    if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+        return _NOTHING
+    kind = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
+    return torch.autocast(kind, enabled=False)
 
 
 def accumulate(weight: Tensor, grad: Tensor) -> Tensor | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dsv3.ops.grad import Function, apply
-from dsv3.ops.registry import define
+from dsv3.ops.quant import check_offsets
+from dsv3.ops.registry import define, require_dtype
 from dsv3.reference import linear as reference
 from dsv3.reference.quant import dequantize
 
@@ -46,12 +47,17 @@ def dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class WgradQueue:
-    """Weight gradients that wait. Without main_grad a flushed gradient is added to `weight.grad`."""
+    """Weight gradients that wait. Without main_grad a flushed gradient is added to `weight.grad`, the weight being a leaf."""
 
     pending: list[Callable[[], None]] = field(default_factory=list)
 
     def put(self, weight: Tensor, work: Callable[[], Tensor | None]) -> None:
-        """Keeps `work`, which returns the weight's gradient, or None where it added it to main_grad itself."""
+        """Keeps `work`, which returns the weight's gradient, or None where it added it to main_grad itself. ValueError for a
+        weight that is no leaf and has no main_grad: its gradient would reach nothing."""
+        if not weight.is_leaf and getattr(weight, "main_grad", None) is None:
+            raise ValueError(
+                "WgradQueue: a weight that was computed from others needs its gradient at once, without a queue"
+            )
 
         def run() -> None:
             grad = work()
@@ -93,22 +99,30 @@ def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     return None
 
 
+def is_unchanged(x: Tensor) -> bool:
+    """Whether x still holds what the op that made it wrote, so that what it carries (a recipe, a cast) stands for it; in a
+    graph that is being compiled, and in inference mode, that is taken for granted."""
+    return torch.compiler.is_compiling() or x.is_inference() or not x._version
+
+
 class _Linear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, wgrad: WgradQueue | None, out_dtype: torch.dtype, recipe: Recipe | None
     ) -> Tensor:
-        ctx.save_for_backward(*((x,) if recipe is None else recipe.inputs))
+        kept = (x,) if recipe is None else recipe.inputs
+        # NOTE: the weight twice: autograd notices what has changed it since, the object has its main_grad.
+        ctx.save_for_backward(weight, *(kept if ctx.needs_input_grad[1] else ()))
         ctx.weight, ctx.wgrad, ctx.make = weight, wgrad, recipe and recipe.make
         return reference.linear(x, weight, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, none = ctx.weight, (None,) * 4
+        (_, *kept), weight, none = ctx.saved_tensors, ctx.weight, (None,) * 4
         dx = reference.linear_dgrad(dy, weight) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, *none
-        x = ctx.saved_tensors[0] if ctx.make is None else ctx.make(*ctx.saved_tensors)
+        x = kept[0] if ctx.make is None else ctx.make(*kept)
         return dx, now_or_later(ctx.wgrad, weight, lambda: _linear_wgrad(dy, x, weight)), *none[1:]
 
 
@@ -133,7 +147,8 @@ def linear(
         raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if isinstance(weight, Quantized):
         return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
-    return apply(_Linear, x, weight, wgrad, out_dtype or x.dtype, getattr(x, "recipe", None))
+    recipe = getattr(x, "recipe", None) if is_unchanged(x) else None
+    return apply(_Linear, x, weight, wgrad, out_dtype or x.dtype, recipe)
 
 
 define(
@@ -166,13 +181,13 @@ def _grouped_wgrad(dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Te
 class _GroupedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, wgrad: WgradQueue | None) -> Tensor:
-        ctx.save_for_backward(x, offsets)
+        ctx.save_for_backward(weight, offsets, x if ctx.needs_input_grad[1] else None)  # the weight: as in _Linear
         ctx.weight, ctx.wgrad = weight, wgrad
         return torch.ops.dsv3.grouped_linear(x, weight, offsets)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (x, offsets), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
+        (_, offsets, x), weight, dy = ctx.saved_tensors, ctx.weight, dy.contiguous()
         dx = torch.ops.dsv3.grouped_linear_dgrad(dy, weight, offsets) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
@@ -199,12 +214,9 @@ def grouped_linear(
         ValueError: shapes that do not fit.
         RuntimeError: on a CPU, offsets without sense.
     """
-    if (
-        x.dim() != 2
-        or len(weight.shape) != 3
-        or weight.shape[2] != x.shape[1]
-        or offsets.numel() != weight.shape[0] + 1
-    ):
+    offsets = check_offsets("grouped_linear", offsets)
+    fits = x.dim() == 2 and len(weight.shape) == 3 and weight.shape[2] == x.shape[1]
+    if not fits or offsets.shape[0] != weight.shape[0] + 1:
         found = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(offsets.shape)}"
         raise ValueError(f"grouped_linear: x must be (R, K), weight (G, N, K) and offsets (G+1,), got {found}")
     return apply(_GroupedLinear, x, dense(weight, x.dtype), offsets, wgrad)
@@ -265,4 +277,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: i
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
         found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
+    require_dtype("linear_cross_entropy", "targets of int64", torch.int64, targets)
+    if chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
     return apply(_LinearCrossEntropy, h, weight, targets, chunk)

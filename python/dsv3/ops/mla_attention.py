@@ -171,7 +171,8 @@ def mla_attention(
         k_rope: [Tk, Dr].
         v: [Tk, Hq, Dv], may be strided as k_nope.
         cu_seqlens_q, cu_seqlens_k: int32 [n+1], where each sequence's queries and keys begin.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; Tq = n * max_seqlen_q means that all are equal.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Where Tq = n * max_seqlen_q and Tk = n * max_seqlen_k all are
+            equal; a GPU that has no kernel for the sizes takes that for granted.
         causal: bottom-right: the last query of a sequence sees its last key.
         softmax_scale: factor on the scores, before lse.
         deterministic: gradients are sums in a fixed order, slower; so they are under torch.use_deterministic_algorithms.
@@ -188,9 +189,10 @@ def mla_attention(
     tensors = q, k_nope, k_rope, v
     shapes = tuple(tuple(x.shape) for x in tensors)
     fits = [len(s) for s in shapes] == [3, 3, 2, 3] and q.shape[2] == k_nope.shape[2] + k_rope.shape[1]
-    if not fits or k_nope.shape[:2] != v.shape[:2] or k_rope.shape[:1] != v.shape[:1] or q.shape[1] != v.shape[1]:
+    fits = fits and k_nope.shape[:2] == v.shape[:2] and k_rope.shape[:1] == v.shape[:1] and q.shape[1] == v.shape[1]
+    if not fits or q.shape[1] < 1:
         raise ValueError(
-            f"mla_attention: expected q (Tq,H,Dn+Dr), k_nope (Tk,H,Dn), k_rope (Tk,Dr), v (Tk,H,Dv), got {shapes}"
+            f"mla_attention: expected q (Tq,H,Dn+Dr), k_nope (Tk,H,Dn), k_rope (Tk,Dr), v (Tk,H,Dv), H >= 1, got {shapes}"
         )
     if len({x.dtype for x in tensors}) > 1:
         raise ValueError(f"mla_attention: expected tensors of one dtype, got {[x.dtype for x in tensors]}")
@@ -198,13 +200,16 @@ def mla_attention(
     if any(x.dim() != 1 or x.dtype != torch.int32 or x.shape != cu_seqlens_q.shape or not len(x) for x in offsets):
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in offsets)
         raise ValueError(f"mla_attention: expected cu_seqlens_q and cu_seqlens_k of int32 (n+1,), got {found}")
+    compiling = torch.compiler.is_compiling()
+    if compiling and cu_seqlens_k is cu_seqlens_q:
+        offsets = cu_seqlens_q, cu_seqlens_k.view(-1)  # in a graph no Function takes a tensor twice
     settings = *offsets, max_seqlen_q, max_seqlen_k, causal, softmax_scale
     reason = supports_attention(*tensors, *settings)
-    if q.is_cuda and not torch.compiler.is_compiling():
+    if q.is_cuda and not compiling:
         if reason:
             registry.note("mla_attention", reason)
         reason = reason or registry.why_no_kernels(q.device)
-    if q.is_cpu or reason:  # differentiated as it is: nothing runs again
+    if not compiling and (q.is_cpu or reason):  # differentiated as it is: nothing runs again
         return reference.mla_attention(*tensors, *settings)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     return apply(_MlaAttention, *tensors, deterministic, *settings)

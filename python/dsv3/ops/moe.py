@@ -132,8 +132,10 @@ def check_gate(
     name: str, experts: int, num_groups: int, topk_groups: int, topk: int, score: str, group_score: str
 ) -> None:
     """Raises ValueError for settings of a gate that do not fit together."""
-    if experts % num_groups or not 1 <= topk_groups <= num_groups:
+    if num_groups < 1 or experts % num_groups or not 1 <= topk_groups <= num_groups:
         raise ValueError(f"{name}: {topk_groups} of {num_groups} groups do not divide {experts} experts")
+    if num_groups > 1 and group_score == "top2_sum" and experts < 2 * num_groups:
+        raise ValueError(f"{name}: top2_sum needs groups of at least 2 experts, got {experts} in {num_groups} groups")
     if not 1 <= topk <= topk_groups * (experts // num_groups):
         raise ValueError(f"{name}: topk must be in 1..{topk_groups * (experts // num_groups)}, got {topk}")
     if score not in ("sigmoid", "softmax") or group_score not in ("top2_sum", "max"):
@@ -235,6 +237,10 @@ def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, 
 
     Returns:
         rows [T*k, H] and the Permutation, whose `offsets` int32 [E+1] delimit the experts' rows.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        RuntimeError: on a CPU, experts that do not exist.
     """
     if x.dim() != 2 or topk_idx.dim() != 2 or topk_idx.shape[0] != x.shape[0]:
         raise ValueError(
@@ -254,9 +260,15 @@ def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None)
 
     Returns:
         [T, H] of y's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if y.dim() != 2 or y.shape[0] != handle.position.numel():
         raise ValueError(f"moe_unpermute: y must be (T*k, H) with {handle.position.numel()} rows, got {tuple(y.shape)}")
+    if weights is not None and weights.shape != handle.position.shape:
+        found = f"{tuple(weights.shape)} for {tuple(handle.position.shape)} pairs"
+        raise ValueError(f"moe_unpermute: weights must be (T, k), got {found}")
     return apply(_Unpermute, y, handle.source, handle.position, weights)
 
 

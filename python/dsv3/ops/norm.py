@@ -300,10 +300,13 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, head_dim: i
     Raises:
         ValueError: shapes that do not fit.
     """
-    if x.dim() != 2 or x.shape[1] % head_dim or 2 * cos.shape[1] > head_dim or cos.shape != sin.shape:
+    fits = x.dim() == 2 and head_dim > 0 and x.shape[1] % head_dim == 0 and x.is_floating_point()
+    tables = cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= head_dim and cos.shape[0] > 0
+    if not (fits and tables):
         found = f"{tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
         raise ValueError(
-            f"rope_: x must be (T, heads * {head_dim}), cos and sin (P, R/2) with R <= {head_dim}, got {found}"
+            f"rope_: x must be floats (T, heads * {head_dim}), cos and sin (P, R/2) with P >= 1 and R <= {head_dim}, got "
+            f"{str(x.dtype).removeprefix('torch.')} {found}"
         )
     if positions.shape != x.shape[:1]:
         raise ValueError(f"rope_: positions must be ({x.shape[0]},), got {tuple(positions.shape)}")

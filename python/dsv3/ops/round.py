@@ -67,6 +67,9 @@ def decode_positions(
         found = ", ".join(str(tuple(t.shape)) for t in (lengths, active, block_table))
         raise ValueError(f"decode_positions: expected lengths and active (B,) and block_table (B, W), got {found}")
     require_dtype("decode_positions", "tensors of int64", torch.int64, lengths, active)
+    require_dtype("decode_positions", "a block_table of int32", torch.int32, block_table)
+    if page < 1 or steps < 1:
+        raise ValueError(f"decode_positions: expected page and steps of at least 1, got {page} and {steps}")
     table = block_table.contiguous()
     return torch.ops.dsv3.decode_positions(lengths, active, table, first, steps, page, last_position)
 

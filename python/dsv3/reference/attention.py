@@ -42,18 +42,19 @@ def mla_attention(
     k_nope [Tk, Hq, Dn], k_rope [Tk, Dr] shared by the heads, v [Tk, Hq, Dv].
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i+1] and the keys cu_seqlens_k[i] to [i+1]; its last query sees
-    its last key. A query that sees none, or is no sequence's, has out 0 and lse -inf. Sequences of one length run as a batch;
-    otherwise a loop reads the lengths on the host.
+    its last key. A query that sees none, or is no sequence's, has out 0 and lse -inf. Sequences of one length run as a batch,
+    which a GPU believes where their number and the largest length say so; otherwise a loop reads the lengths on the host.
     """
     settings = causal, softmax_scale
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
     tensors = q, k, v
     n = cu_seqlens_q.shape[0] - 1
-    if n and q.shape[0] == n * max_seqlen_q and k.shape[0] == n * max_seqlen_k:
+    if n and all(map(_are_equal, (q, k), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))):
         lengths = max_seqlen_q, max_seqlen_k, max_seqlen_k
         parts = [x.view(n, m, *x.shape[1:]).transpose(1, 2) for x, m in zip(tensors, lengths, strict=True)]
         out, lse = _attend(*parts, *settings)
-        return out.transpose(1, 2).reshape(-1, *v.shape[1:]), lse.transpose(0, 1).reshape(q.shape[1], -1)
+        out, lse = out.transpose(1, 2).reshape(-1, *v.shape[1:]), lse.transpose(0, 1).reshape(q.shape[1], -1)
+        return out.contiguous(), lse.contiguous()
     ends = bounds(cu_seqlens_q, q.shape[0]), bounds(cu_seqlens_k, k.shape[0])
     rest = slice(ends[0][-1], None), slice(0, 0)  # the queries of no sequence
     slices = [[slice(a, b) for a, b in pairwise(numbers)] for numbers in ends]
@@ -63,6 +64,14 @@ def mla_attention(
         done.append(_attend(*parts, *settings))
     out = torch.cat([out[0].transpose(0, 1) for out, _ in done]).contiguous()
     return out, torch.cat([lse[0] for _, lse in done], -1).contiguous()
+
+
+def _are_equal(rows: Tensor, cu_seqlens: Tensor, length: int) -> bool:
+    """Whether all sequences are of this length and leave no row over."""
+    n = cu_seqlens.shape[0] - 1
+    if rows.shape[0] != n * length:
+        return False
+    return not rows.is_cpu or cu_seqlens.tolist() == [i * length for i in range(n + 1)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -232,6 +241,8 @@ def mla_append_kv(
         return
     flat = cache.view(-1, cache.shape[-1])
     keep = _storable(positions, slot_mapping, cos.shape[0], flat.shape[0])
+    if not flat.shape[0] or not cos.shape[0]:
+        return
     wide = kv_a.to(torch.promote_types(kv_a.dtype, torch.float32))
     latent, rope = wide[:, :rank], wide[:, rank:]
     latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps) * norm_weight

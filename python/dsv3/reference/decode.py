@@ -25,7 +25,7 @@ def mla_absorb(q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: T
     """[q_nope W_uk | rotated q_rope] for q [T, G, Dn+Dr] and W_uk [G, Dn, Dc] -> [T, G, Dc+Dr]; pairs (2i, 2i+1) rotate."""
     q_nope, q_rope = q.split([weight.shape[1], q.shape[2] - weight.shape[1]], -1)
     latent = torch.bmm(q_nope.transpose(0, 1), weight).transpose(0, 1)
-    rotated = q_rope.flatten(1)
+    rotated = q_rope.flatten(1).clone()
     rope_(rotated, cos, sin, positions, q_rope.shape[2], False)
     return torch.cat([latent, rotated.view(q_rope.shape)], -1)
 
@@ -75,6 +75,9 @@ def few_experts(
     slots = []
     if topk_idx is not None:
         y = x.new_zeros(*topk_idx.shape, x.shape[1])
+        outside = (topk_idx < 0) | (topk_idx >= gate_up.shape[0])
+        if topk_idx.is_cpu and outside.any():
+            raise RuntimeError(f"experts must lie in 0..{gate_up.shape[0] - 1}, got {int(topk_idx[outside][0])}")
         for e in topk_idx.unique().tolist() if topk_idx.is_cpu else range(gate_up.shape[0]):
             chosen = topk_idx == e
             weight = torch.where(chosen, topk_weights, 0.0).sum(1)

@@ -79,6 +79,9 @@ def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     offsets[e] to offsets[e+1].
     """
     flat = topk_idx.reshape(-1)
+    outside = (flat < 0) | (flat >= num_experts)
+    if flat.is_cpu and outside.any():
+        raise RuntimeError(f"experts must lie in 0..{num_experts - 1}, got {int(flat[outside][0])}")
     source = torch.sort(flat, stable=True).indices
     position = torch.empty_like(source)
     position[source] = torch.arange(flat.numel(), device=flat.device)

@@ -25,7 +25,7 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019, decoupled decay) on lists of 1-D tensors, in place.
+    """One AdamW step (Loshchilov & Hutter 2019, decoupled decay) on lists of tensors, in place.
 
     master, grad fp32 [n]; exp_avg, exp_avg_sq bf16 [n]; weight the same lengths in any float dtype, or an empty list;
     weight_decay one number a tensor. lr, grad_scale, step are fp32 [], skip bool []: all on the device of master, so
@@ -44,15 +44,16 @@ def adamw(
     scaled_eps, neg_lr = eps * correction2, -lr * keep * correction2 / correction1
     for i, wd in enumerate(weight_decay):
         decay = 1 - lr * keep * wd
-        size = master[i].numel()
-        chunk = _CHUNK if master[i].is_cpu else max(size, 1)
-        for start in range(0, size, chunk):
-            part = slice(start, start + chunk)
-            g = (grad[i][part] * grad_scale).masked_fill_(skip, 0.0)
-            m = exp_avg[i][part].float().lerp_(g, weight1)
-            v = exp_avg_sq[i][part].float().lerp_(g.mul_(g), weight2)
-            exp_avg[i][part].copy_(m)
-            exp_avg_sq[i][part].copy_(v)
-            updated = master[i][part].mul_(decay).add_(m.div_(v.sqrt_().add_(scaled_eps)).mul_(neg_lr))
-            if weight:
-                weight[i][part].copy_(updated)
+        lists = (master, grad, exp_avg, exp_avg_sq, *([weight] if weight else []))
+        whole = [x[i] if x[i].dim() else x[i].view(1) for x in lists]
+        chunk = _CHUNK if whole[0].is_cpu else max(len(whole[0]), 1)
+        for start in range(0, len(whole[0]), chunk):
+            master_, grad_, m_, v_, *weight_ = (x[start : start + chunk] for x in whole)
+            g = (grad_ * grad_scale).masked_fill_(skip, 0.0)
+            m = m_.float().lerp_(g, weight1)
+            v = v_.float().lerp_(g.mul_(g), weight2)
+            m_.copy_(m)
+            v_.copy_(v)
+            updated = master_.mul_(decay).add_(m.div_(v.sqrt_().add_(scaled_eps)).mul_(neg_lr))
+            for x in weight_:
+                x.copy_(updated)
