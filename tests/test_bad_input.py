@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3 import Config, DeepSeekV3, cli
+from dsv3.tokenizer import load_tokenizer
 from dsv3.train.corpus import open_corpus
 from dsv3.train.data import ValidationSet, tokenize_corpus
-from dsv3.train.tokenizer import load_tokenizer, train_on_corpus
+from dsv3.train.tokenizer import train_on_corpus
 
 VOCAB = 300
 SMALL = Config(
@@ -206,8 +207,8 @@ def test_demo_keeps_what_is_no_demo(capsys: pytest.CaptureFixture[str], tmp_path
     line = refused(capsys, tmp_path, "demo", "--out", tmp_path)
     assert f"expected an earlier demo or nothing in {tmp_path}, found thesis.txt" in line
     assert "preset must be one of tiny, mini, found 'huge'" in refused(capsys, tmp_path, "demo", "--preset", "huge")
-    for seconds in ("0", "nan", "inf"):
-        assert "seconds must be positive, found " in refused(capsys, tmp_path, "demo", "--seconds", seconds)
+    for seconds in ("0", "0.00001", "nan", "inf"):
+        assert "seconds must be at least 0.1, found " in refused(capsys, tmp_path, "demo", "--seconds", seconds)
 
 
 # ---- checkpoints ----
@@ -330,11 +331,18 @@ def test_full_disk_while_saving(tmp_path: Path, tokens: Path, text: Path, model:
 
 
 def test_full_disk_while_recording(tmp_path: Path, tokens: Path) -> None:
-    done = on_a_small_disk(3000, "train", *train_arguments(tmp_path, tokens, max_steps=50))
+    limit = (tokens / "tokenizer.json").stat().st_size  # which is copied first
+    done = on_a_small_disk(limit, "train", *train_arguments(tmp_path, tokens, max_steps=1000, save_every=1000))
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("dsv3: "))
     assert line == f"dsv3: could not write {tmp_path}/run/metrics.jsonl: File too large; checkpoints are intact"
     assert "Traceback" not in done.stderr
+
+
+def test_full_disk_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
+    done = on_a_small_disk(3000, "train", *train_arguments(tmp_path, tokens))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"dsv3: could not write {tmp_path}/run/tokenizer.json: File too large\n"
 
 
 def test_full_disk_while_exporting(tmp_path: Path, tokens: Path) -> None:

@@ -20,7 +20,7 @@ from dsv3.demo import demo, train_config
 from dsv3.inference import Engine, SamplingParams
 from dsv3.model import DeepSeekV3
 from dsv3.terminal import clock, command, printable
-from dsv3.train.tokenizer import load_tokenizer
+from dsv3.tokenizer import load_tokenizer
 
 PNG = b"\x89PNG\r\n"
 

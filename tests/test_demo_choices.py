@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 from pathlib import Path
@@ -17,7 +18,7 @@ from dsv3.ops import registry
 from dsv3.terminal import ShowProgress
 from dsv3.train import tokenizer
 from dsv3.train.corpus import open_corpus
-from dsv3.train.metrics import StepReport
+from dsv3.train.metrics import EvalReport, StepReport
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, hopper: bool) -> str:
@@ -62,6 +63,30 @@ def test_the_bar_shows_the_time_left() -> None:
     shown.on_step(report(2, 0.25 + 0.05 * 0.75, 100.0))
     text = shown._text(report(2, 0.25 + 0.05 * 0.75, 100.0))
     assert text == "loss 2.500  bits/byte 2.125  MTP 1.250  5,000 tok/s  3:00 left"
+
+
+def test_a_skipped_step_does_not_stay_in_what_is_shown() -> None:
+    shown = ShowProgress(Console(file=io.StringIO(), highlight=False))
+    nan = float("nan")
+    bad = dataclasses.replace(report(1, 0.1, 1.0), ce=nan, bits_per_byte=nan, skipped=True, skipped_total=1)
+    for first, second in ((bad, report(2, 0.2, 2.0)), (report(2, 0.2, 2.0), bad)):
+        shown._smooth.clear()
+        shown.on_step(first)
+        shown.on_step(second)
+        assert shown._text(second).startswith("loss 2.500  bits/byte 2.125  MTP 1.250")
+
+
+def test_validations_are_shown() -> None:
+    out = io.StringIO()
+    for full in (False, True):
+        ShowProgress(Console(file=out, highlight=False)).on_eval(EvalReport(7, 2.0, 1.5, 100, full))
+    assert out.getvalue() == "step 7: validation 1.500 bits/byte\n" * 2
+
+
+@pytest.mark.parametrize("line", ["x" * 5000, "short\n" + "y" * 5000 + "\nlast\n"])
+def test_prompts_are_short_however_long_the_lines_are(line: str) -> None:
+    assert 0 < len(demo._beginning(line)) <= 800
+    assert line.startswith(demo._beginning(line))
 
 
 def test_the_tokenizer_is_trained_on_the_training_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -49,17 +50,18 @@ def train(
     from dsv3.train import TrainConfig, run
 
     arguments = arguments or []
-    files = [a for a in arguments if "=" not in a]
+    files = [a for a in arguments if "=" not in a or (a.endswith((".toml", ".json")) and Path(a).is_file())]
     if len(files) > 1:
         raise ValueError(f"expected one config file and key=value overrides, found {' and '.join(files)}")
-    overrides = [a for a in arguments if "=" in a]
+    overrides = [a for a in arguments if a not in files]
     overrides += [f"{key}={value}" for key, value in (("precision", precision), ("ep", ep)) if value is not None]
     config = TrainConfig.load(files[0] if files else None, overrides)
     shown = ShowProgress(Console(highlight=False))
     code = run(config, resume=resume, callbacks=[shown])
     if code == 0 and shown.last is not None:  # of the first rank
         last = f"step {shown.last.step}: loss {shown.last.ce:.3f}, {shown.last.bits_per_byte:.3f} bits/byte"
-        print(f"{last}; next: {command()} export {config.out} {config.out}-hf")
+        out = Path(config.out)
+        print(f"{last}; next: {command()} export {shlex.quote(str(out))} {shlex.quote(f'{out}-hf')}")
     return code
 
 
@@ -72,9 +74,10 @@ def tokenize(
     split_rate: Annotated[float, typer.Option(help="share of punctuation + line break tokens to split")] = 0.0,
 ) -> None:
     """Turn text into a token folder that `dsv3 train` reads."""
+    from dsv3.tokenizer import load_tokenizer
     from dsv3.train.corpus import open_corpus
     from dsv3.train.data import tokenize_corpus
-    from dsv3.train.tokenizer import load_tokenizer, train_on_corpus
+    from dsv3.train.tokenizer import train_on_corpus
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     corpus = open_corpus(text)
@@ -82,7 +85,8 @@ def tokenize(
     for name, split in index.splits.items():
         ratio = split.num_bytes / max(split.num_tokens, 1)
         print(f"{name}: {split.num_documents} documents, {split.num_tokens} tokens, {ratio:.2f} bytes each")
-    print(f"{out}: vocabulary {index.vocab_size}, {len(corpus.skipped)} empty or non-UTF-8 files skipped")
+    others = f", {corpus.ignored} of other kinds left out" if corpus.ignored else ""
+    print(f"{out}: vocabulary {index.vocab_size}, {len(corpus.skipped)} empty or non-UTF-8 files skipped{others}")
 
 
 @app.command()

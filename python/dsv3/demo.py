@@ -24,15 +24,17 @@ from dsv3.inference import Engine, SamplingParams
 from dsv3.model import DeepSeekV3
 from dsv3.ops import registry
 from dsv3.terminal import ShowProgress, clock, command, printable
+from dsv3.tokenizer import load_tokenizer
 from dsv3.train import Callback, EvalReport, StepReport, TrainConfig, export, run
 from dsv3.train.baselines import Baselines, measure_baselines
 from dsv3.train.corpus import Corpus, open_corpus
 from dsv3.train.data import read_index, tokenize_corpus
-from dsv3.train.tokenizer import load_tokenizer, train_on_corpus
+from dsv3.train.tokenizer import train_on_corpus
 
 PRESETS = ("tiny", "mini")
 OUTPUTS = frozenset({"train", "model", "loss.png", "experts.png", "demo.json"})
 LOAD_MEMORY = 0.98  # of the expert load, from step to step: the picture shows about the last 50 steps
+MIN_SECONDS = 0.1  # of training: enough for a step
 SPEED_PROMPTS, SPEED_TOKENS, SAMPLE_TOKENS = 4, 128, 200
 
 
@@ -149,8 +151,8 @@ def _choose(preset: str | None, seconds: float) -> str:
         preset = "mini" if hopper else "tiny"
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive, found {seconds}")
+    if not MIN_SECONDS <= seconds < math.inf:
+        raise ValueError(f"seconds must be at least {MIN_SECONDS}, found {seconds}")
     return preset
 
 
@@ -179,7 +181,8 @@ def _banner(preset: str, seconds: float, corpus: Corpus, data: Path | None, out:
     return (
         f"dsv3 demo: trains a DeepSeek-V3 of {_parameters(config) / 1e6:.1f} million parameters (preset {preset}, "
         f"{precision}, {device}) for at most {clock(seconds)} on {source} ({corpus.num_documents} documents, "
-        f"{corpus.num_bytes / 1e6:.1f} MB{skipped}), then generates with it; everything goes under {out}"
+        f"{corpus.num_bytes / 1e6:.1f} MB{skipped}), then generates with it; everything goes under {out}, "
+        f"but for tokens, in {out.parent / 'cache'}, where the next demo finds them"
     )
 
 
@@ -188,9 +191,9 @@ def _parameters(config: Config) -> int:
 
 
 def _beginning(text: str, size: int = 400) -> str:
-    """The text's first lines, `size` characters and the rest of their last line."""
+    """The text's first lines, `size` characters and the rest of their last line, unless that is long."""
     end = text.find("\n", size) + 1
-    return text[: end or size]
+    return text[: end if end <= 2 * size and end else size]
 
 
 # ---- while training ----

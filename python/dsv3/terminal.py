@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import sysconfig
@@ -68,9 +69,11 @@ class ShowProgress(Callback):
         if not self._smooth:
             self._seconds_before, self._progress_before = report.seconds, report.progress
         for name in ("ce", "mtp", "bits_per_byte", "tokens_per_s"):
-            value = getattr(report, name)
-            before = self._smooth.get(name) or value  # 0: MTP has just joined
-            self._smooth[name] = value + SMOOTHING * (before - value)
+            value, before = getattr(report, name), self._smooth.get(name, math.nan)
+            if not math.isfinite(before) or not before:  # the first, or MTP has just joined
+                self._smooth[name] = value
+            elif math.isfinite(value):  # a skipped step's is not
+                self._smooth[name] = value + SMOOTHING * (before - value)
         if self._bar is not None:
             self._bar.update(self._task, completed=report.progress, text=self._text(report))
         elif time.monotonic() - self._shown > PLAIN_SECONDS:
@@ -78,8 +81,7 @@ class ShowProgress(Callback):
             self.console.print(f"{report.progress:4.0%}  {self._text(report)}", soft_wrap=True)
 
     def on_eval(self, report: EvalReport) -> None:
-        if not report.full:
-            self.console.print(f"step {report.step}: validation {report.bits_per_byte:.3f} bits/byte", soft_wrap=True)
+        self.console.print(f"step {report.step}: validation {report.bits_per_byte:.3f} bits/byte", soft_wrap=True)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dsv3.inference.text import TextStream, encode, load_tokenizer
+from dsv3.inference.text import TextStream, encode
+from dsv3.tokenizer import load_tokenizer
 
 EOS = 256
 
@@ -50,6 +51,35 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+def fallback_tokenizer() -> Tokenizer:
+    """As SentencePiece makes them: tokens of characters, and of bytes (<0x00> ...) for what has none."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {character: 256 + i for i, character in enumerate("ab c▁")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token=None))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["a😀b", "日本 c", "é", "a漢"])
+def test_characters_of_byte_tokens(text):
+    """Decoded one by one they are a replacement character each; what is shown is the character, and a stop string is found."""
+    tokenizer = fallback_tokenizer()
+    ids = tokenizer.encode(text).ids
+    assert len(ids) > len(text)
+    stream, pieces = TextStream(tokenizer), []
+    for token in ids:
+        stream.push([token])
+        pieces.append(stream.take())
+    pieces.append(stream.take(final=True))
+    assert "".join(pieces) == stream.text == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    stopped = TextStream(tokenizer, (text[-2:],))
+    for token in ids:
+        stopped.push([token])
+    assert stopped.stopped
+    assert stopped.text == text[:-2]
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, EOS), max_size=40))
 def test_any_bytes_join_to_what_the_tokenizer_decodes(data):
@@ -84,7 +114,7 @@ def test_load_tokenizer_from_a_file_or_its_folder(tmp_path: Path):
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, str(tmp_path / "tokenizer.json")):
         assert load_tokenizer(path).encode("hé").ids == list("hé".encode())
-    with pytest.raises(ValueError, match=r"expected a tokenizer at .*missing"):
+    with pytest.raises(ValueError, match=r"expected a tokenizer.json, found none at .*missing"):
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("")
     with pytest.raises(ValueError, match=r"tokenizer.json: expected a file of the tokenizers library, found EOF"):

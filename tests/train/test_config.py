@@ -50,6 +50,9 @@ def test_toml_json_and_overrides_agree(tmp_path: Path) -> None:
         ("batch=12", "batch must be a multiple of micro_batch x ranks = 8, got 12"),
         ("batch", "expected key=value, got 'batch'"),
         ("lr.x=1", "lr holds no keys of its own, got 'lr.x=1'"),
+        ("beta1=1", "beta1 must be below 1, got 1.0"),
+        ("beta2=1", "beta2 must be below 1, got 1.0"),
+        ("eps=0", "eps must be positive, got 0.0"),
         ("seed=99999999999999999999", "seed must be below 2^63, got 99999999999999999999"),
     ],
 )
@@ -58,6 +61,11 @@ def test_bad_values_are_named(override: str, message: str) -> None:
         TrainConfig.load(None, ["max_steps=1", override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_as_python_writes_them() -> None:
+    config = TrainConfig.load(None, ["max_steps=1", "lr=.001", "out=1e3", "weight_decay=1_0"])
+    assert (config.lr, config.out, config.weight_decay) == (0.001, "1e3", 10.0)
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

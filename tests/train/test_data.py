@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,15 +17,37 @@ import pytest
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dsv3.tokenizer import load_tokenizer
 from dsv3.train.corpus import MAX_VALIDATION_SHARE, Corpus, open_corpus
-from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index, tokenize_corpus
-from dsv3.train.tokenizer import special_ids, train_tokenizer
+from dsv3.train.data import (
+    SPLITS,
+    BatchReader,
+    SplitIndex,
+    TokenDataset,
+    TokenIndex,
+    ValidationSet,
+    read_index,
+    tokenize_corpus,
+)
+from dsv3.train.tokenizer import SpecialIds, special_ids, train_tokenizer
 
 WORDS = [f"word{i % 37}" for i in range(300)]
 
 
 def texts(corpus: Corpus, split: str) -> dict[str, str]:
     return {d.name: d.text for d in corpus.documents(split)}
+
+
+def write_tokens(folder: Path, documents: list[list[int]], bos: int | None = 0) -> None:
+    """A token folder whose splits are these documents both."""
+    folder.mkdir()
+    ends = np.cumsum([0, *map(len, documents)])
+    for split in SPLITS:
+        np.concatenate(documents).astype(np.uint16).tofile(folder / f"{split}.bin")
+        np.save(folder / f"{split}.offsets.npy", np.array([ends, ends], np.int64))
+    size = SplitIndex(len(documents), int(ends[-1]), int(ends[-1]), max(map(max, documents)))
+    index = TokenIndex(65536, "uint16", "none", SpecialIds(bos, 1, (3, 4, 5)), dict.fromkeys(SPLITS, size))
+    (folder / "index.json").write_text(json.dumps(dataclasses.asdict(index)))
 
 
 def write_folder(folder: Path, count: int = 120) -> Path:
@@ -108,6 +131,47 @@ def test_neither_side_of_a_split_is_empty(tmp_path: Path, count: int) -> None:
     corpus = open_corpus(write_folder(tmp_path, count))
     assert texts(corpus, "train")
     assert texts(corpus, "valid")
+
+
+def test_links_and_other_files(tmp_path: Path) -> None:
+    """Links to folders are followed, also in a circle; what is no text by its name is counted."""
+    write_folder(tmp_path / "far", 4)
+    root = write_folder(tmp_path / "near", 4)
+    (root / "linked").symlink_to(tmp_path / "far")
+    (root / "sub0" / "back").symlink_to(root)
+    for name in ("README", "notes.text", "picture.png"):
+        (root / name).write_text("something")
+    corpus = open_corpus(root)
+    assert corpus.num_documents == 8
+    assert corpus.ignored == 3
+
+
+def test_a_large_file_in_a_folder_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.txt").write_text("".join(f"line {i}\n" for i in range(20000)))
+    (tmp_path / "small.txt").write_text("a line\n")
+    assert open_corpus(tmp_path).num_documents == 2
+    monkeypatch.setattr("dsv3.train.corpus.LARGE", 1000)
+    corpus = open_corpus(tmp_path)
+    assert corpus.num_documents > 50
+    found = [d for split in SPLITS for d in corpus.documents(split) if d.name.startswith("large.txt:")]
+    pieces = sorted(found, key=lambda d: int(d.name.partition(":")[2]))
+    assert "".join(d.text for d in pieces) == (tmp_path / "large.txt").read_text()
+
+
+@pytest.mark.parametrize("line", ["[" * 100000, '{"text": ' + "1" * 5000 + "}"], ids=["deep", "digits"])
+def test_records_that_json_refuses(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2: expected a (JSON object|string field)"):
+        open_corpus(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("values", [[1, 2], [b"a", b"b"], [["a"], ["b"]]], ids=["numbers", "bytes", "lists"])
+def test_parquet_of_no_text(values: list[object], tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: expected strings in the column \"text\", found"):
+        open_corpus(tmp_path / "a.parquet")
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -214,10 +278,35 @@ def test_tokenizing_replaces_only_token_folders(corpus: Corpus, tokenizer: Token
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tokens"]
 
 
+def test_folders_of_others_are_not_replaced(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whatever they hold that looks like ours; a link is followed."""
+    site = tmp_path / "site"
+    (site / "src").mkdir(parents=True)
+    (site / "src" / "thesis.tex").write_text("precious")
+    (site / "index.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="found something else: src"):
+        tokenize_corpus(corpus, tokenizer, site)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "index.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"found something else: index\.json"):
+        tokenize_corpus(corpus, tokenizer, tmp_path / "alone")
+    made = tmp_path / "made"
+    tokenize_corpus(corpus, tokenizer, made)
+    (made / "runs").mkdir()
+    with pytest.raises(ValueError, match="found something else: runs"):
+        tokenize_corpus(corpus, tokenizer, made)
+    assert (site / "src" / "thesis.tex").read_text() == "precious"
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    tokenize_corpus(corpus, tokenizer, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert read_index(tmp_path / "scratch") == read_index(made)
+
+
 def test_a_failure_leaves_the_old_folder(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     before = (tmp_path / "tokens" / "train.bin").read_bytes()
-    gone = Corpus(corpus.root, (*corpus.files, corpus.root / "gone.py"), (), False, 1, 1, corpus.threshold, 10**9)
+    gone = Corpus(corpus.root, (*corpus.files, corpus.root / "gone.py"), (), 0, False, 1, 1, corpus.threshold, 10**9)
     with pytest.raises(FileNotFoundError):
         tokenize_corpus(gone, tokenizer, tmp_path / "tokens")
     assert (tmp_path / "tokens" / "train.bin").read_bytes() == before
@@ -252,6 +341,18 @@ def test_a_split_rate_is_a_fraction(corpus: Corpus, tokenizer: Tokenizer, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
+def test_a_file_that_asks_for_truncation_and_padding(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = tokenize_corpus(corpus, tokenizer, tmp_path / "whole")
+    cut = Tokenizer.from_str(tokenizer.to_str())
+    cut.enable_truncation(8)
+    cut.enable_padding(length=64)
+    cut.save(str(tmp_path / "cut.json"))
+    for name, given in (("given", cut), ("read", load_tokenizer(tmp_path / "cut.json"))):
+        assert tokenize_corpus(corpus, given, tmp_path / name).splits == whole.splits
+    prompt = "a prompt of more than eight tokens, which nothing may cut"
+    assert load_tokenizer(tmp_path / "cut.json").encode(prompt).ids == tokenizer.encode(prompt).ids
+
+
 def test_split_rate_splits_some_joined_tokens(
     corpus: Corpus, tokenizer: Tokenizer, tokens: Path, tmp_path: Path
 ) -> None:
@@ -278,15 +379,63 @@ def stream(tokens: Path) -> np.ndarray:
 
 
 def test_an_epoch_reads_every_window_once(tokens: Path) -> None:
+    """From the first token on in the first epoch, later from one of those that leave as many windows."""
     dataset, all_tokens = TokenDataset(tokens, 32, seed=3), stream(tokens)
     n = dataset.windows_per_epoch
     assert n == (len(all_tokens) - 1) // 32
-    expected = {tuple(all_tokens[i * 32 : i * 32 + 33].tolist()) for i in range(n)}
     first, second = dataset.batch(0, n), dataset.batch(n, n)
     for epoch in (first, second):
-        assert {tuple(row) for row in epoch.tolist()} == expected
+        expected = {
+            begin: {tuple(all_tokens[begin + i * 32 :][:33].tolist()) for i in range(n)}
+            for begin in range(len(all_tokens) - 32 * n)
+        }
+        begins = [begin for begin, windows in expected.items() if {tuple(row) for row in epoch.tolist()} == windows]
+        assert begins == ([0] if epoch is first else [dataset._begin])
     assert not first.equal(second)
     assert not first.equal(TokenDataset(tokens, 32, seed=4).batch(0, n))
+
+
+def test_no_token_is_left_out_for_ever(tmp_path: Path) -> None:
+    """Short documents, of which each gets three tokens more than the windows count with."""
+    tokens = tmp_path / "short"
+    write_tokens(tokens, [[0, 100 + i, 50, 1] for i in range(200)])
+    dataset = TokenDataset(tokens, 32, fim_rate=1.0)
+    n, seen = dataset.windows_per_epoch, set()
+    for epoch in range(40):
+        seen |= set(dataset.batch(epoch * n, n).flatten().tolist())
+    assert seen >= set(range(100, 300))
+
+
+def test_a_window_reads_no_more_than_it_takes(tmp_path: Path) -> None:
+    """However long the document is, with and without a hole in it."""
+    write_tokens(tmp_path / "long", [[0, *range(100, 65000), 1]])
+    for rate in (0.0, 1.0):
+        dataset = TokenDataset(tmp_path / "long", 8, fim_rate=rate)
+        dataset._prepare(0)
+        parts = dataset._document(0)
+        assert [part.base is not None for part in parts if len(part) > 1] == [True] * sum(len(p) > 1 for p in parts)
+        whole = np.concatenate(parts)
+        for start in (0, 1, 7, 30000, len(whole) - 9):
+            assert dataset._read(start).tolist() == whole[start : start + 9].tolist()
+
+
+def test_tokens_that_the_model_lacks(tokens: Path) -> None:
+    """Also those that nothing but fill-in-the-middle puts in."""
+    index = read_index(tokens)
+    used = max(split.largest_token for split in index.splits.values()) + 1
+    special = dataclasses.replace(index.special, fim=(used, used + 1, used + 2))
+    raw = json.loads((tokens / "index.json").read_text())
+    raw["special"]["fim"] = special.fim
+    (tokens / "index.json").write_text(json.dumps(raw))
+    try:
+        TokenDataset(tokens, 16, vocab_size=used)
+        with pytest.raises(
+            ValueError, match=rf"vocab_size {used}, found fill-in-the-middle token {used + 2}: set fim_rate=0"
+        ):
+            TokenDataset(tokens, 16, vocab_size=used, fim_rate=0.1)
+    finally:
+        raw["special"]["fim"] = index.special.fim
+        (tokens / "index.json").write_text(json.dumps(raw))
 
 
 def test_reading_is_a_function_of_the_position(tokens: Path) -> None:
@@ -385,6 +534,22 @@ def test_validation_scores_every_token_once(tokens: Path, seq_len: int, stride: 
                 assert int(marked.nonzero()[0]) >= seq_len - stride
     assert scored == expected
     assert valid.num_targets == len(expected)
+
+
+@pytest.mark.parametrize("seq_len", [2, 16])
+def test_validation_without_a_token_for_the_beginning(tmp_path: Path, seq_len: int) -> None:
+    """An eos stands in front of every document, so that its first token is scored too."""
+    documents = [[100, 101, 102, 1], [103, 1], [104, 105, 106, 107, 108, 1]]
+    write_tokens(tmp_path / "t", documents, bos=None)
+    valid, scored = ValidationSet(tmp_path / "t", seq_len), []
+    for rows, mask in valid.batches(2):
+        for row, marked in zip(rows, mask, strict=True):
+            scored += row[1:][marked].tolist()
+            assert row[0] != 0
+    assert scored == [token for document in documents for token in document]
+    assert valid.num_targets == len(scored)
+    rows, _ = next(valid.batches(1))
+    assert rows[0, :3].tolist() == [1, 100, 101]
 
 
 def test_bits_per_byte(tokens: Path, corpus: Corpus) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3 import train
+from dsv3.cli import _run
 from dsv3.model import DeepSeekV3
 from dsv3.terminal import command
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig
-from dsv3.train.metrics import StepReport
+from dsv3.train.data import ValidationSet
+from dsv3.train.metrics import EvalReport, MetricsFile, StepReport
 from tests.train.common import Recorder, micro
 
 
@@ -115,6 +120,64 @@ def test_resume_without_a_checkpoint_starts_anew(
     assert f"no checkpoint in {tmp_path} yet: starting from the beginning" in capsys.readouterr().out
 
 
+def test_a_run_without_data_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data must be a folder made by `dsv3 tokenize`, set data=FOLDER"):
+        train.run(TrainConfig(max_steps=1, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_checkpoint_is_written_before_the_last_validation(token_folder: Path, tmp_path: Path) -> None:
+    """Which may take long, fail, or be interrupted: then the run is to be validated once more."""
+
+    happened: list[str] = []
+
+    class Order(Recorder):
+        def on_save(self, path: Path) -> None:
+            happened.append(path.name)
+
+        def on_eval(self, report: EvalReport) -> None:
+            happened.append("validation")
+
+    assert train.run(micro(token_folder, tmp_path, max_steps=2), callbacks=[Order()]) == 0
+    assert happened == ["step-00000002", "validation"]
+
+
+def test_ctrl_c_ends_a_validation(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches, scored = ValidationSet.batches, []
+
+    def interrupted(self: ValidationSet, size: int) -> Iterator[Any]:
+        for batch in batches(self, 1):
+            scored.append(batch)
+            if len(scored) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    config = micro(token_folder, tmp_path, max_steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(ValidationSet, "batches", interrupted)
+        assert train.run(config) == 130
+    assert len(scored) == 2
+    assert f"saved {tmp_path / 'step-00000002'}; resume with: " in capsys.readouterr().out
+    recorder = Recorder()
+    assert train.run(config, resume=True, callbacks=[recorder]) == 0
+    assert "it has ended, and is validated once more" in capsys.readouterr().out
+    assert [report.full for report in recorder.evals] == [True]
+    assert recorder.steps == []
+
+
+def test_nothing_is_lost_where_all_checkpoints_are_damaged(token_folder: Path, tmp_path: Path) -> None:
+    config = micro(token_folder, tmp_path, max_steps=4, save_every=2)
+    train.run(config)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in tmp_path.glob("step-*/__0_0.distcp"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no intact checkpoint any more: choose another out, or remove it"):
+        train.run(config, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 def test_resume_restores_the_random_generator(token_folder: Path, tmp_path: Path) -> None:
     """Nothing in a step draws from it today, so the test does, in a callback."""
 
@@ -168,7 +231,8 @@ def test_full_disk_ends_the_run_with_one_line(
         train.run(full(token_folder, tmp_path))
     failed = tmp_path / "step-00000006"
     assert str(caught.value) == f"could not save {failed}: the disk is full; earlier checkpoints are intact"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000003", "train_config.json"]
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("tokenizer")}
+    assert left == {"metrics.jsonl", "step-00000003", "train_config.json"}
     assert checkpoint.problem(tmp_path / "step-00000003") is None
 
 
@@ -209,3 +273,58 @@ def test_export_writes_weights_and_average(token_folder: Path, tmp_path: Path, p
     with pytest.raises(ValueError, match="expected a training checkpoint"):
         train.export(tmp_path / "nothing", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_export_takes_the_tokenizer_of_the_run(
+    token_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The copy beside the checkpoints, wherever the data is now; a checkpoint on its own takes the data's if it is the same."""
+    data, out = tmp_path / "tokens", tmp_path / "run"
+    shutil.copytree(token_folder, data)
+    train.run(micro(data, out, max_steps=1))
+    expected = (data / "tokenizer.json").read_bytes()
+    shutil.copytree(out / "step-00000001", tmp_path / "alone")
+    train.export(tmp_path / "alone", tmp_path / "of-data")
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps({**index, "tokenizer_sha": "another"}))
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer than that of .*tokens: name the folder"):
+        train.export(tmp_path / "alone", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    shutil.rmtree(data)
+    train.export(out, tmp_path / "of-run")
+    for name in ("of-data", "of-run"):
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == expected
+    capsys.readouterr()
+    train.export(tmp_path / "alone", tmp_path / "without")
+    assert capsys.readouterr().err.startswith("dsv3: no tokenizer is exported: there is none beside ")
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_a_second_stage_resumes_without_the_first(token_folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.run(micro(token_folder, first, max_steps=1))
+    config = micro(token_folder, second, max_steps=2, init_from=str(first), model={}, save_every=1)
+    assert train.run(config, callbacks=[Interrupt(1)]) == 130
+    shutil.rmtree(first)
+    assert train.run(config, resume=True) == 0
+
+
+def test_a_resume_command_works_whatever_the_folder_is_called(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lr=1" / "a run"
+    assert train.run(micro(token_folder, out, max_steps=3), callbacks=[Interrupt(1)]) == 130
+    said = capsys.readouterr().out
+    words = shlex.split(said[said.index("resume with: ") :])
+    arguments = words[words.index("train") :]
+    assert arguments == ["train", str(out / "train_config.json"), "--resume"]
+    assert _run(arguments) == 0
+    assert f"export '{out}' '{out}-hf'" in capsys.readouterr().out
+
+
+def test_metrics_are_json_whatever_the_numbers_are(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.on_eval(EvalReport(3, float("nan"), float("inf"), 7, True))
+    metrics.on_end(None)
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["validation"]["nats"] is None

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from dsv3.tokenizer import load_tokenizer
 from dsv3.train.tokenizer import (
     SPECIAL_TOKENS,
     joined_tokens,
-    load_tokenizer,
     save_tokenizer,
     special_ids,
     tokenizer_sha,

@@ -14,10 +14,11 @@ from dsv3.inference.cache import PagePool, check_kv_cache_dtype, pages_for
 from dsv3.inference.decoder import FILTERED, GREEDY, NO_TOKEN, PLAIN, Decoder, Pending
 from dsv3.inference.sampling import SamplingParams, noise_key
 from dsv3.inference.scheduler import Request, Scheduler
-from dsv3.inference.text import TextStream, Tokenizer, encode, load_tokenizer
+from dsv3.inference.text import TextStream, Tokenizer, encode
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import MoE
 from dsv3.ops.registry import why_no_kernels
+from dsv3.tokenizer import load_tokenizer
 
 OnToken = Callable[[int, list[int], str], None]
 # Pages of a block table as a graph sees it at least: more cost nothing, since a kernel looks at the lengths.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 _PARTIAL = "\ufffd"  # what a decoder gives for bytes that are not UTF-8, such as the first half of a character
@@ -14,20 +13,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Any: ...
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str: ...
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json file or of a folder that holds one."""
-    from tokenizers import Tokenizer as FastTokenizer
-
-    file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"expected a tokenizer at {file}, found none")
-    try:
-        return FastTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for anything wrong in the file
-        raise ValueError(f"{file}: expected a file of the tokenizers library, found {error}") from None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -67,7 +52,8 @@ class TextStream:
         self._ids += ids
         decoded = self._decode()
         whole = not decoded.endswith(_PARTIAL)
-        self._extend(decoded if whole else decoded[: -len(_PARTIAL)])
+        # An unfinished character is one replacement character, or one for each of its bytes.
+        self._extend(decoded if whole else decoded.rstrip(_PARTIAL))
         if whole:
             self._prefix, self._read = self._read, len(self._ids)
             self._done = len(self._decode())

@@ -20,7 +20,9 @@ _CHOICES = {
     "ep_transport": ("auto", "collective", "ipc", "nvshmem"),
     "lr_schedule": LearningRate.SHAPES,
 }
-_POSITIVE = ("ep", "seq_len", "batch", "micro_batch", "lr", "clip", "save_every", "keep", "max_skips", "log_load_every")
+_POSITIVE = (
+    "ep", "seq_len", "batch", "micro_batch", "lr", "eps", "clip", "save_every", "keep", "max_skips", "log_load_every",
+)  # fmt: skip
 _FRACTIONS = ("beta1", "beta2", "ema_decay", "fim_rate", "mtp_switch", "gamma_until", "lr_final", "decay_fraction")
 
 
@@ -105,6 +107,9 @@ class TrainConfig:
         for key, kind in hints.items():
             if kind in (int, float) and not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be finite and not negative, got {getattr(self, key)}")
+        for key in ("beta1", "beta2"):
+            if getattr(self, key) >= 1:
+                raise ValueError(f"{key} must be below 1, got {getattr(self, key)}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if not (self.max_steps or self.max_tokens or self.max_seconds):
@@ -188,11 +193,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """The value of an override: what JSON reads (true, 3, 1e-4, {...}), otherwise the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """The value of an override: what JSON reads (true, 3, 1e-4, {...}) or Python as a number (.001), otherwise the text."""
+    for read in (json.loads, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

@@ -1,9 +1,10 @@
 """Text on disk as documents: the standard library's source by default, or a .txt, .jsonl or .parquet file, or a folder.
 
-A corpus is scanned once (sizes, unusable files, the validation split) and then streamed as often as needed, so nothing
-but one document has to fit in memory. The validation split goes by the hash of a document's name: a file's path
-relative to the folder, so that it depends neither on the machine nor on the order of files. A document of more than 2%
-of the corpus always trains, so that no single file makes up the validation text.
+A corpus is scanned once (sizes, unusable files, the validation split) and then streamed as often as needed, so
+nothing but one file has to fit in memory. A file that makes the whole corpus, or a large one in a folder, is cut into
+documents. The validation split goes by the hash of a document's name: a file's path relative to the folder, so that
+it depends neither on the machine nor on the order of files. A document of more than 2% of the corpus always trains,
+so that no single file makes up the validation text.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ VALIDATION_FRACTION = 0.05
 MAX_VALIDATION_SHARE = 0.02  # of the corpus, for one validation document
 PIECES = 100  # documents that a corpus of one file is cut into
 MIN_PIECE, MAX_PIECE = 1 << 10, 1 << 16  # characters of such a document
+LARGE = 1 << 23  # characters of a file that is cut in a folder too
 
 
 class UnusableFile(ValueError):
@@ -49,7 +51,8 @@ class Corpus:
 
     root: Path
     files: tuple[Path, ...]
-    skipped: tuple[Path, ...]
+    skipped: tuple[Path, ...]  # empty, or not UTF-8
+    ignored: int  # files whose names end otherwise than text's do
     pieces: bool
     num_documents: int
     num_bytes: int
@@ -88,21 +91,30 @@ def open_corpus(path: str | os.PathLike[str] | None = None) -> Corpus:
         return _scan(root, files, by_name=False)
     root = Path(path)
     if root.is_dir():
-        return _scan(root, [f for f in _walk(root) if f.suffix.lower() in TEXT_SUFFIXES], by_name=False)
+        found = _walk(root)
+        files = [f for f in found if f.suffix.lower() in TEXT_SUFFIXES]
+        return _scan(root, files, by_name=False, ignored=len(found) - len(files))
     if not root.exists():
         raise ValueError(f"no such file or folder: {root}")
     return _scan(root, [root], by_name=True)
 
 
 def _walk(root: Path) -> list[Path]:
+    """The files below a folder, links to folders followed; no folder twice."""
     found: list[Path] = []
-    for folder, names, files in os.walk(root):
+    seen: set[str] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            names.clear()
+            continue
+        seen.add(place)
         names[:] = [n for n in names if n not in SKIPPED_FOLDERS and not n.startswith(".")]
         found += [Path(folder, f) for f in files if not f.startswith(".")]
     return sorted((f for f in found if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
 
 
-def _scan(root: Path, files: list[Path], *, by_name: bool) -> Corpus:
+def _scan(root: Path, files: list[Path], *, by_name: bool, ignored: int = 0) -> Corpus:
     usable, skipped, hashes, sizes = [], [], [], []
     for path in files:
         start = len(hashes)
@@ -118,9 +130,12 @@ def _scan(root: Path, files: list[Path], *, by_name: bool) -> Corpus:
         else:
             usable.append(path)
     if not usable:
-        raise ValueError(f"expected text under {root}, found none ({len(skipped)} empty or non-UTF-8 files skipped)")
+        others = f", {ignored} of other kinds" if ignored else ""
+        raise ValueError(
+            f"expected text under {root}, found none ({len(skipped)} empty or non-UTF-8 files skipped{others})"
+        )
     if len(hashes) == 1 and not by_name:
-        return _scan(root, usable, by_name=True)
+        return _scan(root, usable, by_name=True, ignored=ignored)
     if len(hashes) < 2:
         raise ValueError(
             f"{root}: expected at least 2 documents or {2 * MIN_PIECE} characters, found {sum(sizes)} bytes"
@@ -132,7 +147,7 @@ def _scan(root: Path, files: list[Path], *, by_name: bool) -> Corpus:
     threshold = max(int(VALIDATION_FRACTION * 2**64), min(candidates) + 1)  # neither side of the split is ever empty
     if len(candidates) == len(hashes):
         threshold = min(threshold, max(hashes))
-    return Corpus(root, tuple(usable), tuple(skipped), by_name, len(hashes), sum(sizes), threshold, max_size)
+    return Corpus(root, tuple(usable), tuple(skipped), ignored, by_name, len(hashes), sum(sizes), threshold, max_size)
 
 
 def _name_hash(name: str) -> int:
@@ -154,7 +169,7 @@ def _read_text(path: Path, name: str, pieces: bool) -> Iterator[Document]:
     if not raw:
         raise UnusableFile(f"{path}: expected text, found an empty file")
     text = _decode(raw, path)
-    if not pieces:
+    if not pieces and len(text) <= LARGE:
         yield Document(name, text)
         return
     size = min(max(len(text) // PIECES, MIN_PIECE), MAX_PIECE)
@@ -175,7 +190,10 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # broken, with numbers of thousands of digits, or nested as deep
                 raise ValueError(f"{path} line {number}: expected a JSON object, found {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 what = type(record).__name__
@@ -204,6 +222,10 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
             if "text" not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
                 raise ValueError(f'{path}: expected a column "text", found {names}')
+            kind = table.schema_arrow.field("text").type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise ValueError(f'{path}: expected strings in the column "text", found {kind}')
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):
                 for text in batch.column(0).to_pylist():

@@ -24,6 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dsv3.tokenizer import for_whole_texts
 from dsv3.train.corpus import Corpus, Document
 from dsv3.train.tokenizer import SpecialIds, joined_tokens, save_tokenizer, special_ids, tokenizer_sha
 
@@ -64,10 +65,12 @@ def tokenize_corpus(
     """
     if not 0 <= split_rate <= 1:
         raise ValueError(f"split_rate must lie between 0 and 1, got {split_rate}")
-    out_dir = Path(out_dir)
-    if out_dir.exists() and not (out_dir / "index.json").is_file() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"expected a token folder or nothing at {out_dir}, found something else")
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    out_dir = Path(out_dir).resolve()
+    _check_replaceable(out_dir)
+    tokenizer = for_whole_texts(Tokenizer.from_str(tokenizer.to_str()))
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not vocab_size:
+        raise ValueError("expected a tokenizer with tokens, found an empty vocabulary")
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     special = special_ids(tokenizer)
     sha = tokenizer_sha(tokenizer)
@@ -92,9 +95,11 @@ def tokenize_corpus(
         index = TokenIndex(vocab_size, dtype, sha, special, splits)
         save_tokenizer(tokenizer, temporary)
         (temporary / "index.json").write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
+        older = temporary.with_name(f"{temporary.name}.older")
         if out_dir.exists():
-            shutil.rmtree(out_dir)
+            os.replace(out_dir, older)
         os.replace(temporary, out_dir)
+        shutil.rmtree(older, ignore_errors=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -102,6 +107,24 @@ def tokenize_corpus(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
+
+
+def _check_replaceable(folder: Path) -> None:
+    """ValueError unless nothing is there, or a token folder and nothing else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    names = {"index.json", "tokenizer.json", "tokenizer_config.json", "baselines.json"}
+    names |= {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "offsets.npy")}
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in names) if folder.is_dir() else [folder.name]
+    if not foreign:
+        try:
+            read_index(folder)
+        except ValueError:
+            foreign = ["index.json"]
+    if foreign:
+        raise ValueError(
+            f"expected a token folder or nothing at {folder}, found something else: {', '.join(foreign[:3])}"
+        )
 
 
 def _write_split(
@@ -204,9 +227,11 @@ def _load_offsets(path: Path, sizes: SplitIndex) -> np.ndarray:
 class TokenDataset:
     """Windows of seq_len + 1 tokens over the concatenated documents, in a new order every epoch.
 
-    Consecutive windows share one token, so each token is a target once an epoch. `fim_rate` of the documents, drawn
-    anew every epoch, become prefix-suffix-middle (arXiv 2412.19437, section 4.1): two cuts at random tokens and three
-    more tokens; the rest of the stream moves by as many. Everything is a pure function of (seed, position).
+    Consecutive windows share one token, so no token is a target twice an epoch. `fim_rate` of the documents, drawn anew every
+    epoch, become prefix-suffix-middle (arXiv 2412.19437, section 4.1): two cuts at random tokens and three more tokens; the
+    rest of the stream moves by as many. The windows of an epoch are as many as the stream without these tokens has, so some
+    tokens are left over: at the end in the first epoch, later in front and behind, drawn anew. Everything is a pure function
+    of (seed, position).
     """
 
     def __init__(
@@ -225,6 +250,9 @@ class TokenDataset:
             raise ValueError(
                 f"fim_rate {fim_rate} needs fill-in-the-middle tokens, found a tokenizer without them: set fim_rate=0"
             )
+        if fim_rate > 0 and vocab_size is not None and max(self.index.special.fim) >= vocab_size:
+            found = f"found fill-in-the-middle token {max(self.index.special.fim)}: set fim_rate=0, or tokenize anew"
+            raise ValueError(f"{folder}: expected tokens below the model's vocab_size {vocab_size}, {found}")
         self._split = _Split(Path(folder), split, self.index)
         sizes = self.index.splits[split]
         self.bytes_per_token = sizes.num_bytes / max(sizes.num_tokens, 1)
@@ -239,7 +267,7 @@ class TokenDataset:
         for row in range(count):
             epoch, window = divmod(position + row, self.windows_per_epoch)
             self._prepare(epoch)
-            rows[row] = self._read(int(self._order[window]) * self.seq_len)
+            rows[row] = self._read(self._begin + int(self._order[window]) * self.seq_len)
         return self._split.check(rows)
 
     def _prepare(self, epoch: int) -> None:
@@ -251,26 +279,34 @@ class TokenDataset:
         self._draws = _hash(self.seed, 2 * epoch + 1, np.arange(3 * len(lengths))).reshape(3, -1)
         self._is_fim = (self._draws[0] < self.fim_rate * 2.0**64) & (lengths > 2)
         self._starts = np.concatenate([[0], np.cumsum(lengths + 3 * self._is_fim)])
+        left_over = int(self._starts[-1]) - self.windows_per_epoch * self.seq_len - 1
+        draw = int(_hash(self.seed, 2 * epoch + 1, np.arange(3 * len(lengths), 3 * len(lengths) + 1))[0])
+        self._begin = draw % (left_over + 1) if epoch else 0
 
     def _read(self, start: int) -> np.ndarray:
         """The seq_len + 1 tokens of this epoch's stream from `start` on."""
         end = start + self.seq_len + 1
         first, last = np.searchsorted(self._starts, [start, end - 1], side="right") - 1
-        parts = [self._document(d) for d in range(first, last + 1)]
-        offset = start - self._starts[first]
-        return np.concatenate(parts)[offset : offset + self.seq_len + 1]
+        parts = []
+        for number in range(first, last + 1):
+            low, high = start - int(self._starts[number]), end - int(self._starts[number])
+            for part in self._document(number):  # only what the window takes of it is read
+                parts.append(part[max(low, 0) : max(high, 0)])
+                low, high = low - len(part), high - len(part)
+        return np.concatenate(parts)
 
-    def _document(self, number: int) -> np.ndarray:
+    def _document(self, number: int) -> list[np.ndarray]:
+        """Parts that joined are the document, views of the file but for tokens that are put in."""
         tokens = self._split.tokens[self._split.starts[number] : self._split.starts[number + 1]]
         if not self._is_fim[number]:
-            return tokens
+            return [tokens]
         special = self.index.special
         assert special.fim is not None
         body = tokens[:-1] if special.bos is None else tokens[1:-1]
         low, high = sorted(int(draw % np.uint64(len(body) + 1)) for draw in self._draws[1:, number])
-        before, hole, middle = ([token] for token in special.fim)
+        before, hole, middle = (np.array([token], tokens.dtype) for token in special.fim)
         head, eos = tokens[: len(tokens) - 1 - len(body)], tokens[-1:]
-        return np.concatenate([head, before, body[:low], hole, body[high:], middle, body[low:high], eos])
+        return [head, before, body[:low], hole, body[high:], middle, body[low:high], eos]
 
 
 def _hash(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
@@ -315,7 +351,8 @@ class BatchReader:
 
 
 class ValidationSet:
-    """Every token of a split scored once, with context from its own document only.
+    """Every token of a split scored once, with context from its own document only; what begins a document, its bos, is no
+    target. Where a tokenizer has none, an eos stands in front, as in training.
 
     Windows of seq_len + 1 tokens move by `stride` targets, so but for a document's first window a target sees at least
     seq_len - stride tokens. The nats of each eos count, though it has no bytes: bits per byte pays for the ends.
@@ -337,7 +374,8 @@ class ValidationSet:
         self._split = _Split(Path(folder), split, self.index)
         sizes = self.index.splits[split]
         self.num_bytes = sizes.num_bytes
-        self.num_targets = sizes.num_tokens - sizes.num_documents  # all but the first token of each document
+        self._lead = int(self.index.special.bos is None)  # tokens in front of a document
+        self.num_targets = sizes.num_tokens - (1 - self._lead) * sizes.num_documents
         if self.num_bytes == 0:
             raise ValueError(f"{folder}: expected text in split {split}, found none")
 
@@ -347,13 +385,15 @@ class ValidationSet:
             tokens = np.full((len(group), self.seq_len + 1), self.index.special.eos, np.int64)
             mask = np.zeros((len(group), self.seq_len), bool)
             for row, (start, stop, first) in enumerate(group):
-                tokens[row, : stop - start] = self._split.tokens[start:stop]
+                absent = max(-start, 0)  # in front of the file's first document
+                tokens[row, absent : stop - start] = self._split.tokens[start + absent : stop]
                 mask[row, first - start - 1 : stop - start - 1] = True
             yield self._split.check(tokens), torch.from_numpy(mask)
 
     def _windows(self) -> Iterator[tuple[int, int, int]]:
         """(start, stop, first target) in the token file; the last window of a document reaches back to be full."""
-        for begin, end in pairwise(map(int, self._split.starts)):
+        for first, end in pairwise(map(int, self._split.starts)):
+            begin = first - self._lead  # behind the document before, whose last token is eos
             target = begin + 1
             while target < end:
                 stop = min(end, target + (self.seq_len if target == begin + 1 else self.stride))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +26,7 @@ from dsv3.train.config import TrainConfig, check_key
 from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index
 from dsv3.train.metrics import Callback, MetricsFile, TensorBoard
 from dsv3.train.trainer import Diverged, Trainer
+from dsv3.weights.writer import TOKENIZER_FILES
 
 CONFIG_FILE = "train_config.json"
 
@@ -37,20 +41,29 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
     parallel = DataParallel.start(config.device)
     try:
         out = Path(config.out)
-        if not resume and checkpoint.complete(out):
+        held = parallel.gather(checkpoint.complete(out))[0]
+        if not resume and held:
             raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
         _seed(config, parallel)
-        trainer = _trainer(config, parallel, callbacks)
+        trainer = _trainer(config, parallel, callbacks, begun=held[0] if held else None)
         resumed = resume and trainer.resume()
         if resumed:
-            trainer.say(f"resuming {trainer.last_checkpoint}")
+            done = "; it has ended, and is validated once more" if trainer.progress >= 1 else ""
+            trainer.say(f"resuming {trainer.last_checkpoint}{done}")
+        elif held:
+            raise ValueError(
+                f"{out} holds no intact checkpoint any more: choose another out, or remove it to start anew"
+            )
         elif resume:
             trainer.say(f"no checkpoint in {out} yet: starting from the beginning")
         if config.init_from and not resumed:
             trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
         if parallel.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+            temporary = out / f".{CONFIG_FILE}"
+            temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+            os.replace(temporary, out / CONFIG_FILE)
+            _keep_tokenizer(Path(config.data), out)
             trainer.callbacks[:0] = _records(config, trainer)
         try:
             trainer.train()
@@ -65,7 +78,8 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
             return 1
         if trainer.interrupted:
             launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else command()
-            trainer.say(f"saved {trainer.last_checkpoint}; resume with: {launcher} train {out / CONFIG_FILE} --resume")
+            again = f"{launcher} train {shlex.quote(str(out / CONFIG_FILE))} --resume"
+            trainer.say(f"saved {trainer.last_checkpoint}; resume with: {again}")
             return 130
         return 0
     finally:
@@ -75,15 +89,14 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
 def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, tokenizer_dir: str | None = None) -> None:
     """Writes a training checkpoint (or the newest one in a run's folder) in the Hugging Face layout.
 
-    ema: the averaged weights instead of the last ones. tokenizer_dir: None takes the tokenizer of the training data,
-    where it has one. Weights get the dtype that the run trained in. Raises ValueError for a damaged checkpoint, or if
-    no average was kept.
+    ema: the averaged weights instead of the last ones. tokenizer_dir: None takes the tokenizer that the run kept, or that of
+    its data; where neither is there, one line says so. Weights get the dtype that the run trained in. Raises ValueError for a
+    damaged checkpoint, a tokenizer that is not the run's, or if no average was kept.
     """
     found = checkpoint.find(Path(checkpoint_dir))
     info = checkpoint.read_info(found)
     config = Config.from_dict(info["config"])
-    data = Path(info["train_config"]["data"])
-    tokenizer_dir = tokenizer_dir or (str(data) if (data / "tokenizer.json").is_file() else None)
+    tokenizer_dir = tokenizer_dir or _tokenizer_of(found, info)
     weights = "ema" if ema else "master"
     stored = checkpoint.stored_names(found)
     if ema and not any(name.startswith("ema.") for name in stored):
@@ -104,8 +117,40 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, to
     model.save_pretrained(out, tokenizer_dir=tokenizer_dir)
 
 
-def _trainer(config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Callback]) -> Trainer:
-    model_config = _model_config(config)
+def _keep_tokenizer(data: Path, out: Path) -> None:
+    """Copies the data's tokenizer beside the checkpoints: the data may move, or be made anew with another."""
+    for name in TOKENIZER_FILES:
+        if not (data / name).is_file():
+            continue
+        try:
+            shutil.copyfile(data / name, out / f".{name}")
+            os.replace(out / f".{name}", out / name)
+        except OSError as error:
+            raise OSError(f"could not write {out / name}: {error.strerror}") from error
+
+
+def _tokenizer_of(found: Path, info: dict[str, Any]) -> str | None:
+    """The folder with the tokenizer that a checkpoint's run was trained with: the copy beside it, or the data's."""
+    data = Path(info["train_config"]["data"])
+    if (found.parent / "tokenizer.json").is_file():
+        return str(found.parent)
+    if not (data / "tokenizer.json").is_file():
+        print(f"dsv3: no tokenizer is exported: there is none beside {found}, nor at {data}", file=sys.stderr)
+        return None
+    if read_index(data).tokenizer_sha != info["data"]["tokenizer_sha"]:
+        raise ValueError(
+            f"{found} was trained with another tokenizer than that of {data}: name the folder of the right one"
+        )
+    return str(data)
+
+
+def _trainer(
+    config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Callback], *, begun: Path | None = None
+) -> Trainer:
+    """begun: a checkpoint of this run itself, whatever its state."""
+    if not config.data:
+        raise ValueError("data must be a folder made by `dsv3 tokenize`, set data=FOLDER")
+    model_config = _model_config(config, begun)
     if config.seq_len > model_config.max_position_embeddings:
         limit = model_config.max_position_embeddings
         raise ValueError(
@@ -145,10 +190,12 @@ def _model(model_config: Config, config: TrainConfig, parallel: DataParallel) ->
     return model.init_weights(seed=config.seed, first_expert=parallel.experts.start if split else 0)
 
 
-def _model_config(config: TrainConfig) -> Config:
+def _model_config(config: TrainConfig, begun: Path | None = None) -> Config:
     """The preset's, the folder's or the first stage's config, with the data's ids of the first and last token of a document,
-    and the keys of config.model replaced."""
-    if config.init_from:
+    and the keys of config.model replaced. A run that has `begun` needs its first stage no more."""
+    if config.init_from and begun is not None and checkpoint.problem(begun) is None:
+        base = Config.from_dict(checkpoint.read_info(begun)["config"])
+    elif config.init_from:
         base = Config.from_dict(checkpoint.read_info(checkpoint.find(Path(config.init_from)))["config"])
     elif config.preset in PRESETS:
         base = Config.preset(config.preset)

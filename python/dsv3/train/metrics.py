@@ -108,9 +108,8 @@ class MetricsFile(Callback):
             self._file.close()
 
     def _write(self, values: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
-            self._file.write(json.dumps(finite) + "\n")
+            self._file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self._file.name}: {error.strerror}; checkpoints are intact") from error
 
@@ -134,6 +133,13 @@ class TensorBoard(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """value, with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

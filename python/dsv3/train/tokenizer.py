@@ -108,18 +108,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str], *, max_
         os.replace(temporary, folder / name)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Open a `tokenizers` file, or the tokenizer.json of a folder. ValueError where there is none."""
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"expected a tokenizer.json, found none at {file}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for anything wrong in the file
-        raise ValueError(f"{file}: expected a file of the tokenizers library, found {error}") from None
-
-
 def tokenizer_sha(tokenizer: Tokenizer) -> str:
     """Hex digest that names the tokenizer a token file was made with."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

@@ -72,6 +72,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.last_checkpoint: Path | None = None
         self.interrupted = False
+        self._stop: _StopSignal | None = None
         self._clock = _Clock()
         self._agreed_seconds, self._agreed_stop = 0.0, False
         self._pending: _Issued | None = None
@@ -81,12 +82,14 @@ class Trainer:
     def train(self) -> EvalReport | None:
         """Runs to the end of the run and returns the last validation, if there is validation text.
 
-        SIGINT or SIGTERM ends the run after the current step with a checkpoint and sets `interrupted`. Raises Diverged
+        SIGINT or SIGTERM ends the run after the current step with a checkpoint and sets `interrupted`; a process on its own
+        also leaves a validation for it. The last checkpoint is written before the last validation. Raises Diverged
         after config.max_skips steps in a row that were not finite, RankLost where another rank's process is gone,
         CheckpointError if a checkpoint cannot be written.
         """
         config, result = self.config, None
         with _StopSignal(self.say) as stop, naming_lost_ranks():  # torchrun sends SIGTERM meanwhile
+            self._stop = stop
             self._clock.start()
             self._call("on_start", self)
             try:
@@ -99,9 +102,10 @@ class Trainer:
                         self.save()
                 self._drain()
                 self.interrupted = self._should_stop(stop.requested) and self.progress < 1
+                self.save()
                 if not self.interrupted:
                     result = self.evaluate()
-                self.save()
+                    self.interrupted = result is None and self.validation is not None
             finally:
                 self._call("on_end", self)
         return result
@@ -214,11 +218,14 @@ class Trainer:
     # ---- validation ----
     @torch.no_grad()
     def evaluate(self, max_sequences: int = 0) -> EvalReport | None:
-        """Scores the validation text, or its first `max_sequences` windows (0: all). Ranks share the work."""
+        """Scores the validation text, or its first `max_sequences` windows (0: all). Ranks share the work. None without such
+        text, or where a process on its own is to stop."""
         if self.validation is None:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # nats, targets
         for tokens, mask in self._share(self.validation.batches(self.config.micro_batch), max_sequences):
+            if self._stop is not None and self._stop.requested and self.parallel.world == 1:
+                return None
             batch = Batch(tokens.to(self.parallel.device), mask.to(self.parallel.device))
             loss = self.model.loss(batch, mtp_weight=0.0, balance_alpha=0.0)
             sums += torch.stack([loss.ce.double() * loss.num_tokens, torch.as_tensor(loss.num_tokens).double()])
