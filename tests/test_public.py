@@ -7,7 +7,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,27 +76,6 @@ def test_loading_onto_a_device(device: torch.device, tmp_path: Path) -> None:
         logits = model(torch.zeros(2, 5, dtype=torch.int64, device=device))
     assert logits.shape == (2, 5, config.vocab_size)
     assert torch.equal(model.embed.weight.cpu(), saved.embed.weight.bfloat16())
-
-
-# ---- gradients ----
-@pytest.mark.parametrize(
-    "op",
-    [
-        lambda x: ops.rmsnorm(x, torch.ones(16)),
-        ops.swiglu,
-        lambda x: ops.linear(x, torch.ones(8, 16)),
-        lambda x: ops.grouped_linear(x, torch.ones(2, 8, 16), torch.tensor([0, 1, 4], dtype=torch.int32)),
-        lambda x: ops.cross_entropy(x * 1, torch.tensor([1, 0, 3, 2])),
-        lambda x: ops.moe_permute(x, torch.tensor([[0], [1], [0], [1]]), 2)[0],
-    ],
-    ids=["rmsnorm", "swiglu", "linear", "grouped_linear", "cross_entropy", "moe_permute"],
-)
-def test_gradients_of_second_order_are_an_error(op: Callable[[Tensor], Tensor]) -> None:
-    """They would be zeros, since primitives have no gradients."""
-    x = torch.randn(4, 16, requires_grad=True)
-    (dx,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
-        (dx.square().sum() + x.sum()).backward()
 
 
 # ---- the list of ops ----

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -457,3 +458,65 @@ def test_shards_keep_to_their_size(tmp_path: Path) -> None:
     assert max(sizes) <= 30_000
     assert index["metadata"]["total_size"] == sum(sizes)
     assert index["weight_map"].keys() == file_tensors(tmp_path / "a").keys()
+
+
+def test_quantised_weights_move_with_the_model(tmp_path: Path) -> None:
+    """From device to device; a cast of the model leaves them as they are."""
+    write_fp8(tmp_path / "a")
+    model = load_pretrained(tmp_path / "a", dtype="fp8")
+    module = model.layers[0].attention.o
+    before = module.weight
+    model.float()
+    assert module.weight.data.dtype == torch.float8_e4m3fn
+    assert torch.equal(module.weight.sf, before.sf)
+    model.to("meta")
+    held = [value for m in model.modules() for value in vars(m).values() if isinstance(value, Quantized)]
+    assert held
+    assert {(q.data.device.type, q.sf.device.type) for q in held} == {("meta", "meta")}
+
+
+def test_scales_without_fp8_are_an_error(tmp_path: Path) -> None:
+    """Values that were converted without their scales are wrong by a factor each."""
+    tensors = write_fp8(tmp_path / "a")
+    key = next(key for key, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn)
+    edit(tmp_path / "a", {key: tensors[key].bfloat16()})
+    with pytest.raises(ValueError, match=rf"expected {key} of dtype F8_E4M3, since it has block scales, found BF16"):
+        load_pretrained(tmp_path / "a")
+
+
+def test_a_device_without_weights_is_refused(tmp_path: Path) -> None:
+    random_model(small_config()).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="expected a device that holds weights, got meta"):
+        load_pretrained(tmp_path / "a", device="meta")
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, True),
+        ({"scoring_func": "softmax"}, False),
+        ({"topk_method": "greedy"}, False),
+        (
+            {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+            True,
+        ),
+        (
+            {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": True},
+            False,
+        ),
+        ({"model_type": "deepseek_v2"}, False),
+    ],
+)
+def test_what_transformers_would_compute_otherwise_is_said(
+    changes: dict[str, Any], known: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random_model(small_config(routed_scaling_factor=1.0, **changes)).save_pretrained(tmp_path / "a")
+    assert ("transformers computes this model otherwise, or refuses it" in caplog.text) != known
+
+
+def test_yarn_is_written_with_its_factor(tmp_path: Path) -> None:
+    scaling = {"type": "yarn", "original_max_position_embeddings": 64}
+    config = small_config(rope_scaling=scaling, max_position_embeddings=256)
+    random_model(config).save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_scaling"]["factor"] == 4
+    assert load_pretrained(tmp_path / "a").config.rope == config.rope

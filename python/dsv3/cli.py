@@ -99,6 +99,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
     seed: Annotated[int | None, typer.Option()] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends the completion; may be given again")] = None,
     speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
@@ -108,19 +109,20 @@ def generate(
     """Continue a prompt, streaming; the speed goes to stderr."""
     import torch
 
-    from dsv3 import DeepSeekV3, Engine, SamplingParams
+    from dsv3 import DeepSeekV3, SamplingParams
     from dsv3.inference.cache import check_kv_cache_dtype
+    from dsv3.inference.engine import engine_for
     from dsv3.parallel.data import find_device
     from dsv3.terminal import printable
 
-    prompt = sys.stdin.read() if prompt is None else prompt
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
+    prompt = _standard_input() if prompt is None else prompt
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos, tuple(stop or ()))
     if dtype not in (None, "bfloat16", "float32", "fp8"):
         raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
     check_kv_cache_dtype(kv_cache_dtype)
     loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device))
-    options = {"speculative": speculative, "max_batch": 1, "kv_cache_dtype": kv_cache_dtype}
-    engine = Engine(loaded, tokenizer=tokenizer or model, **options)
+    options = {"speculative": speculative, "kv_cache_dtype": kv_cache_dtype}
+    engine, prompts, each = engine_for(loaded, [prompt], params, tokenizer=tokenizer or model, **options)
     shown = False
 
     def show(index: int, ids: list[int], text: str) -> None:
@@ -129,7 +131,7 @@ def generate(
         print(printable(text), end="", flush=True)
 
     try:
-        engine.generate([prompt], params, on_token=show)
+        engine.generate(prompts, each, on_token=show)
     finally:
         if shown:  # also an error begins a line of its own
             print(flush=True)
@@ -137,6 +139,13 @@ def generate(
     print(
         f"[{engine.stats.generated_tokens} tokens, {engine.stats.tokens_per_second:.0f} a second{drafts}]",
         file=sys.stderr,
+    )
+
+
+def _standard_input() -> str:
+    """All of it; what is not UTF-8 is said with the prompt, as where it is an argument."""
+    return (
+        sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
     )
 
 

@@ -141,9 +141,20 @@ class Config:
             "tie_word_embeddings": False,
             "moe_layer_freq": 1,
         }
+        if self.rope_scaling is not None and self.rope_type == "yarn" and not self.rope_scaling.get("factor"):
+            values["rope_scaling"] = {**self.rope_scaling, "factor": self.yarn_factor}  # which others do not work out
         return {**self.extra, **values, **fixed}
 
     # ---- what follows from the fields ----
+    @property
+    def is_known_elsewhere(self) -> bool:
+        """Whether transformers computes this gate: it knows one of each model_type, whatever config.json says."""
+        if not self.n_routed_experts:
+            return True
+        if self.model_type == "deepseek_v3":
+            return (self.scoring_func, self.topk_method) == ("sigmoid", "noaux_tc")
+        return self.scoring_func == "softmax" and self.topk_method != "noaux_tc" and not self.norm_topk_prob
+
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 import dsv3
 from dsv3 import DeepSeekV3, Engine, SamplingParams
 from dsv3.inference.cache import PAGE
+from dsv3.inference.engine import engine_for
 from tests.inference.small import full_logits, random_model, random_prompts, small_config
 from tests.inference.test_text import EOS, TOKENIZER
 
@@ -337,9 +339,12 @@ def test_bad_prompts(model, prompts, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
-        ({"max_context": 257}, "max_context must be between 2 and max_position_embeddings 256, got 257"),
-        ({"num_pages": 1}, "at least 2 pages, got 1"),
+        ({"max_batch": 0}, "max_batch must be an int of at least 1, got 0"),
+        ({"max_batch": 1.5}, "max_batch must be an int of at least 1, got 1.5"),
+        ({"max_context": 257}, "max_context must be an int from 2 to max_position_embeddings 256, got 257"),
+        ({"max_context": 64.0}, "max_context must be an int from 2 to max_position_embeddings 256, got 64.0"),
+        ({"num_pages": 1}, "num_pages must be an int of at least 2, got 1"),
+        ({"num_pages": 2.0}, "num_pages must be an int of at least 2, got 2.0"),
         ({"max_prefill_tokens": 0}, "max_prefill_tokens must be an int of at least 1, got 0"),
         ({"max_prefill_tokens": "8"}, "max_prefill_tokens must be an int of at least 1, got '8'"),
     ],
@@ -359,8 +364,13 @@ def test_a_piece_holds_what_drafting_starts_from():
 def test_bad_requests(model):
     with pytest.raises(ValueError, match="prompt 0: needs 2 cache pages, the engine has 1"):
         Engine(model, num_pages=2).generate([[1]], GREEDY)
-    with pytest.raises(ValueError, match=r"one SamplingParams or one a prompt \(2\), got 1"):
-        dsv3.generate(model, [[1], [2]], [GREEDY])
+    for bad, found in (
+        ([GREEDY], "1 of SamplingParams"),
+        ({"max_tokens": 3}, "1 of dict"),
+        ([None] * 2, "2 of NoneType"),
+    ):
+        with pytest.raises(ValueError, match=rf"one SamplingParams or one a prompt \(2\), got {found}"):
+            dsv3.generate(model, [[1], [2]], bad)
     assert dsv3.generate(model, [], GREEDY) == []
 
 
@@ -418,6 +428,91 @@ def test_nan_while_decoding(device, speculative, params):
     assert taken[1] >= 10
     model.head.weight.copy_(head)
     assert engine.generate(prompts, params) == expected
+
+
+def test_prompts_and_parameters_may_be_generators(model):
+    prompts = [[1, 2], [3]]
+    expected = dsv3.generate(model, prompts, GREEDY)
+    assert dsv3.generate(model, (p for p in prompts), (GREEDY for _ in prompts)) == expected
+    assert Engine(model).generate((p for p in prompts), (GREEDY for _ in prompts)) == expected
+
+
+def test_an_engine_generates_one_call_at_a_time(model):
+    engine = Engine(model)
+    expected = engine.generate([[1, 2]], GREEDY)
+
+    def again(index: int, new: list[int], piece: str) -> None:
+        with pytest.raises(ValueError, match="this engine is generating already: give it all prompts in one call"):
+            engine.generate([[3]], GREEDY)
+
+    assert engine.generate([[1, 2]], GREEDY, on_token=again) == expected
+    assert engine.generate([[1, 2]], GREEDY) == expected
+
+
+def test_an_engine_made_in_inference_mode_serves_outside_of_it(model):
+    with torch.inference_mode():
+        engine = Engine(model)
+        expected = engine.generate([[1, 2]], GREEDY)
+    assert engine.generate([[1, 2]], GREEDY) == expected
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=0, max_tokens=32, ignore_eos=True)])
+@torch.no_grad()
+def test_tokens_whose_embedding_is_not_finite_are_no_drafts(device, params):
+    """A draft that is not accepted must not end a completion: only the token itself, once it is the newest, does."""
+    model, prompt, ended = random_model(small_config(), device), [[1, 2, 3]], 0
+    healthy = dsv3.generate(model, prompt, params)
+    for token in range(4, 64):
+        kept, seen = model.embed.weight[token].clone(), []
+        model.embed.weight[token, 3] = torch.nan
+        try:
+            dsv3.generate(model, prompt, params, on_token=lambda index, new, piece, seen=seen: seen.extend(new))
+        except ValueError:
+            assert token in seen
+            ended += 1
+        else:
+            assert params.temperature or seen == healthy[0].token_ids
+        model.embed.weight[token] = kept
+    assert 0 < ended < 40
+    assert dsv3.generate(model, prompt, params) == healthy
+
+
+def test_accepted_drafts_are_in_the_completion():
+    model = random_model(small_config(num_nextn_predict_layers=3), noise=0.0)
+    for tokens in range(1, 9):
+        [found] = dsv3.generate(model, [[1, 2, 3]], dataclasses.replace(GREEDY, max_tokens=tokens))
+        assert len(found.token_ids) == tokens
+        assert found.num_accepted <= tokens - 1
+
+
+def test_the_cache_is_as_large_as_the_prompts_need(model):
+    short = dataclasses.replace(GREEDY, max_tokens=10)
+    engine, prompts, each = engine_for(model, [[1] * 60, [2]], [short, GREEDY], max_batch=1)
+    assert engine._scheduler.pool.capacity == 1 + 2
+    assert engine.generate(prompts, each) == dsv3.generate(model, [[1] * 60, [2]], [short, GREEDY])
+
+
+def test_end_tokens_of_the_generation_config_count(model, tmp_path):
+    """Beside those of config.json; the file is saved as it was read."""
+    model.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "generation_config.json"
+    plain = dsv3.generate(model, [[1, 2, 3]], GREEDY)[0].token_ids
+    values = {"eos_token_id": [1, plain[4]], "temperature": 0.6}
+    path.write_text(json.dumps(values))
+    loaded = DeepSeekV3.from_pretrained(tmp_path / "a")
+    ends = dataclasses.replace(GREEDY, ignore_eos=False)
+    found = dsv3.generate(loaded, [[1, 2, 3]], ends)[0]
+    assert found.finish_reason == "stop"
+    assert found.token_ids == plain[: plain.index(plain[4]) + 1]
+    loaded.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == values
+    for bad, message in (
+        ("[1]", "must hold one JSON object, got list"),
+        ('{"eos_token_id": "x"}', "expected eos_token_id"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=rf"generation_config\.json.* {message}"):
+            DeepSeekV3.from_pretrained(tmp_path / "a")
 
 
 def test_stats_count_what_happened(model):

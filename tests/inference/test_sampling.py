@@ -118,3 +118,21 @@ def test_splitmix64_gives_its_published_outputs():
     state = torch.tensor(1234567)
     u = [float(uniform(state, torch.tensor(0), stream)) for stream in range(4)]
     assert u == [(x >> 11) / 2**53 for x in outputs]
+
+
+def test_the_best_token_stays_however_small_top_p_is():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
+    one = torch.ones(2)
+    for top_p in (1e-30, 1e-40, 1e-50):
+        p = probabilities(logits, one, torch.full((2,), top_p), torch.zeros(2, dtype=torch.int64))
+        assert p.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_no_stop_strings():
+    assert SamplingParams(stop=None).stop == ()
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 2**63), ("temperature", 10**400)])
+def test_numbers_too_large(name, value):
+    with pytest.raises(ValueError, match=f"SamplingParams: {name} must be"):
+        SamplingParams(**{name: value})

@@ -27,6 +27,7 @@ CALLS = {
     "cross_entropy": lambda x: ops.cross_entropy(x, torch.tensor([1, 2, 3])),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(x, torch.eye(16), torch.tensor([1, 2, 3])),
     "fp8_linear": lambda x: ops.fp8_linear(x, ops.Fp8Weight.make(torch.eye(16))),
+    "moe_permute": lambda x: ops.moe_permute(x, torch.tensor([[0], [1], [0]]), 2)[0],
     "ExpertBuffer": through_a_buffer,
 }
 

@@ -62,6 +62,7 @@ class Decoder:
         cuda_graphs: whether `launch` replays CUDA graphs.
     """
 
+    @torch.inference_mode(False)  # state made by an engine in inference mode must serve it outside too
     def __init__(
         self,
         model: DeepSeekV3,
@@ -104,6 +105,7 @@ class Decoder:
         self._rows = torch.arange(max_batch, device=self.device)
         self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
         self.result = state(depth + 2)
+        self._unfit: Tensor | None = None  # bool [V]: tokens that are never drafted, where there are such
         self._graphs = Graphs() if cuda_graphs else None
         self._addresses: tuple[object, ...] = ()
         on_gpu = self.device.type == "cuda"
@@ -138,9 +140,14 @@ class Decoder:
 
     # ---- steps ----
     def check_weights(self) -> None:
-        """To be called when weights may have moved since the last round: graphs that know their old places are dropped."""
+        """To be called when weights may have changed since the last round: graphs that know their old places are dropped, and
+        tokens whose embedding is not finite are not drafted. A draft may stand beside the newest token, and what is not
+        finite reaches it, though the draft is not accepted."""
+        if self.depth:
+            unfit = ~self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite()
+            self._unfit = unfit if bool(unfit.any()) else None
         if self._graphs is not None:
-            now = addresses(self.model)
+            now = *addresses(self.model), None if self._unfit is None else self._unfit.data_ptr()
             if now != self._addresses:
                 self._graphs.clear()
             self._addresses = now
@@ -298,6 +305,8 @@ class Decoder:
         self, logits: Tensor, rows: slice, place: Tensor, stream: int, mode: int
     ) -> tuple[Tensor, Tensor | None]:
         """A token a row from logits [B, V], for token number `place` [B]; and the distribution [B, V], None where greedy."""
+        if stream == DRAFT and self._unfit is not None:
+            logits = logits.masked_fill(self._unfit, -torch.inf)
         if mode == GREEDY:
             return logits.argmax(-1), None
         p = self._probabilities(logits, rows, mode)

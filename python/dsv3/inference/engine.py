@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +84,8 @@ class Engine:
         speculative: draft with MTP. None: where the model has MTP.
         max_batch: sequences that run at a time; more wait.
         max_context: prompt and completion together; None: config.max_position_embeddings.
-        num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context.
+        num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context, which for a long
+            context is much: 163840 tokens of 671b take 11.7 GB a sequence.
         max_prefill_tokens: a forward pass over prompts takes at most so many tokens, which bounds its memory: several prompts
             together, or a piece of a longer one on top of those before, whose keys and values are made of the cache again, so
             many at a time. At least 1, and the number of MTP modules that draft.
@@ -128,20 +131,17 @@ class Engine:
             raise ValueError("speculative=True needs an MTP module, but this model's checkpoint has none")
         limit = config.max_position_embeddings
         context = limit if max_context is None else max_context
-        if not 2 <= context <= limit:
-            raise ValueError(f"max_context must be between 2 and max_position_embeddings {limit}, got {context}")
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if type(context) is not int or not 2 <= context <= limit:
+            raise ValueError(f"max_context must be an int from 2 to max_position_embeddings {limit}, got {context!r}")
+        _check_int("max_batch", max_batch, 1)
         self.tokenizer = _tokenizer(model, tokenizer)
         self.stats = Stats()
         self._config, self._context, self._max_batch = config, context, max_batch
         self._depth = 0 if speculative is False else len(model.mtp)
-        eos = config.eos_token_id
-        self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        least = max(self._depth, 1)
-        if type(max_prefill_tokens) is not int or max_prefill_tokens < least:
-            raise ValueError(f"max_prefill_tokens must be an int of at least {least}, got {max_prefill_tokens!r}")
+        self._eos = _ids(config.eos_token_id) | _ids((model.generation_config or {}).get("eos_token_id"))
+        _check_int("max_prefill_tokens", max_prefill_tokens, max(self._depth, 1))
         num_pages = 1 + max_batch * pages_for(context + self._depth) if num_pages is None else num_pages
+        _check_int("num_pages", num_pages, 2)
         self._scheduler = Scheduler(PagePool(num_pages), max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         # The table is wide enough for a round behind the one that fills the context: see _step.
         sizes = {
@@ -156,6 +156,7 @@ class Engine:
         self._min_width = MIN_WIDTH if graphs else 1
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
+        self._busy = threading.Lock()
 
     def generate(
         self,
@@ -164,7 +165,7 @@ class Engine:
         *,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
-        """Completions of all prompts, in their order.
+        """Completions of all prompts, in their order. One call at a time: threads have an engine each.
 
         Args:
             prompts: texts or lists of token ids.
@@ -173,13 +174,17 @@ class Engine:
                 hold whole characters and joined give the completion's text ("" without a tokenizer).
 
         Raises:
-            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary;
-                and later, when logits are not finite.
+            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary, and
+                where the engine is generating already; and later, when logits are not finite.
         """
         requests = self._requests(prompts, params)
-        self._scheduler.waiting.extend(requests)
-        self._decoder.check_weights()
+        if not self._busy.acquire(blocking=False):
+            raise ValueError(
+                "this engine is generating already: give it all prompts in one call, or make another engine"
+            )
         try:
+            self._scheduler.waiting.extend(requests)
+            self._decoder.check_weights()
             with torch.no_grad():
                 while self._scheduler.waiting or self._scheduler.running:
                     self._step(on_token)
@@ -187,6 +192,7 @@ class Engine:
             self._under_way = None
             self._decoder.release(0, self._max_batch)
             self._scheduler.clear()
+            self._busy.release()
         return [self._completion(r) for r in requests]
 
     # ---- requests ----
@@ -195,10 +201,8 @@ class Engine:
     ) -> list[Request]:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts or of token ids, got one text")
-        params = SamplingParams() if params is None else params
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"expected one SamplingParams or one a prompt ({len(prompts)}), got {len(each)}")
+        prompts = list(prompts)
+        each = _one_each(params, len(prompts))
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
 
     def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
@@ -290,11 +294,12 @@ class Engine:
         ]
         self.stats.steps += bool(live)
         for request, (*tokens, accepted) in live:
+            taken = self._take(request, tokens[: accepted + 1], on_token)
+            kept = min(accepted, taken)  # where the completion ended among them
             request.num_drafted += self._depth
-            request.num_accepted += accepted
+            request.num_accepted += kept
             self.stats.drafted += self._depth
-            self.stats.accepted += accepted
-            self._take(request, tokens[: accepted + 1], on_token)
+            self.stats.accepted += kept
         self._retire()
 
     def _retire(self) -> None:
@@ -304,8 +309,8 @@ class Engine:
         if len(self._scheduler.running) < before:
             self._decoder.release(len(self._scheduler.running), before)
 
-    def _take(self, request: Request, tokens: list[int], on_token: OnToken | None) -> None:
-        """Adds a step's tokens to a completion up to where it ends, and passes them on."""
+    def _take(self, request: Request, tokens: list[int], on_token: OnToken | None) -> int:
+        """Adds a step's tokens to a completion up to where it ends, and passes them on; returns how many."""
         stream = request.text if on_token is not None or request.params.stop else None
         taken = 0
         for token in tokens:
@@ -332,11 +337,32 @@ class Engine:
         piece = request.text.take(final=finished) if request.text is not None and (stream or finished) else ""
         if on_token is not None:
             on_token(request.index, tokens[:taken], piece)
+        return taken
 
 
 def _tokenizer(model: DeepSeekV3, tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
     tokenizer = getattr(model, "tokenizer_path", None) if tokenizer is None else tokenizer
     return load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def _ids(tokens: object) -> frozenset[int]:
+    """The token ids of an entry of a config: a number, a list of them, or none."""
+    return frozenset(tokens if isinstance(tokens, list) else [] if tokens is None else [tokens])
+
+
+def _one_each(params: SamplingParams | Iterable[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * prompts
+    each = list(params) if isinstance(params, Iterable) and not isinstance(params, str | Mapping) else [params]
+    if len(each) != prompts or not all(isinstance(p, SamplingParams) for p in each):
+        found = ", ".join(sorted({type(p).__name__ for p in each})) or "none"
+        raise ValueError(f"expected one SamplingParams or one a prompt ({prompts}), got {len(each)} of {found}")
+    return each
 
 
 def _mode(requests: list[Request]) -> int:
@@ -351,32 +377,43 @@ def _no_prompt(index: int, prompt: object) -> ValueError:
 
 def generate(
     model: DeepSeekV3,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    prompts: Iterable[str] | Iterable[Sequence[int]],
+    params: SamplingParams | Iterable[SamplingParams] | None = None,
+    *,
+    on_token: OnToken | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """Completions of all prompts by an engine just for them; see `engine_for` and Engine.generate for arguments and errors."""
+    engine, prompts, params = engine_for(model, prompts, params, **options)
+    return engine.generate(prompts, params, on_token=on_token)
+
+
+def engine_for(
+    model: DeepSeekV3,
+    prompts: Iterable[str] | Iterable[Sequence[int]],
+    params: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
     tokenizer: Tokenizer | str | Path | None = None,
-    speculative: bool | None = None,
-    on_token: OnToken | None = None,
     max_batch: int = 32,
-    kv_cache_dtype: str | None = None,
-    cuda_graphs: bool | None = None,
-) -> list[Completion]:
-    """Completions of all prompts by an engine just for them; see Engine and Engine.generate for arguments and errors."""
+    max_context: int | None = None,
+    **options: Any,
+) -> tuple[Engine, list[list[int]], list[SamplingParams]]:
+    """An engine whose cache is as large as these prompts can fill at a time, the prompts as token ids, the parameters of each.
+
+    Other options are those of Engine; num_pages, where it is given, is too. Raises ValueError as Engine and its generate do.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of texts or of token ids, got one text")
     tokenizer = _tokenizer(model, tokenizer)
-    if tokenizer is not None and not isinstance(prompts, str):
-        prompts = [encode(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    prompts = [encode(tokenizer, p) if tokenizer is not None and isinstance(p, str) else p for p in prompts]
     for index, prompt in enumerate(prompts):
         if not hasattr(prompt, "__len__"):
             raise _no_prompt(index, prompt)
-    params = SamplingParams() if params is None else params
-    longest = (
-        params.max_tokens if isinstance(params, SamplingParams) else max((p.max_tokens for p in params), default=1)
-    )
-    # The cache is as large as these prompts can fill at a time.
+    each = _one_each(params, len(prompts))
+    _check_int("max_batch", max_batch, 1)
     max_batch = min(max_batch, max(len(prompts), 1))
-    context, depth = model.config.max_position_embeddings, len(model.mtp)
-    pages = sorted((pages_for(min(len(p) + longest, context) + depth) for p in prompts), reverse=True)
-    sizes = {"max_batch": max_batch, "num_pages": 2 + sum(pages[:max_batch])}
-    options = {"speculative": speculative, "kv_cache_dtype": kv_cache_dtype, "cuda_graphs": cuda_graphs}
-    engine = Engine(model, tokenizer=tokenizer, **options, **sizes)
-    return engine.generate(prompts, params, on_token=on_token)
+    limit, depth = model.config.max_position_embeddings, len(model.mtp)
+    context = limit if type(max_context) is not int else max_context
+    pages = [pages_for(min(len(p) + q.max_tokens, context) + depth) for p, q in zip(prompts, each, strict=True)]
+    sizes = {"num_pages": 2 + sum(sorted(pages, reverse=True)[:max_batch]), **options}
+    return Engine(model, tokenizer=tokenizer, max_batch=max_batch, max_context=max_context, **sizes), prompts, each

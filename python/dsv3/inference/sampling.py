@@ -29,7 +29,7 @@ class SamplingParams:
             (up to the rounding of the logits), and equal prompts with equal seeds give equal completions. None: a new one
             from the operating system for each prompt.
         ignore_eos: go on past the end-of-sequence token.
-        stop: strings that end the completion; its text ends before them. They need a tokenizer.
+        stop: strings that end the completion, or None; its text ends before them. They need a tokenizer.
 
     Raises:
         ValueError: a value outside its range.
@@ -44,12 +44,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         checks = [
             ("max_tokens", "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens >= 1),
             ("temperature", "a finite number of at least 0", _is_number(self.temperature) and self.temperature >= 0),
             ("top_p", "a number in (0, 1]", _is_number(self.top_p) and 0 < self.top_p <= 1),
-            ("top_k", "an integer of at least 0", _is_int(self.top_k) and self.top_k >= 0),
+            ("top_k", "an integer from 0 to 2^63 - 1", _is_int(self.top_k) and 0 <= self.top_k < 2**63),
             ("seed", "an integer or None", self.seed is None or _is_int(self.seed)),
             ("stop", "non-empty strings", all(isinstance(s, str) and s for s in self.stop)),
         ]
@@ -71,7 +71,7 @@ def _is_int(x: object) -> bool:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < math.inf and abs(x) < 1e308
 
 
 def _signed(x: int) -> int:
@@ -126,7 +126,7 @@ def probabilities(
         ranked = ranked.masked_fill((rank >= top_k[..., None]) & (top_k > 0)[..., None], 0.0)
         cumulative = ranked.cumsum(-1)
         limit = torch.where(top_p < 1, top_p, torch.inf)[..., None] * cumulative[..., -1:]
-        ranked = ranked.masked_fill(cumulative - ranked >= limit, 0.0)
+        ranked = ranked.masked_fill((cumulative - ranked >= limit) & (rank > 0), 0.0)  # the best always stays
         p = torch.empty_like(p).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
     return torch.where(temperature > 0, p, torch.zeros_like(p).scatter_(-1, index, 1.0))
 

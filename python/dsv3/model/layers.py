@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,18 @@ from dsv3 import ops
 from dsv3.config import Rope
 
 
-class Linear(nn.Module):
+class QuantizedModule(nn.Module):
+    """A module some of whose weights may be ops.Quantized, which move with it from device to device, and keep their dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        super()._apply(fn, recurse)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, ops.Quantized):
+                setattr(self, name, value.to(fn(value.sf.new_empty(0)).device))
+        return self
+
+
+class Linear(QuantizedModule):
     """y = x W^T. `weight` is a parameter [N, K], or an ops.Quantized put in its place by a loader.
 
     With `fp8` (see DeepSeekV3.set_precision) a parameter trains in FP8 where N and K are multiples of 16; others do not.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsv3 import ops
 from dsv3.comm import Dispatched, ExpertBuffer
 from dsv3.config import Config
-from dsv3.model.layers import MLP
+from dsv3.model.layers import MLP, QuantizedModule
 
 
 class Routed(NamedTuple):
@@ -63,7 +63,7 @@ class Gate(nn.Module):
         }
 
 
-class Experts(nn.Module):
+class Experts(QuantizedModule):
     """The routed experts of one rank: gate_up [G, 2I, H] and down [G, H, I]. With `fp8` (see DeepSeekV3.set_precision) they
     train in FP8 where I and H are multiples of 16."""
 

@@ -57,6 +57,8 @@ def is_expert_param(name: str) -> bool:
 class DeepSeekV3(nn.Module):
     """DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437). Activations are packed [T, H]; see AttentionContext.
 
+    A new model's weights are whatever memory holds: `init_weights` draws them, `from_pretrained` reads them.
+
     Args:
         config: the architecture.
         device: where parameters are made; "meta" makes none.
@@ -77,6 +79,9 @@ class DeepSeekV3(nn.Module):
         super().__init__()
         at: dict[str, Any] = {"device": device, "dtype": dtype or getattr(torch, config.dtype)}
         self.config = config
+        self.generation_config: dict[str, Any] | None = (
+            None  # of the folder that a loader read, for generation and saving
+        )
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **at)
         self.layers = nn.ModuleList(Block(config, n, **at) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **at)

@@ -35,6 +35,10 @@ class Quantized:
     def device(self) -> torch.device:
         return self.data.device
 
+    def to(self, device: torch.device) -> Quantized:
+        """The same on a device."""
+        return Quantized(self.data.to(device), self.sf.to(device))
+
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight as a dense tensor [..., N, K] of `dtype`."""
         return dequantize(self.data, self.sf).to(dtype)

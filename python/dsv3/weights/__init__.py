@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,14 +35,17 @@ def load_pretrained(
 ) -> DeepSeekV3:
     """A model from a checkpoint folder, tensor by tensor: nothing but its parameters is ever in memory.
 
+    Of generation_config.json, where there is one, the end-of-sequence tokens count in generation beside those of config.json;
+    saving the model writes it as it was.
+
     Where config.json promises MTP modules that the files lack, the model has none, and one warning says so. The path of a
     tokenizer.json in the folder is left in `model.tokenizer_path`, where generation finds it.
 
     Args:
         path: a folder with config.json and model.safetensors, or shards and model.safetensors.index.json.
-        dtype: of the weights. None: as in the files, bf16 for an FP8 checkpoint. "fp8": FP8 weights stay the bytes and
-            scales of the files (`ops.Quantized`), for inference; the rest is as in the files.
-        device: where the model is to be.
+        dtype: of the weights. None: that of the embedding in the files. "fp8": FP8 weights stay the bytes and scales of the
+            files (`ops.Quantized`), for inference: no parameters, and not in the state dict; the rest is as with None.
+        device: where the model is to be; not "meta".
         mtp: False leaves the MTP modules out.
 
     Raises:
@@ -49,6 +54,10 @@ def load_pretrained(
     """
     folder = Path(path)
     _check_dtype(dtype)
+    if torch.device(device).type == "meta":
+        raise ValueError(
+            "expected a device that holds weights, got meta: DeepSeekV3(config, device='meta') needs no files"
+        )
     if not folder.is_dir():
         raise ValueError(f"expected a checkpoint folder, found none at {folder}")
     config = Config.from_pretrained(folder)
@@ -58,6 +67,7 @@ def load_pretrained(
     model = _build(_without_absent_mtp(config, reader, mtp), reader, dtype, device)
     tokenizer = folder / "tokenizer.json"
     model.tokenizer_path = tokenizer if tokenizer.is_file() else None
+    model.generation_config = _generation_config(folder)
     return model
 
 
@@ -96,15 +106,34 @@ def save_pretrained(
         # It names Python files of the folder that the config came from.
         extra={key: value for key, value in model.config.extra.items() if key != "auto_map"},
     )
+    if not config.is_known_elsewhere:
+        gate = f"scoring_func {config.scoring_func}, topk_method {config.topk_method}, norm_topk_prob {config.norm_topk_prob}"
+        log.warning("%s with %s: transformers computes this model otherwise, or refuses it", config.model_type, gate)
     cut = writer.shards(list(writer.records(config, tensors, dtype)), max_shard_bytes)
     with writer.replacing(Path(path).resolve()) as folder:
         writer.write_tensors(folder, cut)
-        writer.write_config(folder, config)
+        writer.write_config(folder, config, model.generation_config)
         known = getattr(model, "tokenizer_path", None)
         if tokenizer_dir is None and known is not None and Path(known).is_file():
             tokenizer_dir = Path(known).parent
         if tokenizer_dir is not None:
             writer.copy_tokenizer(Path(tokenizer_dir), folder)
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
+    ids = values.get("eos_token_id")
+    if any(type(token) is not int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+        raise ValueError(f"{path}: expected eos_token_id to be a token or a list of them, got {ids!r}")
+    return values
 
 
 def _check_dtype(dtype: torch.dtype | str | None) -> None:

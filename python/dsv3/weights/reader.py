@@ -55,6 +55,11 @@ class Reader:
                         ("F32",),
                         f" (the block scales of the {E4M3} tensor {piece.key})",
                     )
+                elif piece.key + SCALE_SUFFIX in self:
+                    path, found = self.folder / self.files[piece.key], self._slice(piece.key).get_dtype()
+                    raise ValueError(
+                        f"{path}: expected {piece.key} of dtype {E4M3}, since it has block scales, found {found}"
+                    )
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a tensor that is not quantised."""

@@ -122,11 +122,11 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_config(folder: Path, config: Config) -> None:
-    """config.json and generation_config.json."""
+def write_config(folder: Path, config: Config, generation: dict[str, Any] | None) -> None:
+    """config.json and generation_config.json; generation: what the latter is to hold, None for what follows from config."""
     write_json(folder / "config.json", config.to_dict())
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    write_json(folder / "generation_config.json", generation or {"_from_model_config": True, **tokens})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
