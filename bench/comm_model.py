@@ -22,6 +22,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -166,32 +167,43 @@ def plan() -> list[list[str]]:
     return rows
 
 
+def expectation(row: dict[str, Any], copy_gbs: float) -> tuple[Result, str] | None:
+    """What a row of a comm.jsonl was expected to be, whose memory copies so fast, and on how many multiprocessors; None for
+    what is not modelled: of few tokens the formula sends pairs, the kernels tokens; nodes of one machine have no network."""
+    case, op = row["case"], row["op"].removeprefix("comm_")
+    if not row["op"].startswith("comm_") or case["mode"] == "low_latency" or case.get("nodes", 1) > 1:
+        return None
+    job = Job(**{key: case[key] for key in ("ranks", "tokens", "hidden", "topk", "wire")}, ranks_per_node=case["ranks"])
+    shared = "link_gbs" not in case
+    spare = min(NUM_SMS, (H100_SMS - SPARE_SMS) // job.ranks) if shared else NUM_SMS
+    # On one GPU: a sixth of the 3.6 us that a signalled round trip took there.
+    machine = Machine(
+        memory_gbs=copy_gbs, num_sms=case.get("num_sms", spare), shared=shared, link_us=0.6 if shared else 0.9
+    )
+    return predict(op, job, machine), f"{'one GPU, ' if shared else ''}{machine.num_sms} SMs"
+
+
+def copy_bandwidth(rows: list[dict[str, Any]]) -> float | None:
+    """GB/s of the copy among the rows of a file."""
+    return next((row["gbs"] for row in rows if row["op"] == "copy"), None)
+
+
 def compared(path: Path) -> list[list[str]]:
     """Expected beside measured for the rows of a results file; its own copy gives the memory's GB/s."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    copy = next((row["gbs"] for row in rows if row["op"] == "copy"), None)
+    copy = copy_bandwidth(rows)
     if copy is None:
         raise ValueError(f"{path} has no copy bandwidth")
     found = [["op", "case", "floor us", "expected us", "limit", "measured us", "measured / expected"]]
     for row in rows:
-        case, op = row["case"], row["op"].removeprefix("comm_")
-        if not row["op"].startswith("comm_") or case["mode"] == "low_latency" or case.get("nodes", 1) > 1:
-            continue  # of few tokens the formula sends pairs, the kernels tokens; nodes of one machine have no network
-        job = Job(
-            **{key: case[key] for key in ("ranks", "tokens", "hidden", "topk", "wire")}, ranks_per_node=case["ranks"]
-        )
-        shared = "link_gbs" not in case
-        spare = min(NUM_SMS, (H100_SMS - SPARE_SMS) // job.ranks) if shared else NUM_SMS
-        # On one GPU: a sixth of the 3.6 us that a signalled round trip took there.
-        machine = Machine(
-            memory_gbs=copy, num_sms=case.get("num_sms", spare), shared=shared, link_us=0.6 if shared else 0.9
-        )
-        result = predict(op, job, machine)
-        about = [f"{job.ranks} ranks", "one GPU" if shared else "", f"{machine.num_sms} SMs", job.wire, case["mode"]]
+        expected = expectation(row, copy)
+        if expected is None:
+            continue
+        (result, where), case = expected, row["case"]
         found.append(
             [
-                op,
-                ", ".join(word for word in about if word),
+                result.op,
+                ", ".join([f"{case['ranks']} ranks", where, case["wire"], case["mode"]]),
                 f"{result.floor_us:.0f}",
                 f"{result.time_us:.0f}",
                 result.limit,

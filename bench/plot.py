@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from bench.comm_model import copy_bandwidth, expectation
 from bench.results import read_rows
 from bench.table import describe
 
@@ -27,14 +29,22 @@ def plot_all(results: Path) -> list[Path]:
     """Draws every results file below a folder; returns the pictures, each beside its file."""
     pictures = []
     for file in sorted(results.rglob("*.jsonl")):
-        rows = [row for row in read_rows(file) if row["baselines"]]  # ceilings have no peers, they are the floor
+        found = read_rows(file)
+        rows = [row for row in found if row["baselines"]]  # ceilings have no peers, they are the floor
         if rows:
-            pictures.append(plot_family(rows, file.with_suffix(".png")))
+            expected = _on_paper(rows, copy_bandwidth(found)) if file.stem == "comm" else []
+            pictures.append(plot_family(rows, file.with_suffix(".png"), expected))
     return pictures + [plot_parity(file) for file in sorted(results.rglob("train_parity.json"))]
 
 
-def plot_family(rows: list[dict[str, Any]], path: Path) -> Path:
-    """One line a case: the floor at 1, dsv3 filled, the peers hollow, on a logarithmic axis."""
+def _on_paper(rows: list[dict[str, Any]], copy_gbs: float) -> list[float | None]:
+    """The microseconds that the model of comm_model.py gives each row."""
+    expected = [expectation(row, copy_gbs) for row in rows]
+    return [None if found is None else found[0].time_us for found in expected]
+
+
+def plot_family(rows: list[dict[str, Any]], path: Path, expected: Sequence[float | None] = ()) -> Path:
+    """One line a case: the floor at 1, dsv3 filled, the peers hollow, what was `expected` a cross, on a logarithmic axis."""
     names = list(dict.fromkeys(name for row in rows for name in row["baselines"]))
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
     for y, row in enumerate(rows):
@@ -46,17 +56,19 @@ def plot_family(rows: list[dict[str, Any]], path: Path) -> Path:
             options = {"edgecolors": PEERS[style], "marker": MARKERS[style], "facecolors": "none"}
             axes.scatter(time / floor, y, s=40, zorder=2, **options)
         axes.scatter(ours / floor, y, s=60, color=OURS, zorder=3)
+        if expected and expected[y] is not None:
+            axes.scatter(expected[y] / floor, y, s=50, color="black", marker="x", zorder=4)
         axes.annotate(
             f"{ours:.4g} us", (1.01, y), xycoords=("axes fraction", "data"), va="center", color=OURS, fontsize=9
         )
-    _finish(axes, rows, names)
+    _finish(axes, rows, names, on_paper=any(time is not None for time in expected))
     figure.suptitle(f"{path.stem} on {rows[0]['gpu']}, {rows[0]['date'][:10]}", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
+def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str], *, on_paper: bool) -> None:
     """Axis, labels and a legend with every peer, also those that the first case lacks."""
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -70,6 +82,8 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     for i, name in enumerate(names):
         style = {"marker": MARKERS[i % len(MARKERS)], "markeredgecolor": PEERS[i % len(PEERS)]}
         handles.append(plt.Line2D([], [], linestyle="", markerfacecolor="none", label=name, **style))
+    if on_paper:
+        handles.append(plt.Line2D([], [], marker="x", linestyle="", color="black", label="on paper (bench.comm_model)"))
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 

@@ -16,6 +16,7 @@ from bench import comm_model, comm_rings, comm_traffic
 from bench.comm_model import compared, main, predict, predict_low_latency
 from bench.comm_rings import Simulation
 from bench.comm_traffic import OPS, Job, Machine, counted_bytes, crossings, draw_routes
+from bench.plot import _on_paper
 
 ROOT = Path(__file__).parent.parent
 INF = float("inf")
@@ -286,6 +287,8 @@ def test_expected_beside_measured(tmp_path: Path) -> None:
     job = Job(ranks=2, ranks_per_node=2, tokens=64, wire="bf16")
     expected = predict("combine", job, Machine(memory_gbs=2000.0, num_sms=8)).time_us
     assert apart[-1] == f"{456 / expected:.2f}"
+    few = {**rows[2], "case": {**rows[2]["case"], "mode": "low_latency"}}
+    assert _on_paper([rows[2], few], 2000.0) == [expected, None], "the picture's crosses"
     path.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(ValueError, match="copy"):
         compared(path)
