@@ -50,6 +50,7 @@ def test_forward_mode_is_right_or_raises(name: str) -> None:
         torch.func.jvp(CALLS[name], (x,), (tangent,))
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_changes_nothing(name: str) -> None:
     def run() -> tuple[Tensor, Tensor]:
@@ -59,11 +60,12 @@ def test_autocast_changes_nothing(name: str) -> None:
         return out.detach(), x.grad
 
     expected = run()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = run()
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+    for kind in ("cpu", "cuda"):  # the latter is on for devices that the tensors are not on
+        with torch.autocast(kind, torch.bfloat16):
+            found = run()
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
 
 
 def test_a_weight_changed_before_backward_is_noticed() -> None:

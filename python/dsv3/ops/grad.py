@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,10 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        with torch.no_grad(), _as_it_is(grads):
+        if (kind := _autocast(grads)) is not None:
+            with torch.autocast(kind, enabled=False):
+                return run(ctx, *grads)
+        with torch.no_grad():
             found = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # without create_graph=True
             return found
@@ -36,9 +38,6 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
         return raising if isinstance(found, tuple) else raising[0]
 
     return run
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class _Forgetful:
@@ -55,11 +54,9 @@ class _Forgetful:
 def apply(function: type[Function], *args: Any) -> Any:
     """function.apply(*args), in the dtypes of the arguments, whatever autocast says; without autograd's part, which takes
     longer than many a kernel, where no argument needs a gradient. Forward-mode differentiation raises, as apply does."""
-    with _as_it_is(args):
-        return _apply(function, args)
-
-
-def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
+    if (kind := _autocast(args)) is not None:
+        with torch.autocast(kind, enabled=False):
+            return apply(function, *args)
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return function.apply(*args)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -67,12 +64,12 @@ def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
     return function.forward(_Forgetful(), *args)
 
 
-def _as_it_is(args: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """Without autocast, where there is any."""
+def _autocast(args: tuple[Any, ...]) -> str | None:
+    """The kind of device of the arguments, where autocast is on for it."""
     if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
-        return _NOTHING
+        return None
     kind = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-    return torch.autocast(kind, enabled=False)
+    return kind if torch.is_autocast_enabled(kind) else None
 
 
 def accumulate(weight: Tensor, grad: Tensor) -> Tensor | None:
