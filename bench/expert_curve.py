@@ -119,8 +119,8 @@ def prepare(folder: Path, parallel: DataParallel) -> Path:
 @torch.no_grad()
 def perturb(trainer: launch.Trainer, seed: int) -> None:
     """Master weights times 1 + 1e-6 x normal noise, the same on every rank."""
+    generator = torch.Generator(trainer.buffers.dense.master.device).manual_seed(seed)
     for group in trainer.buffers.groups:
-        generator = torch.Generator(group.master.device).manual_seed(seed)
         noise = torch.randn(group.master.shape, generator=generator, device=group.master.device)
         group.master *= 1 + PERTURBATION * noise
     trainer.buffers.sync_weights()
@@ -131,6 +131,9 @@ def train(config: TrainConfig, parallel: DataParallel, seed: int) -> list[float]
     losses = Losses()
     launch._seed(config, parallel)
     trainer = launch._trainer(config, parallel, [losses])
+    used = getattr(getattr(trainer.parallel, "buffer", None), "transport", config.ep_transport)
+    if used != config.ep_transport:
+        raise RuntimeError(f"the ranks reach each other over {used} alone, not over {config.ep_transport}")
     if seed:
         perturb(trainer, seed)
     while trainer.progress < 1:

@@ -32,7 +32,8 @@ def plot_all(results: Path) -> list[Path]:
         found = read_rows(file)
         rows = [row for row in found if row["baselines"]]  # ceilings have no peers, they are the floor
         if rows:
-            expected = _on_paper(rows, copy_bandwidth(found)) if file.stem == "comm" else []
+            copy_gbs = copy_bandwidth(found) if file.stem == "comm" else None
+            expected = [] if copy_gbs is None else _on_paper(rows, copy_gbs)
             pictures.append(plot_family(rows, file.with_suffix(".png"), expected))
     return pictures + [plot_parity(file) for file in sorted(results.rglob("train_parity.json"))]
 

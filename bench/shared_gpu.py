@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from bench.results import ROOT
 
@@ -24,29 +25,51 @@ def run_on_nodes(
     timeout: float = 120,
 ) -> str:
     """A torchrun a node, as on so many machines, each with `ranks` processes of `python command...`; returns what the first
-    said as errors. shown: what they print is seen as it comes. Raises RuntimeError with the end of it where one fails."""
+    said as errors. shown: what they print is seen as it comes. Raises RuntimeError with the end of what was said where one
+    fails, or all take longer than `timeout` seconds; then none is left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
     at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     out = None if shown else subprocess.DEVNULL
-    started = [
-        subprocess.Popen(
-            [*torchrun, "--node-rank", str(node), *at, *command],
-            cwd=ROOT, env=env, stdout=out, stderr=subprocess.PIPE, text=True,
-        )
-        for node in range(nodes)
-    ]  # fmt: skip
-    try:
-        said = [run.communicate(timeout=timeout)[1] for run in started]
-    finally:
-        for run in started:
-            run.kill()
-    failed = [errors for run, errors in zip(started, said, strict=True) if run.returncode != 0]
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {nodes} torchruns failed: {failed[0].strip()[-3000:]}")
+    with ExitStack() as files:
+        errors = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
+        started = [
+            subprocess.Popen(
+                [*torchrun, "--node-rank", str(node), *at, *command], cwd=ROOT, env=env, stdout=out, stderr=errors[node]
+            )
+            for node in range(nodes)
+        ]
+        try:
+            late = not _wait(started, timeout)
+        finally:
+            for run in started:
+                run.terminate()  # torchrun ends its processes then
+            for run in started:
+                try:
+                    run.wait(30)
+                except subprocess.TimeoutExpired:
+                    run.kill()
+        for file in errors:
+            file.seek(0)
+        said = [file.read() for file in errors]
+    failed = [text for run, text in zip(started, said, strict=True) if run.returncode > 0]
+    if late or failed:
+        why = f"no end after {timeout:.0f} seconds" if late else f"{len(failed)} of {nodes} torchruns failed"
+        raise RuntimeError(f"{why}: {(failed or said)[0].strip()[-3000:]}")
     return said[0]
+
+
+def _wait(started: list[subprocess.Popen[str]], timeout: float) -> bool:
+    """Until all have ended or one has failed; False where they take longer."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        codes = [run.poll() for run in started]
+        if None not in codes or any(codes):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsv3 import ops
 from dsv3.comm import ExpertBuffer
@@ -46,11 +49,13 @@ def test_second_order_raises(call) -> None:
 @pytest.mark.parametrize("name", ["swiglu", "rmsnorm", "cross_entropy", "linear"])
 def test_forward_mode_is_right_or_raises(name: str) -> None:
     x, tangent = torch.randn(3, 16), torch.randn(3, 16)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(CALLS[name], (x,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        CALLS[name](forward_ad.make_dual(x, tangent))
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_changes_nothing(name: str) -> None:
     def run() -> tuple[Tensor, Tensor]:
@@ -66,6 +71,28 @@ def test_autocast_changes_nothing(name: str) -> None:
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
+
+
+def test_autocast_changes_nothing_in_a_compiled_graph() -> None:
+    x, weight = torch.randn(5, 16), torch.randn(8, 16)
+
+    def run(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(*leaves)
+            out.square().sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(run(compiled), run(ops.linear), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
+def test_autocast_and_tensors_without_data() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.swiglu(torch.empty(3, 16, device="meta")).shape == (3, 8)
 
 
 def test_a_weight_changed_before_backward_is_noticed() -> None:
@@ -92,6 +119,7 @@ def test_inputs_of_frozen_weights_are_not_kept() -> None:
     fp8 = ops.Fp8Weight.make(frozen)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         outs = ops.linear(x, frozen), ops.fp8_linear(x, fp8)
+    assert kept
     assert all(t is frozen for t in kept)
     for out in outs:
         out.sum().backward()

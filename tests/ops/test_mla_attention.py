@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv3 import ops
 from dsv3.ops import registry
@@ -284,21 +285,26 @@ def test_self_attention_compiles(lengths, device):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cu", [[0, 2, 5], [0, 3, 4], [0, 1, 6]], ids=str)
-def test_offsets_decide_and_not_the_number_of_rows(cu, device):
-    """Six rows are two sequences of the largest length 3 or 6, or sequences of other lengths with rows over."""
+@pytest.mark.parametrize(("cu", "most"), [([0, 2, 5], 3), ([0, 3, 4], 3), ([0, 1, 6], 6), ([0, 1, 6], 5)], ids=str)
+def test_offsets_decide_and_not_the_number_of_rows(cu, most, device):
+    """Six rows are two sequences of the largest length 3, or sequences of other lengths with rows over."""
     q, k_nope, k_rope, v, *_ = make([6], [6], 2, device)
-    cu = torch.tensor(cu, dtype=torch.int32, device=device)
-    if device.type == "cuda":
-        expected = plain(q, k_nope, k_rope, v, cu, cu)[0]
-    else:
+    if device.type == "cpu":
         q, k_nope, k_rope, v = (x.double() for x in (q, k_nope, k_rope, v))
-        expected = plain(q, k_nope, k_rope, v, cu, cu)[0]
-    longest = int(cu.diff().max())
-    for most in {longest, 3 if longest <= 3 else 6}:
-        out, _ = ops.mla_attention(q, k_nope, k_rope, v, cu, cu, most, most, softmax_scale=SCALE)
-        end = int(cu[-1])
-        torch.testing.assert_close(out[:end].double(), expected[:end], rtol=2e-2, atol=2e-2)
+    cu = torch.tensor(cu, dtype=torch.int32, device=device)
+    expected, end = plain(q, k_nope, k_rope, v, cu, cu)[0], int(cu[-1])
+    out, _ = ops.mla_attention(q, k_nope, k_rope, v, cu, cu, most, most, softmax_scale=SCALE)
+    torch.testing.assert_close(out[:end].double(), expected[:end], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 3]], ids=["equal", "unequal"])
+def test_tensors_without_data(lengths):
+    with FakeTensorMode() as mode:
+        args = make(lengths, lengths, 2, torch.device("cpu"))
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        out, lse = ops.mla_attention(*fake, softmax_scale=SCALE)
+    assert out.shape == (sum(lengths), 2, VALUE)
+    assert lse.shape == (2, sum(lengths))
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -18,8 +18,9 @@ from torch import Tensor
 from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.data import DataParallel
 from dsv3.terminal import command
-from dsv3.train import checkpoint
+from dsv3.train import checkpoint, launch
 from dsv3.train.config import TrainConfig
 from dsv3.train.data import ValidationSet
 from dsv3.train.metrics import EvalReport, MetricsFile, StepReport
@@ -167,14 +168,25 @@ def test_ctrl_c_ends_a_validation(
     assert recorder.steps == []
 
 
+def test_a_trainer_that_was_interrupted_can_validate(token_folder: Path, tmp_path: Path) -> None:
+    config = micro(token_folder, tmp_path, max_steps=4)
+    trainer = launch._trainer(config, DataParallel(), [Interrupt(1)])
+    trainer.train()
+    assert trainer.interrupted
+    assert trainer.evaluate().full
+
+
 def test_nothing_is_lost_where_all_checkpoints_are_damaged(token_folder: Path, tmp_path: Path) -> None:
     config = micro(token_folder, tmp_path, max_steps=4, save_every=2)
     train.run(config)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     for path in tmp_path.glob("step-*/__0_0.distcp"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no intact checkpoint any more: choose another out, or remove it"):
-        train.run(config, resume=True)
+    for _ in range(2):  # also once they have been put aside
+        with pytest.raises(ValueError, match=r"holds no intact checkpoint any more: choose another out, or remove it"):
+            train.run(config, resume=True)
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        train.run(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -285,12 +297,17 @@ def test_export_takes_the_tokenizer_of_the_run(
     expected = (data / "tokenizer.json").read_bytes()
     shutil.copytree(out / "step-00000001", tmp_path / "alone")
     train.export(tmp_path / "alone", tmp_path / "of-data")
-    index = json.loads((data / "index.json").read_text())
-    (data / "index.json").write_text(json.dumps({**index, "tokenizer_sha": "another"}))
-    with pytest.raises(ValueError, match=r"was trained with another tokenizer than that of .*tokens: name the folder"):
+    other = json.loads(expected)
+    other["model"]["vocab"] |= {"another": len(other["model"]["vocab"])}
+    for folder in (data, tmp_path):
+        (folder / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(
+        ValueError, match=r"was trained with another tokenizer than that of .* and .*tokens: name the folder"
+    ):
         train.export(tmp_path / "alone", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
     shutil.rmtree(data)
+    (tmp_path / "tokenizer.json").unlink()
     train.export(out, tmp_path / "of-run")
     for name in ("of-data", "of-run"):
         assert (tmp_path / name / "tokenizer.json").read_bytes() == expected
@@ -303,9 +320,12 @@ def test_export_takes_the_tokenizer_of_the_run(
 def test_a_second_stage_resumes_without_the_first(token_folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train.run(micro(token_folder, first, max_steps=1))
-    config = micro(token_folder, second, max_steps=2, init_from=str(first), model={}, save_every=1)
-    assert train.run(config, callbacks=[Interrupt(1)]) == 130
+    config = micro(token_folder, second, max_steps=4, init_from=str(first), model={}, save_every=1)
+    assert train.run(config, callbacks=[Interrupt(2)]) == 130
     shutil.rmtree(first)
+    for path in checkpoint.find(second).glob("*.distcp"):  # the newest
+        path.write_bytes(b"")
+    assert len(checkpoint.complete(second)) == 2
     assert train.run(config, resume=True) == 0
 
 

@@ -105,7 +105,10 @@ class Decoder:
         self._rows = torch.arange(max_batch, device=self.device)
         self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
         self.result = state(depth + 2)
-        self._unfit: Tensor | None = None  # bool [V]: tokens that are never drafted, where there are such
+        self._unfit = torch.zeros(
+            config.vocab_size, dtype=torch.bool, device=self.device
+        )  # tokens that are never drafted
+        self._any_unfit = False
         self._graphs = Graphs() if cuda_graphs else None
         self._addresses: tuple[object, ...] = ()
         on_gpu = self.device.type == "cuda"
@@ -144,10 +147,10 @@ class Decoder:
         tokens whose embedding is not finite are not drafted. A draft may stand beside the newest token, and what is not
         finite reaches it, though the draft is not accepted."""
         if self.depth:
-            unfit = ~self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite()
-            self._unfit = unfit if bool(unfit.any()) else None
+            self._unfit.copy_(self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite().logical_not_())
+            self._any_unfit = bool(self._unfit.any())
         if self._graphs is not None:
-            now = *addresses(self.model), None if self._unfit is None else self._unfit.data_ptr()
+            now = *addresses(self.model), self._any_unfit
             if now != self._addresses:
                 self._graphs.clear()
             self._addresses = now
@@ -305,7 +308,7 @@ class Decoder:
         self, logits: Tensor, rows: slice, place: Tensor, stream: int, mode: int
     ) -> tuple[Tensor, Tensor | None]:
         """A token a row from logits [B, V], for token number `place` [B]; and the distribution [B, V], None where greedy."""
-        if stream == DRAFT and self._unfit is not None:
+        if stream == DRAFT and self._any_unfit:
             logits = logits.masked_fill(self._unfit, -torch.inf)
         if mode == GREEDY:
             return logits.argmax(-1), None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Engine:
             raise ValueError("speculative=True needs an MTP module, but this model's checkpoint has none")
         limit = config.max_position_embeddings
         context = limit if max_context is None else max_context
-        if type(context) is not int or not 2 <= context <= limit:
+        if not isinstance(context, Integral) or not 2 <= context <= limit:
             raise ValueError(f"max_context must be an int from 2 to max_position_embeddings {limit}, got {context!r}")
         _check_int("max_batch", max_batch, 1)
         self.tokenizer = _tokenizer(model, tokenizer)
@@ -346,7 +347,7 @@ def _tokenizer(model: DeepSeekV3, tokenizer: Tokenizer | str | Path | None) -> T
 
 
 def _check_int(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
@@ -413,7 +414,7 @@ def engine_for(
     _check_int("max_batch", max_batch, 1)
     max_batch = min(max_batch, max(len(prompts), 1))
     limit, depth = model.config.max_position_embeddings, len(model.mtp)
-    context = limit if type(max_context) is not int else max_context
+    context = max_context if isinstance(max_context, Integral) else limit
     pages = [pages_for(min(len(p) + q.max_tokens, context) + depth) for p, q in zip(prompts, each, strict=True)]
     sizes = {"num_pages": 2 + sum(sorted(pages, reverse=True)[:max_batch]), **options}
     return Engine(model, tokenizer=tokenizer, max_batch=max_batch, max_context=max_context, **sizes), prompts, each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass
 
@@ -71,7 +70,7 @@ def _is_int(x: object) -> bool:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < math.inf and abs(x) < 1e308
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e308
 
 
 def _signed(x: int) -> int:

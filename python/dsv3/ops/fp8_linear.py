@@ -181,8 +181,8 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
 
 
 def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
-    made = getattr(x, "cast", None) if not pow2_scale and is_unchanged(x) else None
-    return per_token_cast(x, pow2_scale=pow2_scale) if made is None else made
+    made = None if pow2_scale else getattr(x, "cast", None)
+    return made if made is not None and is_unchanged(x) else per_token_cast(x, pow2_scale=pow2_scale)
 
 
 @dataclass

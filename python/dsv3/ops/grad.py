@@ -25,11 +25,13 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if (kind := _autocast(grads)) is not None:
-            with torch.autocast(kind, enabled=False):
-                return run(ctx, *grads)
+        kind = _autocast(grads)
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            if kind is None:
+                found = backward(ctx, *grads)
+            else:
+                with torch.autocast(kind, enabled=False):
+                    found = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # without create_graph=True
             return found
         outputs = found if isinstance(found, tuple) else (found,)
@@ -54,9 +56,14 @@ class _Forgetful:
 def apply(function: type[Function], *args: Any) -> Any:
     """function.apply(*args), in the dtypes of the arguments, whatever autocast says; without autograd's part, which takes
     longer than many a kernel, where no argument needs a gradient. Forward-mode differentiation raises, as apply does."""
-    if (kind := _autocast(args)) is not None:
-        with torch.autocast(kind, enabled=False):
-            return apply(function, *args)
+    kind = _autocast(args)
+    if kind is None:
+        return _apply(function, args)
+    with torch.autocast(kind, enabled=False):
+        return _apply(function, args)
+
+
+def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return function.apply(*args)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -65,11 +72,12 @@ def apply(function: type[Function], *args: Any) -> Any:
 
 
 def _autocast(args: tuple[Any, ...]) -> str | None:
-    """The kind of device of the arguments, where autocast is on for it."""
-    if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+    """The kind of device of the arguments, where autocast is on for it, or may be when a compiled graph runs."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not torch._C._is_any_autocast_enabled():  # the usual case, soon known
         return None
     kind = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-    return kind if torch.is_autocast_enabled(kind) else None
+    return kind if kind in ("cpu", "cuda") and (compiling or torch.is_autocast_enabled(kind)) else None
 
 
 def accumulate(weight: Tensor, grad: Tensor) -> Tensor | None:

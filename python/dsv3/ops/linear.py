@@ -151,7 +151,9 @@ def linear(
         raise ValueError(f"linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if isinstance(weight, Quantized):
         return reference.linear(x, weight.dequantize(x.dtype), out_dtype or x.dtype)
-    recipe = getattr(x, "recipe", None) if is_unchanged(x) else None
+    recipe = getattr(x, "recipe", None)
+    if recipe is not None and not is_unchanged(x):
+        recipe = None
     return apply(_Linear, x, weight, wgrad, out_dtype or x.dtype, recipe)
 
 

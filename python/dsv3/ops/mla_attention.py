@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dsv3.ops import registry
 from dsv3.ops.grad import Function, apply
@@ -162,7 +163,7 @@ def mla_attention(
     """Attention of packed sequences with one rotated key shared by the heads; out is differentiable in q, k_nope, k_rope, v.
 
     o_i = softmax_j(softmax_scale * q_i . [k_nope_j ; k_rope_j]) v_j in each sequence and head. The native kernel reads no
-    length on the host; the reference does where sequences differ in length.
+    length on the host; the reference does on a CPU, where sequences differ in length, and in the backward of a compiled graph.
 
     Args:
         q: [Tq, Hq, Dn+Dr], bf16 or fp32.
@@ -200,7 +201,7 @@ def mla_attention(
     if any(x.dim() != 1 or x.dtype != torch.int32 or x.shape != cu_seqlens_q.shape or not len(x) for x in offsets):
         found = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in offsets)
         raise ValueError(f"mla_attention: expected cu_seqlens_q and cu_seqlens_k of int32 (n+1,), got {found}")
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling() or isinstance(q, FakeTensor)  # nothing can be read on the host
     if compiling and cu_seqlens_k is cu_seqlens_q:
         offsets = cu_seqlens_q, cu_seqlens_k.view(-1)  # in a graph no Function takes a tensor twice
     settings = *offsets, max_seqlen_q, max_seqlen_k, causal, softmax_scale

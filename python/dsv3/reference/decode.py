@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3.reference.attention import mla_decode
 from dsv3.reference.linear import linear
-from dsv3.reference.moe import moe_gate, swiglu
+from dsv3.reference.moe import check_experts, moe_gate, swiglu
 from dsv3.reference.norm import rmsnorm, rope_
 
 
@@ -75,9 +75,7 @@ def few_experts(
     slots = []
     if topk_idx is not None:
         y = x.new_zeros(*topk_idx.shape, x.shape[1])
-        outside = (topk_idx < 0) | (topk_idx >= gate_up.shape[0])
-        if topk_idx.is_cpu and outside.any():
-            raise RuntimeError(f"experts must lie in 0..{gate_up.shape[0] - 1}, got {int(topk_idx[outside][0])}")
+        check_experts(topk_idx, gate_up.shape[0])
         for e in topk_idx.unique().tolist() if topk_idx.is_cpu else range(gate_up.shape[0]):
             chosen = topk_idx == e
             weight = torch.where(chosen, topk_weights, 0.0).sum(1)

@@ -72,6 +72,14 @@ def moe_gate_backward(
     return s * (full - (full * s).sum(-1, keepdim=True))
 
 
+def check_experts(topk_idx: Tensor, num_experts: int) -> None:
+    """RuntimeError, on a CPU, for an expert that there is not."""
+    if topk_idx.is_cpu:
+        outside = topk_idx[(topk_idx < 0) | (topk_idx >= num_experts)]
+        if outside.numel():
+            raise RuntimeError(f"experts must lie in 0..{num_experts - 1}, got {int(outside[0])}")
+
+
 def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(offsets int32 [E+1], source int64 [T*k], position int64 [T, k]): the stable order of (token, slot) pairs by expert.
 
@@ -79,9 +87,7 @@ def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     offsets[e] to offsets[e+1].
     """
     flat = topk_idx.reshape(-1)
-    outside = (flat < 0) | (flat >= num_experts)
-    if flat.is_cpu and outside.any():
-        raise RuntimeError(f"experts must lie in 0..{num_experts - 1}, got {int(flat[outside][0])}")
+    check_experts(flat, num_experts)
     source = torch.sort(flat, stable=True).indices
     position = torch.empty_like(source)
     position[source] = torch.arange(flat.numel(), device=flat.device)

@@ -64,6 +64,21 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def holds_any(folder: Path) -> bool:
+    """Whether there are finished checkpoints in the folder, damaged ones that were put aside included."""
+    return bool(complete(folder)) or any(folder.glob(f"{_DAMAGED}step-*"))
+
+
+def model_config(folder: Path) -> dict[str, Any] | None:
+    """The model's config in the newest checkpoint that has one to read, other files unchecked; None without such."""
+    for checkpoint in complete(folder):
+        try:
+            return json.loads((checkpoint / _STATE).read_text())["config"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return None
+
+
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, naming the first bad one; None when every checksum agrees."""
     if not checkpoint.is_dir():

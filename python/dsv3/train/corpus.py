@@ -109,7 +109,7 @@ def _walk(root: Path) -> list[Path]:
             names.clear()
             continue
         seen.add(place)
-        names[:] = [n for n in names if n not in SKIPPED_FOLDERS and not n.startswith(".")]
+        names[:] = sorted(n for n in names if n not in SKIPPED_FOLDERS and not n.startswith("."))
         found += [Path(folder, f) for f in files if not f.startswith(".")]
     return sorted((f for f in found if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
 
@@ -224,7 +224,9 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
                 raise ValueError(f'{path}: expected a column "text", found {names}')
             kind = table.schema_arrow.field("text").type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            if not any(
+                getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")
+            ):
                 raise ValueError(f'{path}: expected strings in the column "text", found {kind}')
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):

@@ -113,7 +113,7 @@ def _check_replaceable(folder: Path) -> None:
     """ValueError unless nothing is there, or a token folder and nothing else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    names = {"index.json", "tokenizer.json", "tokenizer_config.json", "baselines.json"}
+    names = {"index.json", "tokenizer.json", "tokenizer_config.json", "baselines.json", ".baselines.json"}
     names |= {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "offsets.npy")}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in names) if folder.is_dir() else [folder.name]
     if not foreign:

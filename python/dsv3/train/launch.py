@@ -21,10 +21,12 @@ from dsv3.model.transformer import RECOMPUTE
 from dsv3.parallel.data import DataParallel
 from dsv3.parallel.expert import ExpertParallel
 from dsv3.terminal import command
+from dsv3.tokenizer import load_tokenizer
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig, check_key
 from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index
 from dsv3.train.metrics import Callback, MetricsFile, TensorBoard
+from dsv3.train.tokenizer import tokenizer_sha
 from dsv3.train.trainer import Diverged, Trainer
 from dsv3.weights.writer import TOKENIZER_FILES
 
@@ -41,11 +43,11 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
     parallel = DataParallel.start(config.device)
     try:
         out = Path(config.out)
-        held = parallel.gather(checkpoint.complete(out))[0]
+        held, begun = parallel.gather((checkpoint.holds_any(out), checkpoint.model_config(out)))[0]
         if not resume and held:
             raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
         _seed(config, parallel)
-        trainer = _trainer(config, parallel, callbacks, begun=held[0] if held else None)
+        trainer = _trainer(config, parallel, callbacks, begun=begun)
         resumed = resume and trainer.resume()
         if resumed:
             done = "; it has ended, and is validated once more" if trainer.progress >= 1 else ""
@@ -131,23 +133,24 @@ def _keep_tokenizer(data: Path, out: Path) -> None:
 
 def _tokenizer_of(found: Path, info: dict[str, Any]) -> str | None:
     """The folder with the tokenizer that a checkpoint's run was trained with: the copy beside it, or the data's."""
-    data = Path(info["train_config"]["data"])
-    if (found.parent / "tokenizer.json").is_file():
-        return str(found.parent)
-    if not (data / "tokenizer.json").is_file():
+    there = [f for f in (found.parent, Path(info["train_config"]["data"])) if (f / "tokenizer.json").is_file()]
+    if not there:
+        data = info["train_config"]["data"]
         print(f"dsv3: no tokenizer is exported: there is none beside {found}, nor at {data}", file=sys.stderr)
         return None
-    if read_index(data).tokenizer_sha != info["data"]["tokenizer_sha"]:
-        raise ValueError(
-            f"{found} was trained with another tokenizer than that of {data}: name the folder of the right one"
-        )
-    return str(data)
+    for folder in there:
+        if tokenizer_sha(load_tokenizer(folder)) == info["data"]["tokenizer_sha"]:
+            return str(folder)
+    others = " and ".join(map(str, there))
+    raise ValueError(
+        f"{found} was trained with another tokenizer than that of {others}: name the folder of the right one"
+    )
 
 
 def _trainer(
-    config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Callback], *, begun: Path | None = None
+    config: TrainConfig, parallel: DataParallel, callbacks: Sequence[Callback], *, begun: dict[str, Any] | None = None
 ) -> Trainer:
-    """begun: a checkpoint of this run itself, whatever its state."""
+    """begun: the model's config, where the run has checkpoints already."""
     if not config.data:
         raise ValueError("data must be a folder made by `dsv3 tokenize`, set data=FOLDER")
     model_config = _model_config(config, begun)
@@ -190,11 +193,11 @@ def _model(model_config: Config, config: TrainConfig, parallel: DataParallel) ->
     return model.init_weights(seed=config.seed, first_expert=parallel.experts.start if split else 0)
 
 
-def _model_config(config: TrainConfig, begun: Path | None = None) -> Config:
+def _model_config(config: TrainConfig, begun: dict[str, Any] | None = None) -> Config:
     """The preset's, the folder's or the first stage's config, with the data's ids of the first and last token of a document,
     and the keys of config.model replaced. A run that has `begun` needs its first stage no more."""
-    if config.init_from and begun is not None and checkpoint.problem(begun) is None:
-        base = Config.from_dict(checkpoint.read_info(begun)["config"])
+    if config.init_from and begun is not None:
+        base = Config.from_dict(begun)
     elif config.init_from:
         base = Config.from_dict(checkpoint.read_info(checkpoint.find(Path(config.init_from)))["config"])
     elif config.preset in PRESETS:

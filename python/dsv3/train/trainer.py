@@ -107,6 +107,7 @@ class Trainer:
                     result = self.evaluate()
                     self.interrupted = result is None and self.validation is not None
             finally:
+                self._stop = None
                 self._call("on_end", self)
         return result
 
