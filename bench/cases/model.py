@@ -21,11 +21,12 @@ from bench.expert_layer import expert_layer
 from bench.generation import generation
 from bench.timing import release
 from dsv3.config import Config
-from dsv3.model import Batch, DeepSeekV3
+from dsv3.model import DeepSeekV3
 from dsv3.testing import reference_ops
 from dsv3.train.balance import ExpertBias
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
+from dsv3.train.gradients import Gradients
 from dsv3.train.optimizer import AdamW
 
 # The published recipe, from its first step: the defaults of `dsv3 train`, in the published run.
@@ -65,10 +66,12 @@ class Training:
         *,
         precision: str = "bf16",
         recipe: TrainConfig = RECIPE,
+        cuda_graphs: bool = False,
     ) -> None:
         self.recipe = recipe
         self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=0)
         self.buffers = ParamBuffers(self.model)
+        self.gradients = Gradients(self.model, balance_alpha=recipe.balance_alpha, cuda_graphs=cuda_graphs)
         settings = {"eps": recipe.eps, "weight_decay": recipe.weight_decay, "clip": recipe.clip}
         self.optimizer = AdamW(self.buffers, betas=(recipe.beta1, recipe.beta2), **settings)
         self.bias = ExpertBias(self.model)
@@ -79,24 +82,14 @@ class Training:
         recipe = self.recipe
         progress = recipe.progress(step=self.steps, tokens=self.tokens, seconds=0.0)
         lr = recipe.learning_rate.at(progress=progress, step=self.steps, tokens=self.tokens)
-        losses, load = self._accumulate_gradients(tokens, recipe.mtp_schedule.at(progress))
+        mtp_weight = recipe.mtp_schedule.at(progress)
+        losses, load = self.gradients.add(tokens, recipe.micro_batch, size=len(tokens), mtp_weight=mtp_weight)
         result = self.optimizer.step(lr, losses[0])
         self.model.refresh_fp8()
         self.bias.update(load, recipe.gamma_schedule.at(progress), result.skip)
         self.steps += 1
         self.tokens += tokens.numel() - len(tokens)
         return losses[1]
-
-    def _accumulate_gradients(self, tokens: Tensor, mtp_weight: float) -> tuple[Tensor, Tensor]:
-        """Adds the mean gradient to main_grad; returns the means of (total, ce), fp64 [2], and the expert load."""
-        losses, loads = [], []
-        for micro in tokens.split(self.recipe.micro_batch):
-            share = len(micro) / len(tokens)
-            loss = self.model.loss(Batch(micro), mtp_weight=mtp_weight, balance_alpha=self.recipe.balance_alpha)
-            (loss.total * share).backward()
-            losses.append(torch.stack([loss.total.detach(), loss.ce]).double() * share)
-            loads.append(loss.expert_load)
-        return torch.stack(losses).sum(0), torch.stack(loads).sum(0)
 
 
 def transformers_step(config: Config, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -123,6 +123,36 @@ def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision:
     assert [r.step for r in trainer.callbacks[0].steps] == list(range(1, 9))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_steps_in_graphs_are_the_steps_without(token_folder: Path, tmp_path: Path, precision: str) -> None:
+    """Bit for bit, with micro-batches, batches that grow, and MTP that comes in: a graph for each size and weight."""
+    model = {**MODEL, "num_nextn_predict_layers": 1}
+    settings = {
+        "device": "cuda", "precision": precision, "deterministic": True, "model": model, "max_steps": 16, "micro_batch": 2,
+        "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0, "mtp_weight_final": 0.3, "mtp_switch": 0.5,
+    }  # fmt: skip
+    curves = []
+    try:
+        for cuda_graphs in (False, True):
+            recorder = Recorder()
+            config = micro(token_folder, tmp_path / str(cuda_graphs), cuda_graphs=cuda_graphs, **settings)
+            assert train.run(config, callbacks=[recorder]) == 0
+            curves.append([(r.loss, r.ce, r.mtp, r.grad_norm, r.expert_load.tolist()) for r in recorder.steps])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert curves[0] == curves[1]
+    assert curves[0][0][2] == 0 < curves[0][-1][2]
+
+
+def test_graphs_of_steps_need_a_gpu(token_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"cuda_graphs needs a Hopper GPU, precision bf16 or fp8, and ep 1: references run"
+    ):
+        train.run(micro(token_folder, tmp_path / "run", cuda_graphs=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_micro_batches_change_nothing(token_folder: Path, tmp_path: Path) -> None:
     losses = []
     for size in (8, 2):

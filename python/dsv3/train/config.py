@@ -50,6 +50,7 @@ class TrainConfig:
     seed: int = 0
     ep: int = 1  # consecutive ranks that share the routed experts among them
     ep_transport: str = "auto"  # of dsv3.comm.ExpertBuffer, between these ranks
+    cuda_graphs: bool = False  # replay forward and backward as CUDA graphs: on a Hopper GPU, in bf16 and fp8, with ep 1
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
     # batch, in sequences
     seq_len: int = 4096

@@ -26,6 +26,7 @@ from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
 from dsv3.train.data import BatchReader, ValidationSet
 from dsv3.train.ema import Ema
+from dsv3.train.gradients import Gradients
 from dsv3.train.metrics import Callback, EvalReport, StepReport
 from dsv3.train.optimizer import AdamW
 
@@ -58,6 +59,7 @@ class Trainer:
         self.say = say if self.parallel.is_first else lambda text: None
         self.buffers = ParamBuffers(model)
         self.parallel.broadcast_parameters(self.buffers)
+        self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=config.cuda_graphs)
         self.optimizer = AdamW(
             self.buffers,
             betas=(config.beta1, config.beta2),
@@ -152,22 +154,11 @@ class Trainer:
         self._pending = _Issued(self.step, self.tokens, seconds, schedule, values, load, started, self._stamp)
 
     def _accumulate_gradients(self, size: int, mtp_weight: float) -> tuple[Tensor, Tensor]:
-        """Adds the mean gradient of this rank's part of a batch of `size` sequences to main_grad.
-
-        Returns this rank's part of the means of (total, ce, mtp, balance), fp64 [4], and its expert load, int64 [L, E].
-        """
+        """Of this rank's part of a batch of `size` sequences; returns what Gradients.add does."""
         rows = self.reader.next(size)
         if self.parallel.device.type == "cuda":
             rows = rows.pin_memory().to(self.parallel.device, non_blocking=True)
-        losses = torch.zeros(4, dtype=torch.float64, device=rows.device)
-        load: Tensor | None = None
-        for micro in rows.split(self.config.micro_batch):
-            share = len(micro) / size
-            loss = self.model.loss(Batch(micro), mtp_weight=mtp_weight, balance_alpha=self.config.balance_alpha)
-            (loss.total * share).backward()
-            losses += torch.stack([loss.total, loss.ce, loss.mtp, loss.balance]).detach().double() * share
-            load = loss.expert_load.long() if load is None else load + loss.expert_load
-        return losses, load
+        return self.gradients.add(rows, self.config.micro_batch, size=size, mtp_weight=mtp_weight)
 
     def _settle(self) -> None:
         """Reports the step issued before, once it has finished."""

@@ -1,0 +1,63 @@
+"""The gradient of a batch, a micro-batch at a time; on a GPU, where asked for, as CUDA graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv3.inference.graphs import Graphs
+from dsv3.model import Batch, DeepSeekV3
+
+
+class Gradients:
+    """Adds to main_grad what backward gives; see ParamBuffers.
+
+    Args:
+        model: whose parameters have main_grad.
+        balance_alpha: weight of the balance loss.
+        cuda_graphs: forward and backward of a micro-batch become a CUDA graph the second time that one of a size comes with an
+            mtp_weight, and are replayed from then on: the host launches one graph instead of some thousand kernels. Needs a
+            model whose forward asks the device for nothing, and weights that stay where they are.
+    """
+
+    def __init__(self, model: DeepSeekV3, *, balance_alpha: float, cuda_graphs: bool = False) -> None:
+        self.model, self.balance_alpha = model, balance_alpha
+        device = model.embed.weight.device
+        self._graphs = Graphs() if cuda_graphs else None
+        self._rows: dict[int, Tensor] = {}  # what a graph reads, by the number of sequences
+        self._share = torch.ones((), dtype=torch.float64, device=device)
+        self._losses = torch.zeros(4, dtype=torch.float64, device=device)
+        self._load: Tensor | None = None
+
+    def add(self, rows: Tensor, micro_batch: int, *, size: int, mtp_weight: float) -> tuple[Tensor, Tensor]:
+        """Adds this rank's part of the mean gradient of a batch.
+
+        Args:
+            rows: int64 [n, S+1] on the model's device, this rank's sequences.
+            micro_batch: how many of them at a time.
+            size: sequences of the whole batch.
+
+        Returns:
+            This rank's part of the means of (total, ce, mtp, balance), fp64 [4], and its expert load, int64 [L, E].
+        """
+        self._losses.zero_()
+        if self._load is not None:
+            self._load.zero_()
+        for micro in rows.split(micro_batch):
+            self._share.fill_(len(micro) / size)
+            if self._graphs is None:
+                self._micro_batch(micro, mtp_weight)
+                continue
+            held = self._rows.setdefault(len(micro), torch.empty_like(micro))
+            held.copy_(micro)
+            self._graphs.run((len(micro), mtp_weight), lambda held=held: self._micro_batch(held, mtp_weight))
+        return self._losses.clone(), self._load.clone()  # the next batch writes them while these are still read
+
+    def _micro_batch(self, rows: Tensor, mtp_weight: float) -> None:
+        loss = self.model.loss(Batch(rows), mtp_weight=mtp_weight, balance_alpha=self.balance_alpha)
+        (loss.total * self._share).backward()
+        parts = torch.stack([loss.total, loss.ce, loss.mtp, loss.balance]).detach()
+        self._losses += parts.double() * self._share
+        if self._load is None:
+            self._load = torch.zeros_like(loss.expert_load, dtype=torch.int64)
+        self._load += loss.expert_load
