@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dsv3 import ops
+from dsv3.graphs import Graphs, addresses
 from dsv3.inference.cache import PAGE, allocate_cache
-from dsv3.inference.graphs import Graphs, addresses
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
 from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3

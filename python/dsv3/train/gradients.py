@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv3.inference.graphs import Graphs
+from dsv3.graphs import Graphs
 from dsv3.model import Batch, DeepSeekV3
 
 
@@ -48,8 +48,9 @@ class Gradients:
             if self._graphs is None:
                 self._micro_batch(micro, mtp_weight)
                 continue
-            held = self._rows.setdefault(len(micro), torch.empty_like(micro))
-            held.copy_(micro)
+            if len(micro) not in self._rows:
+                self._rows[len(micro)] = torch.empty_like(micro)
+            held = self._rows[len(micro)].copy_(micro)
             self._graphs.run((len(micro), mtp_weight), lambda held=held: self._micro_batch(held, mtp_weight))
         return self._losses.clone(), self._load.clone()  # the next batch writes them while these are still read
 

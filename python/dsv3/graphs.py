@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode rounds: one for every shape that is met again, all in one pool of memory."""
+"""CUDA graphs of decode rounds and of micro-batches: one for every shape that is met again, all in one pool of memory."""
 
 from __future__ import annotations
 
