@@ -167,3 +167,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(corpus, "open_corpus", broken)
     assert run("tokenize") == 2
     assert capsys.readouterr().err == "dsv3: this needs a package that is not installed: no_such_package\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import dsv3
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{dsv3.__version__}\n"
+
+
+def test_a_run_is_no_model_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train_config.json").write_text("{}")
+    assert run("generate", tmp_path, "x", "--device", "cpu") == 2
+    assert f"found none: `dsv3 export {tmp_path} {tmp_path}-hf` makes a folder that has one" in capsys.readouterr().err

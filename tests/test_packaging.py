@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -302,3 +303,24 @@ def test_ops_run_and_say_why_where_there_is_no_native_module(tmp_path: Path, bro
         assert reason == "dsv3 was installed without native code"
     (line,) = (line for line in doctor if line.split()[:1] == ["rmsnorm"])
     assert line.split(maxsplit=1)[1].rstrip() == f"reference: {reason}"
+
+
+def test_a_source_distribution_holds_what_it_is_built_of(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files", "csrc", "CMakeLists.txt"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode or not tracked.stdout:
+        pytest.skip("no git checkout")
+    copy = tmp_path / "tree"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info")
+    )
+    command = [
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=120)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*tracked.stdout.split(), "setup.py", "constraints.txt", "tests/conftest.py"} <= names
+    assert not [name for name in names if name.endswith(".so")]

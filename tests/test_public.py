@@ -79,6 +79,14 @@ def test_loading_onto_a_device(device: torch.device, tmp_path: Path) -> None:
 
 
 # ---- the list of ops ----
+def test_the_list_may_be_read_in_part() -> None:
+    listed = subprocess.Popen([sys.executable, "-m", "dsv3.ops"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert listed.stdout.readline().startswith(b"native module")
+    listed.stdout.close()
+    assert listed.stderr.read() == b""
+    listed.wait()
+
+
 def test_the_list_of_ops_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     listing.main()
     head, *entries = capsys.readouterr().out.strip().split("\n\n")

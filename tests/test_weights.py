@@ -520,3 +520,8 @@ def test_yarn_is_written_with_its_factor(tmp_path: Path) -> None:
     random_model(config).save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_scaling"]["factor"] == 4
     assert load_pretrained(tmp_path / "a").config.rope == config.rope
+
+
+def test_weights_can_be_read_by_whoever_may_read_the_rest(tmp_path: Path) -> None:
+    random_model(small_config()).save_pretrained(tmp_path / "a")
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1

@@ -21,6 +21,23 @@ USER_ERRNO = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, e
 DISK_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from dsv3 import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def dsv3(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
+    """Train and serve DeepSeek-V3 style models."""
+
+
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help=".txt, .jsonl, .parquet or a folder")] = None,
@@ -37,13 +54,18 @@ def demo(
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.toml|.json] [KEY=VALUE]...", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.toml|.json] [KEY=VALUE]...",
+            show_default=False,
+            help="the keys of dsv3.train.TrainConfig, as preset=tiny data=runs/tokens out=runs/tiny max_steps=100",
+        ),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="short for precision=: bf16, fp8 or fp32")] = None,
     ep: Annotated[int | None, typer.Option(help="short for ep=: ranks that share the experts, under torchrun")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest intact checkpoint")] = False,
 ) -> int:
-    """Train as a TrainConfig file and key=value overrides say, alone or under torchrun."""
+    """Train a model, alone or under torchrun."""
     from rich.console import Console
 
     from dsv3.terminal import ShowProgress, command
@@ -165,7 +187,7 @@ def export(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, which GPU there is, and which ops run natively."""
+    """Say what is installed and which ops run natively."""
     from dsv3.doctor import report
 
     report()

@@ -116,7 +116,9 @@ class Config:
         """Read `folder`/config.json."""
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ValueError(f"expected a config.json in {folder}, found none")
+            run = Path(folder) / "train_config.json"
+            hint = f": `dsv3 export {folder} {folder}-hf` makes a folder that has one" if run.is_file() else ""
+            raise ValueError(f"expected a config.json in {folder}, found none{hint}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

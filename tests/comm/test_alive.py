@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from dsv3.comm import RankLost
-from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat, naming_lost_ranks
+from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat, _beat, lost_ranks, naming_lost_ranks
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
@@ -89,6 +89,25 @@ def test_an_error_stays_what_it_is_while_all_are_alive() -> None:
             raise error
         assert found.value is error
     heartbeat.stop()
+
+
+def test_ranks_of_other_groups_are_nobodys_loss() -> None:
+    """What was found out of rank 3 is no news for those that do not wait for it."""
+    store = dist.HashStore()
+    for rank in range(4):
+        store.add(f"dsv3/alive/{rank}", 7)
+    stop, started = threading.Event(), []
+    for rank in range(3):
+        started.append(threading.Thread(target=_beat, args=(store, f"dsv3/alive/{rank}", stop)))
+        started[-1].start()
+    try:
+        assert lost_ranks([2, 3], store) == [3]
+        assert lost_ranks([0, 3], store) == [3]
+        assert lost_ranks([0, 1], store) == []
+    finally:
+        stop.set()
+        for thread in started:
+            thread.join()
 
 
 @pytest.mark.usefixtures("group")

@@ -90,6 +90,9 @@ def test_damage_is_named_and_the_one_before_used(tmp_path: Path, file: str, dama
     assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
     save(tmp_path, 2, keep=1)
     assert latest(tmp_path)[0] == tmp_path / "step-00000002"
+    (tmp_path / "step-00000002" / "manifest.json").write_text("")
+    assert latest(tmp_path)[0] is None
+    assert names(tmp_path) == ["damaged-step-00000002", "damaged-step-00000002-again"], "both are kept"
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:

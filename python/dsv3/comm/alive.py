@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 5.0  # between two beats; without any for that long, a rank is lost
-_LOST = "dsv3/lost"
 
 
 class RankLost(RuntimeError):
@@ -63,16 +62,20 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def lost_ranks(ranks: list[int], store: dist.Store) -> list[int]:
-    """Those of `ranks` whose beat has stopped; or what another rank has found out before, as it may have left since."""
+    """Those of `ranks` whose beat has stopped; or what another rank has found out of them before, as it may have left since."""
     silent = {rank: beats for rank, beats in _beats(store, ranks).items() if beats}
     end = time.monotonic() + SILENT_SECONDS
-    while silent and time.monotonic() < end and not store.check([_LOST]):
+    while silent and time.monotonic() < end and not _known(store, ranks):
         time.sleep(BEAT_SECONDS / 4)
         silent = {rank: beats for rank, beats in _beats(store, list(silent)).items() if beats == silent[rank]}
-    if not silent and not store.check([_LOST]):
-        return []
-    first = store.compare_set(_LOST, "", " ".join(map(str, sorted(silent))))
-    return [int(rank) for rank in first.split()]
+    known = _known(store, ranks)
+    for rank in () if known else silent:
+        store.set(_lost(rank), "")
+    return known or sorted(silent)
+
+
+def _known(store: dist.Store, ranks: list[int]) -> list[int]:
+    return [rank for rank in ranks if store.check([_lost(rank)])]
 
 
 def _beats(store: dist.Store, ranks: list[int]) -> dict[int, int]:
@@ -81,6 +84,10 @@ def _beats(store: dist.Store, ranks: list[int]) -> dict[int, int]:
 
 def _key(rank: int) -> str:
     return f"dsv3/alive/{rank}"
+
+
+def _lost(rank: int) -> str:
+    return f"dsv3/lost/{rank}"
 
 
 def _beat(store: dist.Store, key: str, stopped: threading.Event) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.comm import counts, ipc, low_latency, reach
-from dsv3.comm.alive import Heartbeat
+from dsv3.comm.alive import Heartbeat, naming_lost_ranks
 from dsv3.comm.fp8 import add_up_cast, spread_cast
 from dsv3.comm.low_latency import Masked, Pending
 from dsv3.comm.room import Room
@@ -408,7 +408,8 @@ class ExpertBuffer:
 
     def _agree(self, settings: dict[str, object]) -> None:
         everyone: list[dict[str, object]] = [{}] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, settings, group=self.group)
+        with naming_lost_ranks(self.group):
+            dist.all_gather_object(everyone, settings, group=self.group)
         for rank, other in enumerate(everyone):
             for name, value in other.items():
                 if value != everyone[0][name]:

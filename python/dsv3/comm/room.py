@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.comm.alive import naming_lost_ranks
 from dsv3.comm.counts import Layout
 
 
@@ -46,7 +47,8 @@ class Room:
         everyone = [needed]
         if self.layout.ranks > 1:
             everyone = [torch.empty_like(needed) for _ in range(self.layout.ranks)]
-            dist.all_gather(everyone, needed, group=group)
+            with naming_lost_ranks(group):
+                dist.all_gather(everyone, needed, group=group)
         for rank, rows in enumerate(everyone):
             if rows > self.max_recv:
                 raise RuntimeError(f"dispatch: rank {rank} gets {int(rows)} rows, and max_recv is {self.max_recv}")

@@ -38,6 +38,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def ranks_here() -> int:
+    """How many ranks torchrun has started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """This process among those that train the same weights. The default is a process on its own."""
@@ -64,7 +69,7 @@ class DataParallel:
             gpus = torch.cuda.device_count()
             kind = torch.device("cuda", dist.get_node_local_rank() % gpus)
             torch.cuda.set_device(kind)
-            if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus:  # torchrun says how many ranks are here
+            if ranks_here() <= gpus:
                 backend = "nccl"
         if joins:
             dist.init_process_group(backend, timeout=TIMEOUT)

@@ -112,8 +112,9 @@ def latest(folder: Path, *, parallel: DataParallel, report: Callable[[str], None
             if trouble is None:
                 found = checkpoint
                 break
-            aside = checkpoint.with_name(_DAMAGED + checkpoint.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            aside = folder / f"{_DAMAGED}{checkpoint.name}"
+            while aside.exists():  # of an earlier checkpoint of this step
+                aside = aside.with_name(f"{aside.name}-again")
             checkpoint.rename(aside)
             report(f"damaged checkpoint: {trouble}; put aside as {aside.name}, trying the one before it")
     return parallel.gather(found)[0]
@@ -148,6 +149,7 @@ def load(checkpoint: Path, state: State, *, parallel: DataParallel) -> None:
         with _quiet():
             dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=parallel.world == 1)
     except (Exception, dcp.api.CheckpointException) as error:
+        parallel.gather(None)  # fails where a rank is gone, which is another matter
         raise CheckpointError(f"{checkpoint} does not fit this run: {_reason(error)}") from None
 
 

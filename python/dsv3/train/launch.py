@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from dsv3.comm.alive import RankLost
+from dsv3.comm.alive import RankLost, naming_lost_ranks
 from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
 from dsv3.ops.registry import why_no_kernels
-from dsv3.parallel.data import DataParallel
+from dsv3.parallel.data import DataParallel, ranks_here
 from dsv3.parallel.expert import ExpertParallel
 from dsv3.terminal import command
 from dsv3.tokenizer import load_tokenizer
@@ -43,50 +43,60 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
     """
     parallel = DataParallel.start(config.device)
     try:
-        out = Path(config.out)
-        held, begun = parallel.gather((checkpoint.holds_any(out), checkpoint.model_config(out)))[0]
-        if not resume and held:
-            raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
-        _seed(config, parallel)
-        trainer = _trainer(config, parallel, callbacks, begun=begun)
-        resumed = resume and trainer.resume()
-        if resumed:
-            done = "; it has ended, and is validated once more" if trainer.progress >= 1 else ""
-            trainer.say(f"resuming {trainer.last_checkpoint}{done}")
-        elif held:
-            raise ValueError(
-                f"{out} holds no intact checkpoint any more: choose another out, or remove it to start anew"
-            )
-        elif resume:
-            trainer.say(f"no checkpoint in {out} yet: starting from the beginning")
-        if config.init_from and not resumed:
-            trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
-        if parallel.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            temporary = out / f".{CONFIG_FILE}"
-            temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-            os.replace(temporary, out / CONFIG_FILE)
-            _keep_tokenizer(Path(config.data), out)
-            trainer.callbacks[:0] = _records(config, trainer)
-        try:
-            trainer.train()
-        except Diverged as error:
-            trainer.say(str(error))
-            return 1
-        except RankLost as error:
-            left = (rank for rank in range(parallel.world) if rank not in error.ranks)
-            if parallel.rank == next(left):  # one line from all that are left
-                saved = next(iter(checkpoint.complete(out)), None)  # maybe just now, which no trainer heard of any more
-                print(f"dsv3: {error}; last checkpoint: {saved}", file=sys.stderr)
-            return 1
-        if trainer.interrupted:
-            launcher = f"torchrun --nproc-per-node {parallel.world} -m dsv3" if parallel.world > 1 else command()
-            again = f"{launcher} train {shlex.quote(str(out / CONFIG_FILE))} --resume"
-            trainer.say(f"saved {trainer.last_checkpoint}; resume with: {again}")
-            return 130
-        return 0
+        with naming_lost_ranks():
+            return _run(config, parallel, resume, callbacks)
+    except RankLost as error:
+        left = (rank for rank in range(parallel.world) if rank not in error.ranks)
+        if parallel.rank == next(left):  # one line from all that are left
+            saved = next(iter(checkpoint.complete(Path(config.out))), None)  # maybe just now, which no trainer heard of
+            print(f"dsv3: {error}; last checkpoint: {saved}", file=sys.stderr)
+        return 1
     finally:
         parallel.stop()
+
+
+def _run(config: TrainConfig, parallel: DataParallel, resume: bool, callbacks: Sequence[Callback]) -> int:
+    out = Path(config.out)
+    held, begun = parallel.gather((checkpoint.holds_any(out), checkpoint.model_config(out)))[0]
+    if not resume and held:
+        raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
+    _seed(config, parallel)
+    trainer = _trainer(config, parallel, callbacks, begun=begun)
+    resumed = resume and trainer.resume()
+    if resumed:
+        done = "; it has ended, and is validated once more" if trainer.progress >= 1 else ""
+        trainer.say(f"resuming {trainer.last_checkpoint}{done}")
+    elif held:
+        raise ValueError(f"{out} holds no intact checkpoint any more: choose another out, or remove it to start anew")
+    elif resume:
+        trainer.say(f"no checkpoint in {out} yet: starting from the beginning")
+    if config.init_from and not resumed:
+        trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
+    if parallel.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f".{CONFIG_FILE}"
+        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        os.replace(temporary, out / CONFIG_FILE)
+        _keep_tokenizer(Path(config.data), out)
+        trainer.callbacks[:0] = _records(config, trainer)
+    try:
+        trainer.train()
+    except Diverged as error:
+        trainer.say(str(error))
+        return 1
+    if trainer.interrupted:
+        again = f"{_launcher(parallel)} train {shlex.quote(str(out / CONFIG_FILE))} --resume"
+        trainer.say(f"saved {trainer.last_checkpoint}; resume with: {again}")
+        return 130
+    return 0
+
+
+def _launcher(parallel: DataParallel) -> str:
+    """What starts as many processes as these."""
+    if parallel.world == 1:
+        return command()
+    nodes = parallel.world // ranks_here()
+    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {ranks_here()} -m dsv3"
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, tokenizer_dir: str | None = None) -> None:

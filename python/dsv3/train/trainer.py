@@ -84,8 +84,8 @@ class Trainer:
     def train(self) -> EvalReport | None:
         """Runs to the end of the run and returns the last validation, if there is validation text.
 
-        SIGINT or SIGTERM ends the run after the current step with a checkpoint and sets `interrupted`; a process on its own
-        also leaves a validation for it. The last checkpoint is written before the last validation. Raises Diverged
+        SIGINT or SIGTERM ends the run after the current step, or in the middle of a validation, with a checkpoint, and sets
+        `interrupted`. The last checkpoint is written before the last validation. Raises Diverged
         after config.max_skips steps in a row that were not finite, RankLost where another rank's process is gone,
         CheckpointError if a checkpoint cannot be written.
         """
@@ -123,6 +123,14 @@ class Trainer:
 
     def _should_stop(self, requested: bool) -> bool:
         return requested if self.parallel.world == 1 else self._agreed_stop
+
+    def _is_to_stop(self) -> bool:
+        """Whether any rank was told to; all ask together, and wait for each other."""
+        requested = self._stop is not None and self._stop.requested
+        if self.parallel.world > 1:
+            told = self.parallel.sum(torch.tensor(float(requested), device=self.parallel.device))
+            requested = self._agreed_stop = bool(told > 0)
+        return requested
 
     def _issue_step(self, stop_requested: bool) -> None:
         """Forward and backward of all micro-batches, reduction and update; then the report of the step before."""
@@ -211,12 +219,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, max_sequences: int = 0) -> EvalReport | None:
         """Scores the validation text, or its first `max_sequences` windows (0: all). Ranks share the work. None without such
-        text, or where a process on its own is to stop."""
+        text, or where a rank was told to stop meanwhile."""
         if self.validation is None:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # nats, targets
         for tokens, mask in self._share(self.validation.batches(self.config.micro_batch), max_sequences):
-            if self._stop is not None and self._stop.requested and self.parallel.world == 1:
+            if self._is_to_stop():
                 return None
             batch = Batch(tokens.to(self.parallel.device), mask.to(self.parallel.device))
             loss = self.model.loss(batch, mtp_weight=0.0, balance_alpha=0.0)

@@ -112,10 +112,17 @@ def write_tensors(folder: Path, cut: list[list[Record]]) -> None:
         for record in shard:
             tensors.update(zip(record.keys, record.make(), strict=True))
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o666 & ~_umask())  # as of the other files: safetensors makes them for the owner alone
         files.update(dict.fromkeys(tensors, name))
     if len(cut) > 1:
         total = sum(record.nbytes for shard in cut for record in shard)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _umask() -> int:
+    now = os.umask(0o077)
+    os.umask(now)
+    return now
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
