@@ -51,6 +51,17 @@ class Rope:
     truncate: bool = True
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError where it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
+    return values
+
+
 @dataclass(frozen=True)
 class Config:
     """A DeepSeek-V2 or V3 model. Field names and meanings are those of config.json (facts: report 4.2, arXiv 2412.19437).
@@ -119,13 +130,7 @@ class Config:
             run = Path(folder) / "train_config.json"
             hint = f": `dsv3 export {folder} {folder}-hf` makes a folder that has one" if run.is_file() else ""
             raise ValueError(f"expected a config.json in {folder}, found none{hint}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(read_object(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that transformers (and DeepSeek's own code) opens."""

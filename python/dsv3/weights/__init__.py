@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import operator
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsv3.config import Config
+from dsv3.config import Config, read_object
 from dsv3.model import DeepSeekV3
 from dsv3.ops.linear import Quantized
 from dsv3.weights import writer
@@ -124,12 +123,7 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one JSON object, got {type(values).__name__}")
+    values = read_object(path)
     ids = values.get("eos_token_id")
     if any(type(token) is not int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
         raise ValueError(f"{path}: expected eos_token_id to be a token or a list of them, got {ids!r}")
