@@ -25,6 +25,10 @@ struct Roles {  // warps: the first are producers
 
   static __device__ __forceinline__ int relays(const Rings& r) { return kNodes ? max(kRelays, r.nodes - 1) : 0; }
   static __device__ __forceinline__ int producers(const Rings& r) { return kWarps - kOwners - relays(r); }
+  // Of them those for tokens of the own node, the first. The others fill rings to relays, so neither waits for the other's room.
+  static __device__ __forceinline__ int near_producers(const Rings& r) {
+    return kNodes ? max(producers(r) / r.nodes, 1) : producers(r);
+  }
 };
 static_assert(Roles<true>::kWarps - Roles<true>::kOwners > kMaxNodes);
 
@@ -106,15 +110,15 @@ __device__ __forceinline__ bool send_sum(const Rings& r, const CombineParams& p,
   return true;
 }
 
-// Lane i counts, in word w, the ring of rank 32 w + i from `next` on, which holds the counts at the end.
+// Sums of tokens of the ranks in `served`, one node or several; the work of `parts` warps, of which this is one.
+// Lane i counts, in word w, the ring of rank 32 w + i from `next` on, which holds the counts of all ranks at the end.
 template <bool kNodes, class Y, class S>
-__device__ __forceinline__ void produce(const Rings& r, const CombineParams& p, int warp,
-                                        uint32_t (&next)[Ranks<kNodes>::kWords], uint4* memory) {
+__device__ __forceinline__ void produce(const Rings& r, const CombineParams& p, typename Ranks<kNodes>::Mask served,
+                                        int part, int parts, uint32_t (&next)[Ranks<kNodes>::kWords], uint4* memory) {
   using Set = Ranks<kNodes>;
   using Mask = typename Set::Mask;
   constexpr int kWords = Set::kWords;
   const int lane = threadIdx.x % kWarpSize, group = group_size<kNodes>(r), self = own_rank<kNodes>(r);
-  const int producers = Roles<kNodes>::producers(r);
   int items = 0;  // of all rings, in turn one a warp
   for (int first = blockIdx.x; first < p.max_tokens; first += kWarpSize * r.channels) {
     const int token = first + lane * r.channels;
@@ -135,10 +139,11 @@ __device__ __forceinline__ void produce(const Rings& r, const CombineParams& p, 
         sources |= static_cast<Mask>(__ballot_sync(kAllLanes, came[w] >> i & 1)) << 32 * w;
         item[w] = next[w] + __popc(came[w] & ((1u << i) - 1)) * p.pieces;
       }
+      if constexpr (kNodes) sources &= served;
       const Mask turned = sources >> self | sources << 1 << (group - self - 1);  // not all ranks begin with the same
       for (int piece = 0; piece < p.pieces; ++piece) {
         for (Mask left = turned & Set::all(group); left != 0; left &= left - 1) {
-          if (items++ % producers != warp) continue;
+          if (items++ % parts != part) continue;
           const int source = (Set::lowest(left) + self) % group;
           const uint32_t of_source = Set::of(item, source) + piece;
           if (!send_sum<kNodes, Y, S>(r, p, source, first + i * r.channels, piece, of_source, memory)) return;
@@ -282,7 +287,7 @@ __device__ __forceinline__ bool work(const Rings& r, const OneNode& one, const C
       owner < 0 ? &local->sent[lane % kMaxRanks][blockIdx.x] : &local->received[lane % kMaxRanks][blockIdx.x];
   uint32_t next[1] = {lane < r.ranks ? *counter : 0};
   if (owner < 0) {
-    produce<false, Y, S>(r, p, warp, next, memory);
+    produce<false, Y, S>(r, p, Ranks<false>::all(r.ranks), warp, Roles<false>::producers(r), next, memory);
   } else {
     next[0] = own<kNested, Y, S>(r, one, p, owner, next[0], memory);
   }
@@ -318,7 +323,11 @@ __device__ __forceinline__ bool work(const Rings& r, const Far& far, const Combi
     if (counters[w] != nullptr) next[w] = *counters[w];
   }
   if (owner < 0) {
-    produce<true, Y, S>(r, p, warp, next, memory);
+    const int count = Warps::near_producers(r);
+    const bool near = warp < count;
+    const auto home = Ranks<true>::all(r.ranks) << of_node(r, r.node, 0);
+    produce<true, Y, S>(r, p, near ? home : ~home, near ? warp : warp - count,
+                        near ? count : Warps::producers(r) - count, next, memory);
   } else if (relayer < 0) {
     next[0] = own<kNested, Y, S>(r, far, p, owner, next[0], memory);
   } else if (place < others) {

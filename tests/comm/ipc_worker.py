@@ -1,9 +1,10 @@
-"""What the tests of ipc and nvshmem alone start under torchrun: four processes that share a GPU. Arguments: the transport, and
-how many rounds of chance."""
+"""What the tests of ipc and nvshmem alone start under torchrun: four processes that share a GPU, or one a GPU, where collective
+goes over NCCL. Arguments: the transport, and how many rounds of chance."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import pytest
@@ -11,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.comm import Dispatched, ExpertBuffer, ipc, nvshmem
+from dsv3.comm import Dispatched, ExpertBuffer, nvshmem
 from dsv3.ops import registry
 from tests.comm.cases import arrived
 
-RANKS, EXPERTS, TOPK, HIDDEN = 4, 64, 8, 1024
+RANKS, EXPERTS, TOPK, HIDDEN = int(os.environ["WORLD_SIZE"]), 64, 8, 1024
 FP8 = torch.float8_e4m3fn
 STATIC = {"max_recv": 4096, "max_tokens": 300}
-TRANSPORT = sys.argv[1]  # two nodes of two ranks, which over ipc is a matter of sums alone
+TRANSPORT = sys.argv[1]  # two nodes, which but over nvshmem is a matter of sums alone
 
 
-def buffer_of(transport: str = TRANSPORT, **settings: object) -> ExpertBuffer:
-    settings = {"ranks_per_node": 2, **settings}
-    return ExpertBuffer(num_experts=EXPERTS, transport=transport, timeout=20, **settings)
+def buffer_of(transport: str = TRANSPORT, group: dist.ProcessGroup | None = None, **settings: object) -> ExpertBuffer:
+    settings = {"ranks_per_node": RANKS // 2, **settings}
+    return ExpertBuffer(group, num_experts=EXPERTS, transport=transport, timeout=20, **settings)
 
 
 def draw(tokens: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +48,10 @@ def there_and_back(buffer: ExpertBuffer, x: Tensor, idx: Tensor, weights: Tensor
 
 
 def by_chance(rounds: int) -> None:
-    """Sizes that change from call to call, some of them 0, against the collective transport, bit for bit."""
+    """Sizes that change from call to call, some of them 0, against the collective transport over gloo, bit for bit."""
+    gloo = dist.new_group(backend="gloo")
     for wire in (None, torch.float32, FP8):
-        pair = [buffer_of(transport, wire_dtype=wire) for transport in (TRANSPORT, "collective")]
+        pair = [buffer_of(wire_dtype=wire), buffer_of("collective", gloo, wire_dtype=wire)]
         for turn in range(rounds):
             # In the last round more than channels take at a time.
             tokens = int(torch.randint(0, 300, ())) * (turn % 3 != dist.get_rank()) if turn < rounds - 1 else 1500
@@ -154,7 +156,7 @@ def too_many_rows() -> None:
         if dist.get_rank() == 0:
             assert (handle.x_sf if handle.cast else handle.x).isnan().all()
             assert int(handle.offsets[-1]) == 300
-            with pytest.raises(RuntimeError, match="an earlier dispatch got 3200 rows, and max_recv is 300"):
+            with pytest.raises(RuntimeError, match=f"an earlier dispatch got {RANKS * 800} rows, and max_recv is 300"):
                 buffer.check()
         else:
             buffer.check()
@@ -179,12 +181,12 @@ def a_peer_out_of_reach(caplog: list[str]) -> None:
         def connect(self, handles: list[bytes]) -> None:
             raise RuntimeError("cudaIpcOpenMemHandle: invalid argument")
 
-    if dist.get_rank() == 2:
+    if dist.get_rank() == RANKS - 1:
         setattr(module, name, Fenced)
     buffer = buffer_of()
     setattr(module, name, real)
     assert buffer.transport == "collective"
-    reason = "cudaIpcOpenMemHandle: invalid argument (rank 2)"
+    reason = f"cudaIpcOpenMemHandle: invalid argument (rank {RANKS - 1})"
     line = f"experts are exchanged through torch.distributed instead of {TRANSPORT}: {reason}"
     assert caplog == [line] * (dist.get_rank() == 0)
     assert there_and_back(buffer, *draw(10))["out"].shape == (10, HIDDEN)
@@ -224,22 +226,23 @@ def mistakes() -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    own_gpu = torch.cuda.device_count() >= RANKS
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("dsv3").addHandler(handler)
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(dist.get_rank())
-    assert ipc.MAX_RANKS >= RANKS == dist.get_world_size()
     by_chance(int(sys.argv[2]))
-    a_graph()
+    if TRANSPORT != "collective":
+        a_graph()
+        too_many_rows()
+        mistakes()
+        memory_comes_back()
+        a_peer_out_of_reach(said)
     if TRANSPORT == "ipc":
         few_tokens()
-    too_many_rows()
-    mistakes()
-    memory_comes_back()
-    a_peer_out_of_reach(said)
     dist.destroy_process_group()
 
 

@@ -1,8 +1,10 @@
-"""Transports ipc and nvshmem: between four processes that share a GPU (see ipc_worker.py); and on the host, anywhere."""
+"""Transports ipc and nvshmem: between four processes that share a GPU, and one a GPU (see ipc_worker.py); and on the host,
+anywhere."""
 
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bench.shared_gpu import shared_gpu
@@ -21,17 +24,31 @@ from dsv3.ops import registry
 ROOT = Path(__file__).parents[2]
 
 
+def run_workers(ranks: int, transport: str, env: dict[str, str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.comm.ipc_worker", transport, "6"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.cuda
 @pytest.mark.alone
 @pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
 def test_four_processes_on_one_gpu(transport: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    """Or on those that there are, in turn."""
     with shared_gpu() as env:
-        done = subprocess.run(
-            [*torchrun, "-m", "tests.comm.ipc_worker", transport, "6"],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+        run_workers(4, transport, env)
+
+
+@pytest.mark.cuda
+@pytest.mark.two_gpus
+@pytest.mark.alone
+@pytest.mark.parametrize("transport", ["collective", "ipc", "nvshmem"])
+def test_one_process_a_gpu(transport: str) -> None:
+    """collective goes over NCCL there."""
+    run_workers(torch.cuda.device_count() // 2 * 2, transport, dict(os.environ))
 
 
 @pytest.fixture
