@@ -11,11 +11,8 @@ import numpy as np
 
 # Fixed by csrc/comm (peers.cuh, dispatch.cuh, combine.cuh) and python/dsv3/comm/ipc.py; tests/test_comm_model.py compares.
 CASTERS, RECEIVERS = (10, 7), (16, 8)  # warps a channel: of one node, of several
-WARPS, OWNERS, RELAYS = (
-    24,
-    (6, 5),
-    (0, 4),
-)  # of combine; relays one for each of more other nodes; the rest are producers
+WARPS, OWNERS = 24, (6, 5)  # of combine; the rest are producers
+RELAYS = 0, 4  # or one for each of more other nodes
 HOPS = 11  # slots that are passed on at once, shared by the other nodes
 PIECE_BYTES = 8192  # of a row in a slot
 REST_BYTES = 512  # scales and meta, which dispatch writes with every piece
@@ -78,9 +75,10 @@ class Machine:
     """GB/s are 1e9 bytes a second and of one direction for links, us one way.
 
     Where the defaults come from: NVLink 450 and 160 GB/s of an H100 and an H800 and InfiniBand 50 GB/s are nominal; memory
-    3000 is what a copy reaches on an H100, bytes read plus written; a multiprocessor's 200 GB/s of loads and 50 of stores are
-    what DeepEP V2 plans with. Latencies are assumed: half a load's round trip of 1.5 to 2 us over NVLink, 3 us for a signalled
-    write over InfiniBand, 0.8 us for a load from memory under load, 2.5 us a kernel of a CUDA graph.
+    3000 is what a copy reaches on an H100, bytes read plus written; a multiprocessor's 122 GB/s of loads and 58 of stores are
+    what each of 20 reached on an H200 in kernels that do nothing else (DeepEP V2 plans with 200 and 50). Latencies are assumed:
+    half a load's round trip of 1.5 to 2 us over NVLink, 3 us for a signalled write over InfiniBand, 0.8 us for a load from
+    memory under load, 2.5 us a kernel of a CUDA graph.
 
     slots: of a ring. shared: all ranks on one GPU, whose memory is then their link, unless the rings fit its cache.
     """
@@ -91,8 +89,8 @@ class Machine:
     num_sms: int = NUM_SMS
     channels: int | None = None  # None: as many as multiprocessors
     slots: int = SLOTS
-    sm_read_gbs: float = 200.0
-    sm_write_gbs: float = 50.0
+    sm_read_gbs: float = 122.0
+    sm_write_gbs: float = 58.0
     link_us: float = 0.9
     ib_us: float = 3.0
     memory_us: float = 0.8

@@ -52,7 +52,8 @@ def host_us(call: Callable[[], Any]) -> float:
 
 
 def device_us(call: Callable[[], Any], calls: int, repeats: int, graph: bool) -> float:
-    """A call on the slowest rank; median of repeats."""
+    """A call on the slowest rank; median of repeats. Calls that are not timed run just before: their kernels wait for those of
+    the other ranks, so that all begin together, however late one's host is."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -74,6 +75,7 @@ def device_us(call: Callable[[], Any], calls: int, repeats: int, graph: bool) ->
         for _ in range(repeats + 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             dist.barrier()
+            replay()
             start.record()
             replay()
             end.record()

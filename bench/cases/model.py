@@ -26,7 +26,7 @@ from dsv3.testing import reference_ops
 from dsv3.train.balance import ExpertBias
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
-from dsv3.train.gradients import Gradients
+from dsv3.train.gradients import Gradients, why_no_graphs
 from dsv3.train.optimizer import AdamW
 
 # The published recipe, from its first step: the defaults of `dsv3 train`, in the published run.
@@ -66,12 +66,12 @@ class Training:
         *,
         precision: str = "bf16",
         recipe: TrainConfig = RECIPE,
-        cuda_graphs: bool = False,
     ) -> None:
         self.recipe = recipe
         self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=0)
         self.buffers = ParamBuffers(self.model)
-        self.gradients = Gradients(self.model, balance_alpha=recipe.balance_alpha, cuda_graphs=cuda_graphs)
+        graphs = why_no_graphs(recipe, device) is None
+        self.gradients = Gradients(self.model, balance_alpha=recipe.balance_alpha, cuda_graphs=graphs)
         settings = {"eps": recipe.eps, "weight_decay": recipe.weight_decay, "clip": recipe.clip}
         self.optimizer = AdamW(self.buffers, betas=(recipe.beta1, recipe.beta2), **settings)
         self.bias = ExpertBias(self.model)

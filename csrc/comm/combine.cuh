@@ -407,7 +407,7 @@ void combine(const CombineTensors& t, int64_t num_experts, int64_t ranks_per_nod
     using Y = decltype(zero);
     DSV3_CHECK(hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    p.piece = piece_columns(hidden, narrow ? 2 : 4, kRun);
+    p.piece = piece_columns(hidden, narrow ? 2 : 4, kSumStep);
     p.pieces = static_cast<int>(ceil_div(hidden, p.piece));
     constexpr int kThreads = Roles<kNodes>::kWarps * kWarpSize;
     const Launch shape{.grid = dim3(r.channels), .block = dim3(kThreads), .smem = Roles<kNodes>::kWarps * kWarpBytes};

@@ -220,12 +220,13 @@ template <class Way, bool kNodes>
 __device__ __forceinline__ void receive(const Rings& r, const DispatchParams& p, int warp, bool direct, bool spoiled,
                                         Box box) {
   constexpr int kReceivers = Roles<kNodes>::kReceivers;
-  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x, group = group_size<kNodes>(r);
-  const int sharing = max(kReceivers / group, 1),
-            step = kReceivers / sharing;  // warps of a ring, rings of the next lane's
-  const int ring = warp / sharing + lane * step;
-  const int writer = ring - node_of<kNodes>(r, ring) * r.ranks;
-  const bool mine = warp / sharing < step && ring < group && !(direct && writer == r.rank);
+  const int lane = threadIdx.x % kWarpSize, channel = blockIdx.x, nodes = group_size<kNodes>(r) / r.ranks;
+  const int writers = r.ranks - direct;  // of a node; the own rank's rows are written elsewhere then
+  const int sharing = max(kReceivers / max(nodes * writers, 1), 1);  // warps of a ring
+  const int step = kReceivers / sharing, index = warp / sharing + lane * step;
+  const bool mine = warp / sharing < step && index < nodes * writers;
+  const int node = mine ? index / writers : 0, place = mine ? index - node * writers : 0;
+  const int writer = place + (direct && place >= r.rank), ring = of_node<kNodes>(r, node, writer);
   const int items = mine ? p.arrivals[ring * r.channels + channel] * p.pieces : 0;
   const uint32_t begin = mine ? local_of(r, r.rank)->received[ring][channel] : 0;
   const uint32_t* const flags = ready_flag(r, r.rank, mine ? ring : 0, channel, 0);

@@ -485,7 +485,7 @@ void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, 
     using Y = decltype(zero);
     DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4, kRun);
+    divide(r, p, narrow ? 2 : 4, kSumStep);
     const Launch shape = of_windows(r, kWarps * kWarpBytes);
     narrow ? launch("comm_send_sums", send_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
            : launch("comm_send_sums", send_sums_kernel<Y, float>, shape, stream, r, p);
@@ -505,7 +505,7 @@ void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t
     using Y = decltype(zero);
     DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
     const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4, kRun);
+    divide(r, p, narrow ? 2 : 4, kSumStep);
     const Launch shape = of_windows(r, kWarps * kWarpBytes);
     visit_sums<Y>(narrow, ranks_per_node < r.ranks, [&](auto zero, auto nodes) {
       launch("comm_receive_sums", receive_sums_kernel<nodes(), Y, decltype(zero)>, shape, stream, r, p);

@@ -1,4 +1,7 @@
 // Sums of rows, in fp32 and in their order: by a warp, whose loads run ahead.
+//
+// Where a few multiprocessors do all, instructions are what limits: so a row's address is worked out once a turn, and whole
+// turns look at no bounds.
 #pragma once
 
 #include <type_traits>
@@ -8,53 +11,81 @@
 namespace dsv3 {
 
 constexpr int kWarpBytes = 8 * 1024;  // of shared memory, for rows on their way
+constexpr int kRun = 8;               // consecutive columns of a lane
+constexpr int kSumStep = 1024;        // columns of all pieces but a row's last: whole turns
 
-// A lane takes kRun consecutive columns, kRuns times a warp's width apart; its loads run ahead through memory of its own.
-constexpr int kRun = 8;
+// What a warp sums in a turn: of each lane kRuns times kRun columns, a warp's width apart. A stage holds those of a row, each
+// lane's for itself: kRuns times kWords vectors, a warp's width apart.
 template <class T, int kRuns>
-struct Ahead {
-  static constexpr int kTurn = kRuns * kWarpSize * kRun;  // columns of a warp and turn
-  static constexpr int kWords = kRun * sizeof(T) / 16;
-  static constexpr int kStages = kWarpBytes / (kTurn * static_cast<int>(sizeof(T)));
-  uint4* const words;  // [kStages][kRuns][kWords][lane]: this lane's first
+struct Turn {
+  static constexpr int kColumns = kRuns * kWarpSize * kRun, kBytes = kColumns * sizeof(T);
+  static constexpr int kStages = kWarpBytes / kBytes, kWords = kRun * sizeof(T) / 16;
+  static constexpr int kWidth = kWarpSize * 16;  // bytes
+  static_assert(kSumStep % kColumns == 0);
 
-  __device__ __forceinline__ uint4* at(int load, int b, int i) const {
-    return words + ((load % kStages * kRuns + b) * kWords + i) * kWarpSize;
-  }
-  __device__ __forceinline__ void ask(int load, const T* row, int first, int columns) const {
-#pragma unroll
-    for (int b = 0; b < kRuns; ++b) {
-      const int column = first + b * kWarpSize * kRun;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const int first_of_word = column + i * (kRun / kWords);
-        if (first_of_word < columns) copy_ahead(at(load, b, i), row + first_of_word);
-      }
+  // Asks for this lane's part of a row, of which `columns` are left from here on, or none (<= 0). stage: its own place there.
+  static __device__ __forceinline__ void ask(uint32_t stage, const T* row, int columns) {
+    const int first = threadIdx.x % kWarpSize * kRun;
+    const T* const own = row + first;
+    if (columns >= kColumns) {
+      copy<0, false>(stage, own, 0);
+    } else {
+      copy<0, true>(stage, own, columns - first);
     }
   }
-  // Every turn commits, also where it asks for nothing: so the oldest of kStages loads is there.
-  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;"); }
-  __device__ __forceinline__ void wait_oldest() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+  // Adds what the stage has of this lane's.
+  static __device__ __forceinline__ void add(float (&sum)[kRuns][kRun], uint32_t stage) {
+    uint4 raw[kRuns * kWords];
+    take<0>(stage, raw);
+#pragma unroll
+    for (int v = 0; v < kRuns * kWords; ++v) {
+      constexpr int kValues = kRun / kWords;
+      float x[kValues];
+      unpack(reinterpret_cast<const Vec<T>&>(raw[v]), x);
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) sum[v / kWords][v % kWords * kValues + j] += x[j];
+    }
   }
-  __device__ __forceinline__ void add_to(float (&sum)[kRuns][kRun], int load) const {
-#pragma unroll
-    for (int b = 0; b < kRuns; ++b) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const uint4 raw = *at(load, b, i);
-        float x[kRun / kWords];
-        unpack(reinterpret_cast<const Vec<T>&>(raw), x);
-#pragma unroll
-        for (int j = 0; j < kRun / kWords; ++j) sum[b][i * (kRun / kWords) + j] += x[j];
+
+ private:
+  template <int kVector, bool kBounded>
+  static __device__ __forceinline__ void copy(uint32_t stage, const T* own, int columns) {
+    if constexpr (kVector < kRuns * kWords) {
+      constexpr int kColumn = kVector / kWords * kWarpSize * kRun + kVector % kWords * (kRun / kWords);
+      if (!kBounded || kColumn < columns) {
+        asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(stage), "l"(own),
+                     "n"(kVector * kWidth), "n"(kColumn * static_cast<int>(sizeof(T)))
+                     : "memory");
       }
+      copy<kVector + 1, kBounded>(stage, own, columns);
+    }
+  }
+  template <int kVector>
+  static __device__ __forceinline__ void take(uint32_t stage, uint4 (&raw)[kRuns * kWords]) {
+    if constexpr (kVector < kRuns * kWords) {
+      uint4& v = raw[kVector];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(stage), "n"(kVector * kWidth)
+                   : "memory");
+      take<kVector + 1>(stage, raw);
     }
   }
 };
 
+// 16 bytes in one store: the compiler makes four of some otherwise, for want of registers in a row.
+template <class T>
+__device__ __forceinline__ void store_whole(T* p, const Vec<T>& v) {
+  const uint4& raw = reinterpret_cast<const uint4&>(v);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+
+// This lane's columns of a turn; row has `columns` from here on.
 template <class T, int kRuns>
-__device__ __forceinline__ void store_sums(T* row, int first, int columns, const float (&sum)[kRuns][kRun]) {
+__device__ __forceinline__ void store_sums(T* row, int columns, const float (&sum)[kRuns][kRun]) {
   constexpr int kStep = Vec<T>::kSize;
+  const int first = threadIdx.x % kWarpSize * kRun;
 #pragma unroll
   for (int b = 0; b < kRuns; ++b) {
     const int column = first + b * kWarpSize * kRun;
@@ -65,7 +96,7 @@ __device__ __forceinline__ void store_sums(T* row, int first, int columns, const
       for (int j = 0; j < kStep; ++j) x[j] = sum[b][i * kStep + j];
       Vec<T> vec;
       pack(x, vec);
-      if (column + i * kStep < columns) store(row + column + i * kStep, vec);
+      if (column + i * kStep < columns) store_whole(row + column + i * kStep, vec);
     }
   }
 }
@@ -75,32 +106,31 @@ __device__ __forceinline__ void store_sums(T* row, int first, int columns, const
 template <bool kNodes, class In, class S, class Out>
 __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, int count, unsigned ends,
                                          uint4* memory) {
-  const int lane = threadIdx.x % kWarpSize;
-  constexpr int kRuns = kNodes ? 2 : 4;  // nodes have sums of their own in registers
-  using Loads = Ahead<In, kRuns>;
-  constexpr int kTurn = Loads::kTurn;
-  const Loads ahead{memory + lane};
-  const int turns = ceil_div(columns, kTurn), loads = turns * count;
-  int asked = 0, next_turn = 0, next_row = 0;  // the load to ask for next
-  const auto ask = [&] {
+  static_assert(std::is_same_v<S, Out> || std::is_same_v<S, float>);  // so that rounding to S comes with the store
+  constexpr int kRuns = kNodes ? 2 : 4;                               // nodes have sums of their own in registers
+  using Load = Turn<In, kRuns>;
+  const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(memory + threadIdx.x % kWarpSize));
+  int next_row = 0, left = count > 0 ? columns : 0;  // what to ask for: of whose row, and how many columns are left
+  const auto ask = [&](uint32_t stage) {
     const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
-    if (asked < loads) ahead.ask(asked, reinterpret_cast<const In*>(from), next_turn * kTurn + lane * kRun, columns);
-    ahead.commit();
-    ++asked;
-    if (++next_row >= count) next_row = 0, ++next_turn;
+    Load::ask(stages + stage, reinterpret_cast<const In*>(from), left);
+    asm volatile("cp.async.commit_group;" ::
+                     : "memory");  // also where it asks for nothing: so the oldest can be waited for
+    if (++next_row == count) next_row = 0, left -= Load::kColumns, row += Load::kColumns;
   };
 #pragma unroll 1
-  for (int i = 0; i < Loads::kStages - 1; ++i) ask();
-  int load = 0;
+  for (uint32_t stage = 0; stage < kWarpBytes; stage += Load::kBytes) ask(stage);
+  uint32_t stage = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
+  for (; columns > 0; columns -= Load::kColumns, out += Load::kColumns) {
     float sum[kRuns][kRun] = {};
     [[maybe_unused]] float total[kNodes ? kRuns : 1][kRun] = {};
 #pragma unroll 1
-    for (int i = 0; i < count; ++i, ++load) {
-      ask();
-      ahead.wait_oldest();
-      ahead.add_to(sum, load);
+    for (int i = 0; i < count; ++i) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(Load::kStages - 1) : "memory");
+      Load::add(sum, stages + stage);
+      ask(stage);
+      stage = (stage + Load::kBytes) % kWarpBytes;
       if constexpr (kNodes) {
         if (!(ends >> i & 1)) continue;
 #pragma unroll
@@ -114,14 +144,9 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
       }
     }
     if constexpr (kNodes) {
-      store_sums(out, turn * kTurn + lane * kRun, columns, total);
+      store_sums(out, columns, total);
     } else {
-#pragma unroll
-      for (int b = 0; b < kRuns; ++b) {
-#pragma unroll
-        for (int j = 0; j < kRun; ++j) sum[b][j] = to_float(from_float<S>(sum[b][j]));
-      }
-      store_sums(out, turn * kTurn + lane * kRun, columns, sum);
+      store_sums(out, columns, sum);
     }
   }
 }

@@ -15,10 +15,14 @@ import torch
 
 from dsv3 import train
 from dsv3.config import Config
+from dsv3.graphs import Graphs
 from dsv3.model import Batch, DeepSeekV3, Loss
+from dsv3.ops import registry
 from dsv3.parallel.data import DataParallel
 from dsv3.train import checkpoint
+from dsv3.train.buffers import ParamBuffers
 from dsv3.train.data import BatchReader, TokenDataset
+from dsv3.train.gradients import Gradients
 from dsv3.train.trainer import Diverged, Trainer
 from tests.train.common import MODEL, Recorder, micro, same_losses
 
@@ -124,21 +128,26 @@ def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_steps_in_graphs_are_the_steps_without(token_folder: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "recompute"), [("bf16", False), ("fp8", False), ("fp8", True)])
+def test_steps_in_graphs_are_the_steps_without(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, recompute: bool
+) -> None:
     """Bit for bit, with micro-batches, batches that grow, and MTP that comes in: a graph for each size and weight."""
     model = {**MODEL, "num_nextn_predict_layers": 1}
     settings = {
-        "device": "cuda", "precision": precision, "deterministic": True, "model": model, "max_steps": 16, "micro_batch": 2,
-        "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0, "mtp_weight_final": 0.3, "mtp_switch": 0.5,
+        "device": "cuda", "precision": precision, "recompute": recompute, "deterministic": True, "model": model,
+        "max_steps": 16, "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0,
+        "mtp_weight_final": 0.3, "mtp_switch": 0.5,
     }  # fmt: skip
-    curves = []
+    curves, captured, capture = [], [], Graphs._capture
+    monkeypatch.setattr(Graphs, "_capture", lambda *args: captured.append(args) or capture(*args))
     try:
-        for cuda_graphs in (False, True):
+        for cuda_graphs in (False, None):  # unset: where they can be
             recorder = Recorder()
             config = micro(token_folder, tmp_path / str(cuda_graphs), cuda_graphs=cuda_graphs, **settings)
             assert train.run(config, callbacks=[recorder]) == 0
             curves.append([(r.loss, r.ce, r.mtp, r.grad_norm, r.expert_load.tolist()) for r in recorder.steps])
+            assert bool(captured) == (cuda_graphs is None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert curves[0] == curves[1]
@@ -151,6 +160,19 @@ def test_graphs_of_steps_need_a_gpu(token_folder: Path, tmp_path: Path) -> None:
     ):
         train.run(micro(token_folder, tmp_path / "run", cuda_graphs=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_where_a_reference_runs_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may ask the device."""
+    model = DeepSeekV3(dataclasses.replace(Config.preset("tiny"), **MODEL)).init_weights(seed=0)
+    ParamBuffers(model)
+    gradients = Gradients(model, balance_alpha=0.0, cuda_graphs=True)
+    real = model.loss
+    monkeypatch.setattr(registry, "FALLBACKS", {("rope", "odd"): 1})
+    monkeypatch.setattr(model, "loss", lambda *args, **more: registry.note("rope", "odd") or real(*args, **more))
+    for _ in range(3):
+        losses, _ = gradients.add(torch.randint(9, (2, 9)), 1, size=2, mtp_weight=0.0)
+    assert losses.isfinite().all()
 
 
 def test_micro_batches_change_nothing(token_folder: Path, tmp_path: Path) -> None:

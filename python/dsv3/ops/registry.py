@@ -42,7 +42,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-FALLBACKS: dict[tuple[str, str], None] = {}  # (op, reason), in the order met
+FALLBACKS: dict[tuple[str, str], int] = {}  # (op, reason), in the order met: how often
 _forced_references = 0
 
 
@@ -68,8 +68,8 @@ def sm_count(device: torch.device) -> int:
 def note(name: str, reason: str) -> None:
     """Logs once why an op runs on its reference, and keeps it for `dsv3 doctor`."""
     if (name, reason) not in FALLBACKS:
-        FALLBACKS[name, reason] = None
         log.info("%s runs on its reference: %s", name, reason)
+    FALLBACKS[name, reason] = FALLBACKS.get((name, reason), 0) + 1
 
 
 def _no_objection(*args: Any) -> str | None:

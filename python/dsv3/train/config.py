@@ -50,7 +50,8 @@ class TrainConfig:
     seed: int = 0
     ep: int = 1  # consecutive ranks that share the routed experts among them
     ep_transport: str = "auto"  # of dsv3.comm.ExpertBuffer, between these ranks
-    cuda_graphs: bool = False  # replay forward and backward as CUDA graphs: on a Hopper GPU, in bf16 and fp8, with ep 1
+    cuda_graphs: bool | None = None  # replay forward and backward as CUDA graphs; unset: where that can be, on a Hopper
+    # GPU in bf16 and fp8, with ep 1
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
     # batch, in sequences
     seq_len: int = 4096
@@ -209,6 +210,10 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
+    if kind == bool | None:
+        if value is None:
+            return None
+        kind = bool
     wanted = kind if kind in (int, float, bool, str) else dict
     if type(value) is not wanted:
         raise ValueError(f"{key} must be {wanted.__name__}, got {type(value).__name__} {value!r}")

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from dsv3.graphs import Graphs
 from dsv3.model import Batch, DeepSeekV3
+from dsv3.ops import registry
+from dsv3.train.config import TrainConfig
+
+log = logging.getLogger("dsv3")
+
+
+def why_no_graphs(config: TrainConfig, device: torch.device) -> str | None:
+    """What keeps micro-batches from becoming CUDA graphs: whatever asks the device, as references, fp32 experts and experts of
+    other ranks do."""
+    reason = "references run there" if device.type != "cuda" else registry.why_no_kernels(device)
+    if config.precision == "fp32" or config.ep > 1:
+        reason = reason or f"got precision {config.precision} and ep {config.ep}"
+    return reason
 
 
 class Gradients:
@@ -17,7 +32,8 @@ class Gradients:
         balance_alpha: weight of the balance loss.
         cuda_graphs: forward and backward of a micro-batch become a CUDA graph the second time that one of a size comes with an
             mtp_weight, and are replayed from then on: the host launches one graph instead of some thousand kernels. Needs a
-            model whose forward asks the device for nothing, and weights that stay where they are.
+            model whose forward asks the device for nothing, and weights that stay where they are. Where an op has run on its
+            reference, which may ask, nothing is captured.
     """
 
     def __init__(self, model: DeepSeekV3, *, balance_alpha: float, cuda_graphs: bool = False) -> None:
@@ -51,7 +67,11 @@ class Gradients:
             if len(micro) not in self._rows:
                 self._rows[len(micro)] = torch.empty_like(micro)
             held = self._rows[len(micro)].copy_(micro)
+            known = sum(registry.FALLBACKS.values())
             self._graphs.run((len(micro), mtp_weight), lambda held=held: self._micro_batch(held, mtp_weight))
+            if sum(registry.FALLBACKS.values()) > known:
+                log.info("no CUDA graphs: an op has run on its reference")
+                self._graphs = None
         return self._losses.clone(), self._load.clone()  # the next batch writes them while these are still read
 
     def _micro_batch(self, rows: Tensor, mtp_weight: float) -> None:

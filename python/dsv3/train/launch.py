@@ -18,7 +18,6 @@ from dsv3.comm.alive import RankLost, naming_lost_ranks
 from dsv3.config import PRESETS, Config
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
-from dsv3.ops.registry import why_no_kernels
 from dsv3.parallel.data import DataParallel, ranks_here
 from dsv3.parallel.expert import ExpertParallel
 from dsv3.terminal import command
@@ -26,6 +25,7 @@ from dsv3.tokenizer import load_tokenizer
 from dsv3.train import checkpoint
 from dsv3.train.config import TrainConfig, check_key
 from dsv3.train.data import BatchReader, TokenDataset, ValidationSet, read_index
+from dsv3.train.gradients import why_no_graphs
 from dsv3.train.metrics import Callback, MetricsFile, TensorBoard
 from dsv3.train.tokenizer import tokenizer_sha
 from dsv3.train.trainer import Diverged, Trainer
@@ -174,7 +174,9 @@ def _trainer(
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
     if config.cuda_graphs:
-        _check_graphs(config, parallel.device)
+        reason = why_no_graphs(config, parallel.device)
+        if reason is not None:
+            raise ValueError(f"cuda_graphs needs a Hopper GPU, precision bf16 or fp8, and ep 1: {reason}")
     if config.ep > 1:
         layers = model_config.num_hidden_layers + model_config.num_nextn_predict_layers
         if not any(map(model_config.is_moe, range(layers))):
@@ -191,15 +193,6 @@ def _trainer(
         parallel=parallel,
         callbacks=callbacks,
     )
-
-
-def _check_graphs(config: TrainConfig, device: torch.device) -> None:
-    """What a graph cannot hold is whatever asks the device: references, fp32 experts, experts of other ranks."""
-    reason = "references run there" if device.type != "cuda" else why_no_kernels(device)
-    if config.precision == "fp32" or config.ep > 1:
-        reason = reason or f"got precision {config.precision} and ep {config.ep}"
-    if reason is not None:
-        raise ValueError(f"cuda_graphs needs a Hopper GPU, precision bf16 or fp8, and ep 1: {reason}")
 
 
 def _model(model_config: Config, config: TrainConfig, parallel: DataParallel) -> DeepSeekV3:

@@ -26,7 +26,7 @@ from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
 from dsv3.train.data import BatchReader, ValidationSet
 from dsv3.train.ema import Ema
-from dsv3.train.gradients import Gradients
+from dsv3.train.gradients import Gradients, why_no_graphs
 from dsv3.train.metrics import Callback, EvalReport, StepReport
 from dsv3.train.optimizer import AdamW
 
@@ -59,7 +59,10 @@ class Trainer:
         self.say = say if self.parallel.is_first else lambda text: None
         self.buffers = ParamBuffers(model)
         self.parallel.broadcast_parameters(self.buffers)
-        self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=config.cuda_graphs)
+        graphs = config.cuda_graphs
+        if graphs is None:
+            graphs = why_no_graphs(config, self.parallel.device) is None
+        self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=graphs)
         self.optimizer = AdamW(
             self.buffers,
             betas=(config.beta1, config.beta2),
