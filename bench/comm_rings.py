@@ -321,7 +321,7 @@ class Simulation:
                 yield self.write(channel, rank, row)
 
         owners, relays = OWNERS[self.several], max(RELAYS[self.several], job.nodes - 1)
-        producers = WARPS - owners - relays
+        producers = WARPS[self.several] - owners - relays
         relays //= max(job.nodes - 1, 1)  # of each other node
         for (channel, rank), turns in made.items():
             items = [item for *_, item in sorted(turns, key=lambda turn: turn[:3])]

@@ -11,7 +11,7 @@ import numpy as np
 
 # Fixed by csrc/comm (peers.cuh, dispatch.cuh, combine.cuh) and python/dsv3/comm/ipc.py; tests/test_comm_model.py compares.
 CASTERS, RECEIVERS = (10, 7), (16, 8)  # warps a channel: of one node, of several
-WARPS, OWNERS = 24, (6, 5)  # of combine; the rest are producers
+WARPS, OWNERS = (24, 20), (6, 5)  # of combine; the rest are producers
 RELAYS = 0, 4  # or one for each of more other nodes
 HOPS = 11  # slots that are passed on at once, shared by the other nodes
 PIECE_BYTES = 8192  # of a row in a slot

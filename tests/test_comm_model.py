@@ -212,10 +212,9 @@ def test_numbers_of_the_kernels() -> None:
     """Those that the model takes from csrc/comm and dsv3/comm."""
     files = ("peers.cuh", "sums.cuh", "dispatch.cuh", "combine.cuh")
     text = "".join((ROOT / "csrc/comm" / name).read_text() for name in files)
-    for name in ("Casters", "Receivers", "Owners", "Relays"):
+    for name in ("Warps", "Casters", "Receivers", "Owners", "Relays"):
         several, one = re.search(rf"k{name} = kNodes \? (\d+) : (\d+);", text).groups()
         assert (int(one), int(several)) == getattr(comm_traffic, name.upper())
-    assert int(re.search(r"kWarps = (\d+);", text)[1]) == comm_traffic.WARPS
     assert int(re.search(r"kHops = kNodes \? (\d+) : 0;", text)[1]) == comm_traffic.HOPS
     assert int(re.search(r"kPieceBytes = (\d+)", text)[1]) == comm_traffic.PIECE_BYTES
     assert int(re.search(r"kWarpBytes = (\d+) \* 1024", text)[1]) * 1024 == comm_traffic.WARP_BYTES

@@ -144,7 +144,10 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for backward in (False, True)
         for tokens, inner, weighted in shapes
     ]
-    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
+    narrow = (64, 96) if tiny else (131072, 768)  # experts of 2b
+    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False), _cast(*narrow, weighted=True)]
     kept = (False, False), (True, False), (True, True)
     backward = [_cast_backward(*expert, weighted=True, keep=keep, out=out) for keep, out in kept]
-    return [*plain, *casts, *backward, _cast_backward(*dense, weighted=False, keep=False)]
+    backward += [_cast_backward(*dense, weighted=False, keep=False)]
+    backward += [_cast_backward(*narrow, weighted=True, keep=True, out=True)]
+    return [*plain, *casts, *backward]

@@ -19,7 +19,7 @@ namespace dsv3::combining {
 
 template <bool kNodes>
 struct Roles {  // warps: the first are producers
-  static constexpr int kWarps = 24;
+  static constexpr int kWarps = kNodes ? 20 : 24;
   static constexpr int kOwners = kNodes ? 5 : 6;
   static constexpr int kRelays = kNodes ? 4 : 0;  // or one for each of more other nodes
 

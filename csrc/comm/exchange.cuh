@@ -54,8 +54,15 @@ __device__ __forceinline__ void count(const Rings& r, const ExchangeParams& p, C
   for (int token = threadIdx.x; token < p.tokens; token += kThreads) {
     Mask ranks = 0;
     unsigned nodes = 0;
-    for (int j = 0; j < p.topk; ++j) {
-      const int64_t expert = p.topk_idx[static_cast<int64_t>(token) * p.topk + j];
+    int64_t experts[kMaxTopk];  // all on their way at once
+#pragma unroll
+    for (int j = 0; j < kMaxTopk; ++j) {
+      experts[j] = j < p.topk ? p.topk_idx[static_cast<int64_t>(token) * p.topk + j] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kMaxTopk; ++j) {
+      if (j >= p.topk) break;
+      const int64_t expert = experts[j];
       const int64_t near = min(max(expert, int64_t{0}), int64_t{p.experts - 1});  // where the caller has put the pair
       if (expert != near) counted.trouble = 2;
       const unsigned rank = static_cast<unsigned>(near) / static_cast<unsigned>(p.local_experts);
@@ -92,9 +99,11 @@ __device__ __forceinline__ const Notice& notice_from(const Rings& r, const Far& 
 template <class Far>
 __device__ __forceinline__ void tell(const Rings& r, const Far& far, const ExchangeParams& p,
                                      const Counted<Far::kNodes>& counted, int parity) {
+  static_assert(kMaxCommExperts <= kThreads);
+  const int e = threadIdx.x, pairs = e < p.experts ? p.own_offsets[e + 1] - p.own_offsets[e] : 0;
   for (int peer = 0; peer < group_size(r); ++peer) {
     Notice& notice = notice_to(r, far, parity, peer);
-    for (int e = threadIdx.x; e < p.experts; e += kThreads) notice.counts[e] = p.own_offsets[e + 1] - p.own_offsets[e];
+    if (e < p.experts) notice.counts[e] = pairs;
     for (int c = threadIdx.x; c < r.channels; c += kThreads) {
       notice.arrivals[c] = counted.arrivals[peer * r.channels + c];
       if constexpr (Far::kNodes) notice.relayed[c] = counted.relayed[peer / r.ranks * r.channels + c];
@@ -131,16 +140,17 @@ __device__ __forceinline__ bool meet(const Rings& r, const Far& far, const Excha
 template <class Far>
 __device__ __forceinline__ void add_up(const Rings& r, const Far& far, const ExchangeParams& p,
                                        Counted<Far::kNodes>& counted, int parity) {
-  const int group = group_size(r), self = own_rank(r);
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) {
-    int total = 0, before = 0;
+  const int group = group_size(r), self = own_rank(r), e = threadIdx.x;
+  int total = 0, before = 0, own = 0;  // of the thread's expert
+  if (e < p.experts) {
+    own = p.own_offsets[e];
+#pragma unroll 8
     for (int place = 0; place < group; ++place) {
       const int source = source_at(place, group, p.ranks_per_node);
       if (source == self) before = total;
       total += __ldcg(&notice_from(r, far, parity, source).counts[e]);
     }
     counted.totals[e] = total;
-    p.shift[e] = before - p.own_offsets[e];
   }
   for (int i = threadIdx.x; i < group * r.channels; i += kThreads) {
     p.arrivals[i] = __ldcg(&notice_from(r, far, parity, i / r.channels).arrivals[i % r.channels]);
@@ -153,17 +163,15 @@ __device__ __forceinline__ void add_up(const Rings& r, const Far& far, const Exc
     p.heads[i] = __ldcg(&notice_from(r, far, parity, i / kHeadInts).head[i % kHeadInts]);
   }
   __syncthreads();
-  const int first = self * p.local_experts;
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) {
-    int start = 0;
-    for (int other = e / p.local_experts * p.local_experts; other < e; ++other) start += counted.totals[other];
-    p.shift[e] += start;
-    const int mine = e - first;
-    if (mine >= 0 && mine < p.local_experts) {
-      p.offsets[mine] = start;
-      if (mine == p.local_experts - 1) p.offsets[p.local_experts] = start + counted.totals[e];
-    }
-  }
+  if (e >= p.experts) return;
+  int start = 0;
+#pragma unroll 8
+  for (int other = e / p.local_experts * p.local_experts; other < e; ++other) start += counted.totals[other];
+  p.shift[e] = before - own + start;
+  const int mine = e - self * p.local_experts;
+  if (mine < 0 || mine >= p.local_experts) return;
+  p.offsets[mine] = start;
+  if (mine == p.local_experts - 1) p.offsets[p.local_experts] = start + total;
 }
 
 // Where a rank did not answer: nobody sends anything, and the heads say 3.
