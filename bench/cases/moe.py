@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.cases import Case, peers
 from dsv3.reference import moe as reference
+from dsv3.reference import swiglu as swiglu_reference
 from dsv3.reference.quant import TILE
 
 
@@ -32,7 +33,7 @@ def _case(tokens: int, inner: int, *, weighted: bool, backward: bool) -> Case:
         bytes=2 * size * (5 if backward else 3) + weight_bytes,  # dout, gate, up, dgate, dup; or gate, up, out
         inputs=inputs,
         run=torch.ops.dsv3.swiglu_backward if backward else torch.ops.dsv3.swiglu,
-        baselines=peers(reference.swiglu_backward if backward else reference.swiglu),
+        baselines=peers(swiglu_reference.swiglu_backward if backward else swiglu_reference.swiglu),
     )
 
 
@@ -49,7 +50,7 @@ def _cast(tokens: int, inner: int, *, weighted: bool) -> Case:
         bytes=5 * size + 4 * size // TILE + 4 * tokens * weighted,  # gate, up; out
         inputs=inputs,
         run=lambda gate_up, weights: torch.ops.dsv3.swiglu_cast(gate_up, weights, None, False, 1e-4),
-        baselines=peers(lambda gate_up, weights: reference.swiglu_cast(gate_up, weights, None, False, 1e-4)),
+        baselines=peers(lambda gate_up, weights: swiglu_reference.swiglu_cast(gate_up, weights, None, False, 1e-4)),
     )
 
 
@@ -68,7 +69,7 @@ def _cast_backward(tokens: int, inner: int, *, weighted: bool, keep: bool, out: 
         bytes=2 * moved * size + (2 + out) * (size + 4 * size // TILE) + 8 * tokens * weighted,
         inputs=inputs,
         run=lambda *inputs: torch.ops.dsv3.swiglu_cast_backward(*inputs, *settings),
-        baselines=peers(lambda *inputs: reference.swiglu_cast_backward(*inputs, *settings)),
+        baselines=peers(lambda *inputs: swiglu_reference.swiglu_cast_backward(*inputs, *settings)),
     )
 
 
@@ -144,7 +145,7 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for backward in (False, True)
         for tokens, inner, weighted in shapes
     ]
-    narrow = (64, 96) if tiny else (131072, 768)  # experts of 2b
+    narrow = (64, 384) if tiny else (131072, 768)  # experts of 2b
     casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False), _cast(*narrow, weighted=True)]
     kept = (False, False), (True, False), (True, True)
     backward = [_cast_backward(*expert, weighted=True, keep=keep, out=out) for keep, out in kept]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dsv3 import plots
 from dsv3.config import Config
+from dsv3.files import write_whole
 from dsv3.inference import Engine, SamplingParams
 from dsv3.model import DeepSeekV3
 from dsv3.ops import registry
@@ -130,7 +130,8 @@ def prepare(corpus: Corpus, vocab_size: int, cache: Path, console: Console) -> P
         start = time.monotonic()
         tokenize_corpus(corpus, train_on_corpus(corpus, vocab_size), folder)
         texts, valid = ((document.text for document in corpus.documents(split)) for split in ("train", "valid"))
-        _write_json(folder / "baselines.json", dataclasses.asdict(measure_baselines(texts, valid)))
+        baselines = dataclasses.asdict(measure_baselines(texts, valid))
+        write_whole(folder / "baselines.json", json.dumps(baselines, indent=2) + "\n")
         console.print(f"tokenizer, tokens and baselines made in {clock(time.monotonic() - start)}", soft_wrap=True)
     index = read_index(folder)
     train, valid = index.splits["train"], index.splits["valid"]
@@ -306,13 +307,7 @@ def _write_summary(
         "training_tokens_per_s": last.tokens / last.seconds,
         "tokens_per_s": dict(speeds),
     }
-    _write_json(path, values)
-
-
-def _write_json(path: Path, values: object) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def _device() -> torch.device:

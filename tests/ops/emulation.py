@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from dsv3.reference import quant
-from dsv3.reference.moe import swiglu, swiglu_backward
+from dsv3.reference.swiglu import swiglu, swiglu_backward
 
 FLOOR, GRADIENT_FLOOR = 1e-4, 1e-30
 

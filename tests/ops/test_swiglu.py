@@ -55,7 +55,18 @@ def unfused_backward(dout, gate_up, weights, keep_dgate_up, **settings):
 
 
 SETTINGS = [{}, {"pow2_scale": True}, {"amax_floor": 0.0}, {"amax_floor": 1e-4}]
-CAST_SHAPES = [*SHAPES, (9, 16), (130, 144), (7, 1040), (5, 2176), (127, 384), (9, 640), (131, 768), (65, 1024), (7, 1536)]
+CAST_SHAPES = [
+    *SHAPES,
+    (9, 16),
+    (130, 144),
+    (7, 1040),
+    (5, 2176),
+    (127, 384),
+    (9, 640),
+    (131, 768),
+    (65, 1024),
+    (7, 1536),
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

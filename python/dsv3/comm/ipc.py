@@ -216,10 +216,10 @@ class Link:
         if found is not None:
             topk_idx = torch.empty(0, 1, dtype=torch.int64, device=self.device)
         head = counts.head_of(x, topk_idx, topk_weights, found)
-        heads, offsets, way = self._exchange(topk_idx, [*head, topk_idx.shape[0], 0, 0])
-        *numbers, num_rows = torch.cat([heads.view(-1), offsets[-1:]]).tolist()
+        said, offsets, way = self._exchange(topk_idx, [*head, topk_idx.shape[0], 0, 0])
+        *numbers, num_rows = said.tolist()
         self.raise_lost()
-        rows = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
+        rows = [numbers[8 * i : 8 * i + 8] for i in range(self.layout.ranks)]
         counts.compare([row[:5] for row in rows], found, self.layout)
         return self._told(offsets, way, num_rows, max(row[5] for row in rows))
 
@@ -234,18 +234,20 @@ class Link:
         return Told(offsets, way, num_rows, max_tokens)
 
     def _exchange(self, topk_idx: Tensor, head: list[int]) -> tuple[Tensor, Tensor, Way]:
+        """The heads of all ranks with the offsets behind them, the offsets alone, and the way."""
         layout, new = self.layout, topk_idx.new_empty
         topk_idx = topk_idx.contiguous()
         near = topk_idx.clamp(0, layout.num_experts - 1)  # what does not exist is said, and must do no harm until then
         self._keep_order()
         own_offsets, _, pairs = torch.ops.dsv3.moe_permutation(near, layout.num_experts)
         sources = layout.ranks + layout.nodes * self.across
-        sizes = (layout.ranks, 8), (layout.num_local_experts + 1,), (layout.num_experts,), (sources, self.num_sms)
-        heads, offsets, shift, arrivals = (new(size, dtype=torch.int32) for size in sizes)
+        sizes = (8 * layout.ranks + layout.num_local_experts + 1,), (layout.num_experts,), (sources, self.num_sms)
+        said, shift, arrivals = (new(size, dtype=torch.int32) for size in sizes)
+        heads, offsets = said[: 8 * layout.ranks].view(-1, 8), said[8 * layout.ranks :]
         self._native.comm_exchange(
             heads, offsets, shift, arrivals, topk_idx, own_offsets, head, layout.ranks_per_node, self._peers
         )
-        return heads, offsets, Way(near, pairs, shift, arrivals)
+        return said, offsets, Way(near, pairs, shift, arrivals)
 
     def _keep_order(self) -> None:
         """Kernels of two calls must not run at once, as both would count the same rings: another stream than the last call's

@@ -19,20 +19,12 @@ from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
 from dsv3.ops.mla_attention import mla_attention, mla_merge, split_kv
-from dsv3.ops.moe import (
-    Permutation,
-    SwigluCastGradients,
-    moe_gate,
-    moe_permute,
-    moe_unpermute,
-    swiglu,
-    swiglu_cast,
-    swiglu_cast_backward,
-)
+from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute
 from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 from dsv3.ops.round import decode_positions, greedy_round
+from dsv3.ops.swiglu import SwigluCastGradients, swiglu, swiglu_cast, swiglu_cast_backward
 
 __all__ = [
     "FEW_TOKENS",

@@ -18,8 +18,8 @@ from torch import Tensor
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3.ops.grad import Function, apply
 from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later
-from dsv3.ops.moe import swiglu_cast, swiglu_cast_backward
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
+from dsv3.ops.swiglu import swiglu_cast, swiglu_cast_backward
 
 GRADIENT_FLOOR = 1e-30  # smallest amax of a tile of gradients
 Cast = tuple[Tensor, Tensor]  # e4m3 data and the scales of its tiles

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from dsv3.reference.attention import mla_decode
 from dsv3.reference.linear import linear
-from dsv3.reference.moe import check_experts, moe_gate, swiglu
+from dsv3.reference.moe import check_experts, moe_gate
 from dsv3.reference.norm import rmsnorm, rope_
+from dsv3.reference.swiglu import swiglu
 
 
 def few_linear(x: Tensor, weights: list[Tensor], out_dtype: torch.dtype, static_weights: bool) -> list[Tensor]:

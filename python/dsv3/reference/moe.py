@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv3.reference.quant import empty_row_scales, first_rows, last_row, per_token_cast_first
-
 
 def scores(logits: Tensor, score: str) -> Tensor:
     """The affinities s of the gate: sigmoid (V3) or softmax (V2) of fp32 logits [T, E]."""
@@ -112,66 +110,3 @@ def moe_unpermute(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor
     for j in range(1, topk):
         out = out + rows[:, j]
     return out.to(y.dtype)
-
-
-def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    """silu(gate) * up * weight a row, for gate_up [T, 2I]; computed in fp32 at least, rounded once."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
-    out = torch.nn.functional.silu(gate) * up
-    if weights is not None:
-        out *= weights[:, None]
-    return out.to(gate_up.dtype)
-
-
-def swiglu_backward(dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dgate_up [T, 2I] and dweights [T] (empty without weights): with s = sigmoid(g),
-    dg = dout w u s (1 + g (1 - s)), du = dout w silu(g), dw = sum_i dout silu(g) u."""
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
-    gate, up = gate_up.to(wide).chunk(2, -1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    scaled = dout.to(wide)
-    dweights = scaled.new_empty(0)
-    if weights is not None:
-        dweights = (scaled * silu).mul_(up).sum(-1)
-        scaled = scaled * weights[:, None]
-    dgate_up = torch.empty_like(gate_up)
-    dgate, dup = dgate_up.chunk(2, -1)
-    dup.copy_(scaled * silu)
-    dgate.copy_((sigmoid + silu).addcmul_(silu, sigmoid, value=-1).mul_(up).mul_(scaled))
-    return dgate_up, dweights
-
-
-OUT_CAST = False, 1e-4  # how an output that swiglu_cast_backward makes again is cast: pow2_scale, amax_floor
-
-
-def swiglu_cast(
-    gate_up: Tensor, weights: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
-) -> tuple[Tensor, Tensor]:
-    """swiglu, cast as per_token_cast does; rows past offsets[G] are left as they come."""
-    live = slice(last_row(gate_up, offsets))
-    out = swiglu(gate_up[live], None if weights is None else weights[live])
-    return per_token_cast_first(out, gate_up.shape[0], pow2_scale, amax_floor)
-
-
-def swiglu_cast_backward(
-    dout: Tensor,
-    gate_up: Tensor,
-    weights: Tensor | None,
-    offsets: Tensor | None,
-    keep_dgate_up: bool,
-    keep_out: bool,
-    pow2_scale: bool,
-    amax_floor: float,
-) -> tuple[Tensor, ...]:
-    """dgate_up of swiglu_backward, cast as per_token_cast does, then what swiglu_backward returns (dgate_up empty unless
-    keep_dgate_up, dweights without weights), then what swiglu_cast does (empty unless keep_out); rows past offsets[G] are
-    left as they come."""
-    tokens, live = gate_up.shape[0], slice(last_row(gate_up, offsets))
-    dgate_up, dweights = swiglu_backward(dout[live], gate_up[live], None if weights is None else weights[live])
-    data, sf = per_token_cast_first(dgate_up, tokens, pow2_scale, amax_floor)
-    kept = first_rows(dgate_up, tokens) if keep_dgate_up else dout.new_empty(0)
-    dweights = dweights if weights is None else first_rows(dweights, tokens)
-    if keep_out:
-        return data, sf, kept, dweights, *swiglu_cast(gate_up, weights, offsets, *OUT_CAST)
-    return data, sf, kept, dweights, gate_up.new_empty(0, 0, dtype=torch.float8_e4m3fn), empty_row_scales(gate_up, 0, 0)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from dsv3.comm.alive import RankLost, naming_lost_ranks
 from dsv3.config import PRESETS, Config
+from dsv3.files import write_whole
 from dsv3.model import DeepSeekV3
 from dsv3.model.transformer import RECOMPUTE
 from dsv3.parallel.data import DataParallel, ranks_here
@@ -74,9 +74,7 @@ def _run(config: TrainConfig, parallel: DataParallel, resume: bool, callbacks: S
         trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
     if parallel.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".{CONFIG_FILE}"
-        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-        os.replace(temporary, out / CONFIG_FILE)
+        write_whole(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
         _keep_tokenizer(Path(config.data), out)
         trainer.callbacks[:0] = _records(config, trainer)
     try:
@@ -133,13 +131,8 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, to
 def _keep_tokenizer(data: Path, out: Path) -> None:
     """Copies the data's tokenizer beside the checkpoints: the data may move, or be made anew with another."""
     for name in TOKENIZER_FILES:
-        if not (data / name).is_file():
-            continue
-        try:
-            shutil.copyfile(data / name, out / f".{name}")
-            os.replace(out / f".{name}", out / name)
-        except OSError as error:
-            raise OSError(f"could not write {out / name}: {error.strerror}") from error
+        if (data / name).is_file():
+            write_whole(out / name, (data / name).read_bytes())
 
 
 def _tokenizer_of(found: Path, info: dict[str, Any]) -> str | None:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from dsv3.files import write_whole
 
 if TYPE_CHECKING:
     from dsv3.train.trainer import Trainer
@@ -87,9 +88,7 @@ class MetricsFile(Callback):
     def __init__(self, path: Path, *, resume_after: int = 0, load_every: int = 50) -> None:
         self.load_every = load_every
         kept = _lines_until(path, resume_after) if resume_after else []
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(kept))
         self._file = path.open("a", buffering=1)
 
     def on_step(self, report: StepReport) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dsv3.files import write_whole
 from dsv3.train.corpus import Corpus
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|fim_prefix|>", "<|fim_hole|>", "<|fim_suffix|>")  # ids 0 to 5
@@ -87,7 +88,7 @@ def train_on_corpus(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str], *, max_length: int = 10**9) -> None:
-    """Write tokenizer.json and tokenizer_config.json, each to a temporary name first. Any tokenizer that packs documents."""
+    """Write tokenizer.json and tokenizer_config.json. Any tokenizer that packs documents."""
     ids = special_ids(tokenizer)
     pad = tokenizer.token_to_id(SPECIAL_TOKENS[2])
     tokens = {"bos_token": ids.bos, "eos_token": ids.eos, "pad_token": ids.eos if pad is None else pad}
@@ -99,13 +100,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str], *, max_
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("tokenizer.json", tokenizer.to_str(pretty=True)),
-        ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
-    ):
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def tokenizer_sha(tokenizer: Tokenizer) -> str:
