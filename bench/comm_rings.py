@@ -282,16 +282,16 @@ class Simulation:
         the node's and sends that; owners add up what comes."""
         job, sizes = self.job, self.job.slot_bytes("combine")
         size, pieces, row = sum(sizes) / len(sizes), len(sizes), job.row_bytes("combine") / len(sizes)
-        made: dict[tuple[int, int], list[tuple[int, int, int, Item]]] = {}
+        made: dict[tuple[int, int, bool], list[tuple[int, int, int, Item]]] = {}
         summed: dict[tuple[int, int, int], list[tuple[Item, list[Item]]]] = {}
         owned: dict[tuple[int, int], list[list[Item]]] = {}
         for (channel, token), piece, source in itertools.product(self.tokens(), range(pieces), range(job.ranks)):
             parts = []
             for entry, needs in self.ways(routes, source, token):
                 here = [self.add(d, entry, rows, channel, source // self.width) for d, rows in needs]
-                for item in here:  # not all producers begin with the same rank
-                    turn = token, piece, (source - item.source) % job.ranks
-                    made.setdefault((channel, item.source), []).append((*turn, item))
+                for item in here:  # not all producers begin with the same rank; those for the own node are apart
+                    turn, near = (token, piece, (source - item.source) % job.ranks), entry == source
+                    made.setdefault((channel, item.source, near), []).append((*turn, item))
                 if entry == source:
                     parts += here
                     continue
@@ -323,10 +323,12 @@ class Simulation:
         owners, relays = OWNERS[self.several], max(RELAYS[self.several], job.nodes - 1)
         producers = WARPS[self.several] - owners - relays
         relays //= max(job.nodes - 1, 1)  # of each other node
-        for (channel, rank), turns in made.items():
+        for_near = max(producers // job.nodes, 1)
+        for (channel, rank, near), turns in made.items():
             items = [item for *_, item in sorted(turns, key=lambda turn: turn[:3])]
-            for warp in range(producers):
-                self.clock.go(producer(channel, rank, items[warp::producers]))
+            warps = for_near if near else producers - for_near
+            for warp in range(warps):
+                self.clock.go(producer(channel, rank, items[warp::warps]))
         for (channel, *_), sums in summed.items():
             for warp in range(relays):
                 self.clock.go(forwarder(channel, sums[warp::relays]))

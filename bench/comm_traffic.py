@@ -18,6 +18,7 @@ PIECE_BYTES = 8192  # of a row in a slot
 REST_BYTES = 512  # scales and meta, which dispatch writes with every piece
 WARP_BYTES = 8 * 1024  # of rows on their way to a warp of combine
 NUM_SMS, SPARE_SMS, SLOTS = 20, 4, 16
+MAX_NODES = 8
 TILE = 128
 
 FLAG_BYTES = 32  # what a flag takes of a link; every slot has one there and one back
@@ -45,6 +46,8 @@ class Job:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if self.nodes > MAX_NODES:
+            raise ValueError(f"the kernels know {MAX_NODES} nodes at most, got {self.nodes}")
         if self.ranks % self.ranks_per_node or self.experts % self.ranks or self.experts % self.groups:
             raise ValueError(f"ranks_per_node must divide ranks, ranks and groups must divide experts, got {self}")
         if self.kept > self.groups or self.topk > self.kept * (self.experts // self.groups):

@@ -122,7 +122,7 @@ def perturb(training: Training, size: float) -> None:
 
 
 def train(name: str, plan: Plan, device: torch.device, say: Callable[[str], None]) -> tuple[Tensor, float]:
-    """The loss of every step, fp64 [steps] on the CPU, and microseconds a step after the first.
+    """The loss of every step, fp64 [steps] on the CPU, and microseconds a step after the first two.
 
     Losses stay on the device: it is waited for only where progress is reported.
     """
@@ -131,17 +131,18 @@ def train(name: str, plan: Plan, device: torch.device, say: Callable[[str], None
     training = Training(setup.config(False), device, setup.dtype(device), precision=precision, recipe=plan.recipe)
     if perturbation:
         perturb(training, perturbation)
-    losses[0] = training.step(data[: setup.rows].long())
-    losses[0].item()  # the first step is the slow one
-    start = time.perf_counter()
-    for step in range(1, setup.steps):
+    start, warm = 0.0, 2  # the first steps are slow: kernels load, a graph is captured
+    for step in range(setup.steps):
+        if step == warm:
+            losses[step - 1].item()
+            start = time.perf_counter()
         losses[step] = training.step(data[step * setup.rows : (step + 1) * setup.rows].long())
         done = step + 1
         if done % REPORT_EVERY == 0 or done == setup.steps:
             loss = float(losses[max(done - plan.window, 0) : done].mean())
-            left = (time.perf_counter() - start) / step * (setup.steps - done)
+            left = (time.perf_counter() - start) / max(done - warm, 1) * (setup.steps - done)
             say(f"{name}: step {done} of {setup.steps}, loss {loss:.4f}, {clock(left)} left")
-    return losses.cpu(), (time.perf_counter() - start) / (setup.steps - 1) * 1e6
+    return losses.cpu(), (time.perf_counter() - start) / (setup.steps - warm) * 1e6
 
 
 def measure(name: str, plan: Plan, env: Environment, say: Callable[[str], None]) -> Run:

@@ -221,6 +221,7 @@ def test_numbers_of_the_kernels() -> None:
     tiles, topk = comm_traffic.PIECE_BYTES // 128, int(re.search(r"kMaxTopk = (\d+)", text)[1])
     slot = -(-(comm_traffic.PIECE_BYTES + 4 * tiles + 4 + 9 * topk) // 128) * 128
     assert slot - comm_traffic.PIECE_BYTES == comm_traffic.REST_BYTES
+    assert int(re.search(r"kMaxNodes = (\d+)", (ROOT / "csrc/comm/peers.h").read_text())[1]) == comm_traffic.MAX_NODES
     python = (ROOT / "python/dsv3/comm/ipc.py").read_text()
     for name in ("NUM_SMS", "SPARE_SMS", "SLOTS"):
         assert int(re.search(rf"^{name} = (\d+)", python, re.M)[1]) == getattr(comm_traffic, name)
@@ -230,12 +231,12 @@ def test_numbers_of_the_kernels() -> None:
     "wrong",
     [
         {"ranks": 0}, {"ranks": 3}, {"ranks": 8, "ranks_per_node": 3}, {"tokens": -1}, {"hidden": 1.5}, {"topk": 129},
-        {"kept": 9}, {"groups": 7}, {"wire": "fp4"}, {"experts": True},
+        {"kept": 9}, {"groups": 7}, {"wire": "fp4"}, {"experts": True}, {"ranks": 128},
     ],
     ids=str,
 )  # fmt: skip
 def test_jobs_that_there_are_not(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must|have no"):
+    with pytest.raises(ValueError, match=r"must|have no|at most"):
         Job(**wrong)
 
 

@@ -17,45 +17,53 @@ class Graphs:
     """Runs work that always does the same to tensors at the same addresses.
 
     The first run of a key launches every kernel (which also warms up what a capture must not: libraries, copies of
-    weights), the second captures a graph, and that and all later ones replay it. Where there is no memory for what a graph
-    keeps to itself, its kernels go on being launched.
+    weights), the second captures a graph, and that and all later ones replay it. Graphs keep the memory of what they work
+    with; where there is not enough for that, none is kept or captured any more, and all kernels are launched.
     """
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
         self._captured: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
-        self._too_large: set[Hashable] = set()
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._no_room = False
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Does what `work()` does. It must not read anything on the host, nor return anything."""
-        if key in self._captured and key not in self._too_large:
-            graph = self._captured[key] = self._captured[key] or self._capture(key, work)
+        if key in self._captured and not self._no_room:
+            graph = self._captured[key] or self._capture(work)
             if graph is not None:
+                self._captured[key] = graph
                 return graph.replay()
         self._captured.setdefault(key, None)
         work()
 
     def clear(self) -> None:
-        """Forgets everything: what was captured no longer holds."""
+        """Forgets everything: what was captured no longer holds, or its memory is wanted."""
         self._captured.clear()
-        self._too_large.clear()
         self._pool = None
 
-    def _capture(self, key: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None where memory does not suffice; then nothing has been done."""
         graph = torch.cuda.CUDAGraph()
-        # A stream of the current device: torch keeps one for the process. Other threads may use the device meanwhile.
-        stream = torch.cuda.Stream()
+        # NOTE: one pool and one stream serve all graphs, because they run one after the other and nothing in it outlives a
+        # replay. Other threads may use the device meanwhile.
+        self._stream = self._stream or torch.cuda.Stream()
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **options):
                 work()
-        except torch.OutOfMemoryError:  # nothing has been done yet
-            log.warning("no memory for another CUDA graph: kernels are launched one by one")
-            self._too_large.add(key)
-            torch.cuda.empty_cache()
-            return None
-        # NOTE: one pool serves all graphs because they run one after the other and nothing in it outlives a replay.
-        self._pool = graph.pool()
-        return graph
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if "out of memory" not in str(error):
+                raise
+        else:
+            self._pool = graph.pool()
+            return graph
+        log.warning("no memory for CUDA graphs: kernels are launched one by one")
+        self._no_room = True
+        self.clear()
+        del graph
+        torch.cuda.empty_cache()
+        return None
 
 
 def addresses(model: nn.Module) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -276,6 +277,24 @@ def test_tokenizing_replaces_only_token_folders(corpus: Corpus, tokenizer: Token
     tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tokens"]
+
+
+def test_a_disk_that_fills_with_the_tokenizer(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last that is written: the line names the folder, of which nothing is left."""
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, content: bytes) -> int:
+        if path.name.startswith(".tokenizer"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    out = tmp_path / "tokens"
+    with pytest.raises(OSError, match=f"could not write {out}, which is as it was before: No space left on device"):
+        tokenize_corpus(corpus, tokenizer, out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_of_others_are_not_replaced(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:

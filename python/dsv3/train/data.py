@@ -101,9 +101,10 @@ def tokenize_corpus(
         os.replace(temporary, out_dir)
         shutil.rmtree(older, ignore_errors=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of write_whole, or as it is
+        if reason.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise OSError(f"could not write {out_dir}, which is as it was before: {error.strerror}") from error
+        raise OSError(f"could not write {out_dir}, which is as it was before: {reason.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index

@@ -1,4 +1,4 @@
-"""The gradient of a batch, a micro-batch at a time; on a GPU, where asked for, as CUDA graphs."""
+"""The gradient of a batch, a micro-batch at a time; on a GPU, where that can be, as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from torch import Tensor
 from dsv3.graphs import Graphs
 from dsv3.model import Batch, DeepSeekV3
 from dsv3.ops import registry
-from dsv3.train.config import TrainConfig
 
 log = logging.getLogger("dsv3")
 
 
-def why_no_graphs(config: TrainConfig, device: torch.device) -> str | None:
-    """What keeps micro-batches from becoming CUDA graphs: whatever asks the device, as references, fp32 experts and experts of
-    other ranks do."""
+def why_no_graphs(device: torch.device, dtype: torch.dtype, ep: int = 1) -> str | None:
+    """What keeps micro-batches of a model with weights of `dtype` from becoming CUDA graphs: whatever asks the device, as
+    references, fp32 experts and experts of other ranks do."""
     reason = "references run there" if device.type != "cuda" else registry.why_no_kernels(device)
-    if config.precision == "fp32" or config.ep > 1:
-        reason = reason or f"got precision {config.precision} and ep {config.ep}"
+    if dtype == torch.float32 or ep > 1:
+        reason = reason or f"got weights in {dtype} and ep {ep}".replace("torch.", "")
     return reason
 
 
@@ -33,7 +32,7 @@ class Gradients:
         cuda_graphs: forward and backward of a micro-batch become a CUDA graph the second time that one of a size comes with an
             mtp_weight, and are replayed from then on: the host launches one graph instead of some thousand kernels. Needs a
             model whose forward asks the device for nothing, and weights that stay where they are. Where an op has run on its
-            reference, which may ask, nothing is captured.
+            reference, which may ask, nothing is captured. Graphs keep their activations: see `release`.
     """
 
     def __init__(self, model: DeepSeekV3, *, balance_alpha: float, cuda_graphs: bool = False) -> None:
@@ -41,6 +40,7 @@ class Gradients:
         device = model.embed.weight.device
         self._graphs = Graphs() if cuda_graphs else None
         self._rows: dict[int, Tensor] = {}  # what a graph reads, by the number of sequences
+        self._mtp_weight: float | None = None  # of the graphs
         self._share = torch.ones((), dtype=torch.float64, device=device)
         self._losses = torch.zeros(4, dtype=torch.float64, device=device)
         self._load: Tensor | None = None
@@ -59,6 +59,9 @@ class Gradients:
         self._losses.zero_()
         if self._load is not None:
             self._load.zero_()
+        if mtp_weight != self._mtp_weight:  # the one before does not come back
+            self.release()
+            self._mtp_weight = mtp_weight
         for micro in rows.split(micro_batch):
             self._share.fill_(len(micro) / size)
             if self._graphs is None:
@@ -68,11 +71,16 @@ class Gradients:
                 self._rows[len(micro)] = torch.empty_like(micro)
             held = self._rows[len(micro)].copy_(micro)
             known = sum(registry.FALLBACKS.values())
-            self._graphs.run((len(micro), mtp_weight), lambda held=held: self._micro_batch(held, mtp_weight))
+            self._graphs.run(len(micro), lambda held=held: self._micro_batch(held, mtp_weight))
             if sum(registry.FALLBACKS.values()) > known:
                 log.info("no CUDA graphs: an op has run on its reference")
                 self._graphs = None
         return self._losses.clone(), self._load.clone()  # the next batch writes them while these are still read
+
+    def release(self) -> None:
+        """Frees the memory of the graphs, for other work between batches; they are captured again."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def _micro_batch(self, rows: Tensor, mtp_weight: float) -> None:
         loss = self.model.loss(Batch(rows), mtp_weight=mtp_weight, balance_alpha=self.balance_alpha)

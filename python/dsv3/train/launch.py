@@ -167,7 +167,7 @@ def _trainer(
     dataset = TokenDataset(config.data, seed=config.seed, fim_rate=config.fim_rate, **sizes)
     has_validation = dataset.index.splits["valid"].num_bytes > 0
     if config.cuda_graphs:
-        reason = why_no_graphs(config, parallel.device)
+        reason = why_no_graphs(parallel.device, _dtype(config.precision), config.ep)
         if reason is not None:
             raise ValueError(f"cuda_graphs needs a Hopper GPU, precision bf16 or fp8, and ep 1: {reason}")
     if config.ep > 1:

@@ -61,7 +61,7 @@ class Trainer:
         self.parallel.broadcast_parameters(self.buffers)
         graphs = config.cuda_graphs
         if graphs is None:
-            graphs = why_no_graphs(config, self.parallel.device) is None
+            graphs = why_no_graphs(self.parallel.device, model.embed.weight.dtype, config.ep) is None
         self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=graphs)
         self.optimizer = AdamW(
             self.buffers,
@@ -225,6 +225,7 @@ class Trainer:
         text, or where a rank was told to stop meanwhile."""
         if self.validation is None:
             return None
+        self.gradients.release()
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)  # nats, targets
         for tokens, mask in self._share(self.validation.batches(self.config.micro_batch), max_sequences):
             if self._is_to_stop():
