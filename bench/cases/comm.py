@@ -84,7 +84,8 @@ def _measured(transport: str, device: str, tiny: bool, quick: bool) -> dict[str,
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"the ranks failed: {done.stderr.strip()[-500:]}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") and "Error" in line]
+        raise RuntimeError(f"the ranks failed: {'; '.join(errors)[:500] or done.stderr.strip()[-500:]}")
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return dict(zip(map(_name, [*kinds, *peers]), found, strict=True))
 

@@ -145,10 +145,7 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for backward in (False, True)
         for tokens, inner, weighted in shapes
     ]
-    narrow = (64, 384) if tiny else (131072, 768)  # experts of 2b
-    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False), _cast(*narrow, weighted=True)]
+    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
     kept = (False, False), (True, False), (True, True)
     backward = [_cast_backward(*expert, weighted=True, keep=keep, out=out) for keep, out in kept]
-    backward += [_cast_backward(*dense, weighted=False, keep=False)]
-    backward += [_cast_backward(*narrow, weighted=True, keep=True, out=True)]
-    return [*plain, *casts, *backward]
+    return [*plain, *casts, *backward, _cast_backward(*dense, weighted=False, keep=False)]

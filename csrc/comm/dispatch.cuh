@@ -12,8 +12,6 @@
 // Bytes that count: x read once, every row written once; beside them each (token, rank) passes a slot. Memory-bound.
 #pragma once
 
-#include <algorithm>
-
 #include "../ops.h"
 #include "rows.cuh"
 
@@ -497,9 +495,7 @@ void dispatch(const DispatchTensors& t, int64_t max_tokens, bool cast, double am
     sf ? start<Codes<T, false>>(r, far, p, stream) : start<Codes<T, true>>(r, far, p, stream);
   });
   if (!sf) return;
-  // Two blocks a multiprocessor: before and behind dispatch there are kernels that take all of them in any case.
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(ceil_div(num_rows, kScaleRows), 2 * kMaxChannels)));
-  const Launch shape{.grid = blocks, .block = dim3(kScaleThreads), .smem = smem};
+  const Launch shape{.grid = dim3(r.channels), .block = dim3(kScaleThreads), .smem = smem};
   launch("comm_dispatch", order_scales_kernel<Far>, shape, stream, casts.sf, int64_t{casts.sf_stride}, p.to.sf, p.total,
          p.to.num_rows, tiles);
 }

@@ -8,8 +8,6 @@
 // instead of 10 (12 where the bf16 gradient is wanted too, 1 more where the forward output is). One block a row (and, forward, a piece of a long row); the
 // backward's row sum is a block reduction in a fixed order. With the cast, values are rounded as they would have been
 // stored, a tile lies in neighbouring lanes, and rows past offsets[G] are left alone.
-#include <type_traits>
-
 #include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
@@ -156,30 +154,19 @@ const int* check_offsets(const std::optional<Tensor>& offsets) {
   return offsets->data<int>() + entries - 1;
 }
 
-// Calls f with the number of threads that a row of so many vectors fills, as a constant: threads without a vector would keep
-// others from being resident (256 threads for 96 vectors: half the bandwidth).
-template <class F>
-void visit_threads(int vecs, F&& f) {
-  if (vecs <= 64) return f(std::integral_constant<int, 64>{});
-  if (vecs <= 96) return f(std::integral_constant<int, 96>{});
-  if (vecs <= 128) return f(std::integral_constant<int, 128>{});
-  if (vecs <= 192) return f(std::integral_constant<int, 192>{});
-  f(std::integral_constant<int, 256>{});
-}
-
 template <bool kCast>
 void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
   visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
     using T = decltype(zero);
     DSV3_CHECK(p.inner % Vec<T>::kSize == 0, "inner must be a multiple of ", Vec<T>::kSize, ", got ", p.inner);
     const int vecs = p.inner / Vec<T>::kSize;
-    visit_threads(vecs, [&](auto count) {
-      constexpr bool kTwo = count() > 128;  // vectors a thread
-      constexpr int kThreads = count() > 192 ? 128 : kTwo ? 96 : count(), kVecs = kTwo ? 2 : 1;
-      p.pieces = static_cast<int>(ceil_div(vecs, kThreads * kVecs));
-      launch(kCast ? "swiglu_cast" : "swiglu", swiglu_kernel<T, kThreads, kVecs, kCast>,
-             {.grid = dim3(gate_up.size(0) * p.pieces), .block = dim3(kThreads)}, stream, p);
-    });
+    const auto run = [&](auto kernel, int threads, int piece) {
+      p.pieces = (vecs + piece - 1) / piece;
+      launch(kCast ? "swiglu_cast" : "swiglu", kernel,
+             {.grid = dim3(gate_up.size(0) * p.pieces), .block = dim3(threads)}, stream, p);
+    };
+    if (vecs <= 64) return run(swiglu_kernel<T, 64, 1, kCast>, 64, 64);
+    return run(swiglu_kernel<T, 128, 2, kCast>, 128, 256);
   });
 }
 
@@ -190,10 +177,12 @@ void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaSt
     using T = decltype(zero);
     constexpr int kMultiple = kCast ? kTile : Vec<T>::kSize;  // a tile must not have values of both halves
     DSV3_CHECK(p.inner % kMultiple == 0, "inner must be a multiple of ", kMultiple, ", got ", p.inner);
-    visit_threads(p.inner / Vec<T>::kSize, [&](auto count) {
-      launch(kCast ? "swiglu_cast_backward" : "swiglu_backward", swiglu_backward_kernel<T, count(), kCasts>,
-             {.grid = dim3(gate_up.size(0)), .block = dim3(count())}, stream, p);
-    });
+    const auto run = [&](auto kernel, int threads) {
+      launch(kCast ? "swiglu_cast_backward" : "swiglu_backward", kernel,
+             {.grid = dim3(gate_up.size(0)), .block = dim3(threads)}, stream, p);
+    };
+    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCasts>, 64);
+    return run(swiglu_backward_kernel<T, 256, kCasts>, 256);
   });
 }
 

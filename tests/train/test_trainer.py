@@ -132,12 +132,17 @@ def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision:
 def test_steps_in_graphs_are_the_steps_without(
     token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, recompute: bool
 ) -> None:
-    """Bit for bit, with micro-batches, batches that grow, and MTP that comes in: a graph for each size and weight."""
-    model = {**MODEL, "num_nextn_predict_layers": 1}
+    """Bit for bit, with micro-batches, batches that grow, and MTP that comes in, after which they are captured again. A small
+    model with the head dims of a large one: for others there is no kernel, and nothing is captured."""
+    model = {
+        "vocab_size": MODEL["vocab_size"], "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "q_lora_rank": 128, "moe_intermediate_size": 128, "n_routed_experts": 16, "n_group": 4,
+        "topk_group": 2, "num_experts_per_tok": 4,
+    }  # fmt: skip
     settings = {
-        "device": "cuda", "precision": precision, "recompute": recompute, "deterministic": True, "model": model,
-        "max_steps": 16, "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0,
-        "mtp_weight_final": 0.3, "mtp_switch": 0.5,
+        "device": "cuda", "precision": precision, "recompute": recompute, "deterministic": True, "preset": "mini",
+        "model": model, "lr": 1e-3, "max_steps": 16, "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500,
+        "mtp_weight": 0.0, "mtp_weight_final": 0.3, "mtp_switch": 0.5,
     }  # fmt: skip
     curves, captured, capture = [], [], Graphs._capture
     monkeypatch.setattr(Graphs, "_capture", lambda *args: captured.append(args) or capture(*args))

@@ -131,8 +131,8 @@ class ExpertBuffer:
         device: where x will be. None: this process's GPU where the transport is ipc or the group's backend NCCL, otherwise
             the CPU.
         num_sms: multiprocessors that kernels of ipc take while rows move; None: 20, or fewer where ranks share a GPU. Ranks
-            that share one leave 4 of it free, or a kernel that others wait for might never start. Short kernels before and
-            behind (the order of the pairs, of the scales) take what is free.
+            that share one leave 4 of it free, or a kernel that others wait for might never start. What finds the order of the
+            pairs before takes all of them for some us.
         low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024; over nvshmem,
             between several nodes, a call is a dispatch.
         hidden: H of what is sent; wanted with low_latency alone.
