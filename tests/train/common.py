@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.train.config import TrainConfig
-from dsv3.train.corpus import open_corpus
+from dsv3.train.corpus import Corpus, open_corpus
 from dsv3.train.data import tokenize_corpus
 from dsv3.train.metrics import Callback, EvalReport, StepReport
 from dsv3.train.tokenizer import train_tokenizer
 
+WORDS = [f"word{i % 37}" for i in range(300)]
 MODEL = {
     "vocab_size": 280,
     "hidden_size": 32,
@@ -30,6 +31,19 @@ MODEL = {
     "topk_group": 1,
     "max_position_embeddings": 128,
 }
+
+
+def write_folder(folder: Path, count: int = 120) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        sub = folder / f"sub{i % 3}"
+        sub.mkdir(exist_ok=True)
+        (sub / f"file{i}.py").write_text(f"# file {i}\n" + " ".join(WORDS[i : i + 60]) + "\n<|eos|> é\n")
+    return folder
+
+
+def texts(corpus: Corpus, split: str) -> dict[str, str]:
+    return {d.name: d.text for d in corpus.documents(split)}
 
 
 def make_tokens(folder: Path) -> Path:
