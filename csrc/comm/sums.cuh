@@ -114,8 +114,8 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
   const auto ask = [&](uint32_t stage) {
     const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
     Load::ask(stages + stage, reinterpret_cast<const In*>(from), left);
-    asm volatile("cp.async.commit_group;" ::
-                     : "memory");  // also where it asks for nothing: so the oldest can be waited for
+    // Also where it asks for nothing: so the oldest can be waited for.
+    asm volatile("cp.async.commit_group;" ::: "memory");
     if (++next_row == count) next_row = 0, left -= Load::kColumns, row += Load::kColumns;
   };
 #pragma unroll 1
