@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "swiglu_backward", dsv3::swiglu_backward);
   define(m, "swiglu_cast", dsv3::swiglu_cast);
   define(m, "swiglu_cast_backward", dsv3::swiglu_cast_backward);
+  define(m, "swiglu_backward_both_casts", dsv3::swiglu_backward_both_casts);
   define(m, "few_linear", dsv3::few_linear);
   define(m, "few_heads", dsv3::few_heads);
   define(m, "mla_absorb", dsv3::mla_absorb);

@@ -110,14 +110,20 @@ void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStrea
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
                      std::optional<Tensor> weights, cudaStream_t stream);
 // Their outputs as per_token_cast makes them: out_fp8 [T, I], dgate_up_fp8 [T, 2I] (I a multiple of 128 there); offsets
-// int32 [G + 1], rows past the last are left alone. dgate_up itself is written only where given, and so is the forward
-// output, cast again as swiglu_cast does with scales that are no powers of two and a floor of 1e-4.
+// int32 [G + 1], rows past the last are left alone.
 void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Tensor> weights,
                  std::optional<Tensor> offsets, bool pow2_scale, double amax_floor, cudaStream_t stream);
-void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
-                          std::optional<Tensor> dweights, std::optional<Tensor> out_fp8, std::optional<Tensor> out_sf,
-                          Tensor dout, Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets,
-                          bool pow2_scale, double amax_floor, cudaStream_t stream);
+void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dweights, Tensor dout,
+                          Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets, bool pow2_scale,
+                          double amax_floor, cudaStream_t stream);
+
+// moe/swiglu_both_casts.cu. The same backward, and as cast_transpose makes them also dgate_up_t, e4m3 [2I, Tp], and the
+// forward output out_t, e4m3 [I, Tp], this one with a floor of 1e-4 and scales that are no powers of two. bfloat16, I a
+// multiple of 128; dweights fp32 [I / 64, T], parts of 64 columns.
+void swiglu_backward_both_casts(Tensor dgate_up_fp8, Tensor dgate_up_sf, Tensor dgate_up_t, Tensor dgate_up_t_sf,
+                                Tensor out_t, Tensor out_t_sf, std::optional<Tensor> dweights, Tensor dout,
+                                Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets,
+                                bool pow2_scale, double amax_floor, cudaStream_t stream);
 
 // moe/gate.cu. logits, dlogits fp32 [T, E]; bias fp32 [E]; index int64 [T, k]; weights, dweights fp32 [T, k]; counts
 // int32 [E], zeroed by the caller.

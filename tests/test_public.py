@@ -26,7 +26,8 @@ NATIVE = {
     "rmsnorm", "rmsnorm_backward", "rope_", "swiglu", "swiglu_backward", "per_token_cast", "per_block_cast",
     "cast_transpose", "cross_entropy_", "adamw", "fp8_gemm", "grouped_fp8_gemm", "masked_grouped_fp8_gemm",
     "grouped_fp8_wgrad", "rmsnorm_cast", "swiglu_cast", "swiglu_cast_backward", "per_token_cast_and_transpose",
-    "mla_append_kv", "mla_schedule", "mla_decode", "mla_attention", "mla_attention_backward", "mla_merge",
+    "swiglu_backward_both_casts", "mla_append_kv", "mla_schedule", "mla_decode", "mla_attention",
+    "mla_attention_backward", "mla_merge",
 }  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def test_the_benchmark_has_the_sizes_of_the_issue() -> None:
         for op in names:
             assert (4096, 7168) in {(c.case["tokens"], c.case["hidden"]) for c in rows(family, op)}, op
     assert {c.case["residual"] for c in rows("norm", "rmsnorm")} == {False, True}
-    for op in ("swiglu_cast", "swiglu_cast_backward"):
+    for op in ("swiglu_cast", "swiglu_cast_backward", "swiglu_backward_both_casts"):
         assert (32768, 2048) in {(c.case["tokens"], c.case["hidden"]) for c in rows("moe", op)}, op
     (rope,) = rows("norm", "rope_")
     assert (rope.case["tokens"], rope.case["heads"], rope.case["head_dim"]) == (4096, 128, 192)

@@ -54,22 +54,24 @@ def _cast(tokens: int, inner: int, *, weighted: bool) -> Case:
     )
 
 
-def _cast_backward(tokens: int, inner: int, *, weighted: bool, keep: bool, out: bool = False) -> Case:
+def _cast_backward(tokens: int, inner: int, *, weighted: bool, transposes: bool) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         rows = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for width in (inner, 2 * inner)]
         return *rows, _weights(tokens, device, weighted)
 
-    settings = None, keep, out, False, 1e-30
+    op = "swiglu_backward_both_casts" if transposes else "swiglu_cast_backward"
+    settings = None, False, 1e-30
     size = tokens * inner
-    moved = 3 + 2 * keep  # tensors of bf16: dout, gate, up; dgate, dup
+    casts = 5 if transposes else 2  # dgate, dup; both transposed, and out
+    reference_op = getattr(swiglu_reference, op)
     return Case(
-        op="swiglu_cast_backward",
-        case={"tokens": tokens, "hidden": inner, "weights": weighted, "keep_dgate_up": keep, "keep_out": out},
+        op=op,
+        case={"tokens": tokens, "hidden": inner, "weights": weighted},
         flops=20 * size,
-        bytes=2 * moved * size + (2 + out) * (size + 4 * size // TILE) + 8 * tokens * weighted,
+        bytes=6 * size + casts * (size + 4 * size // TILE) + 8 * tokens * weighted,  # dout, gate, up
         inputs=inputs,
-        run=lambda *inputs: torch.ops.dsv3.swiglu_cast_backward(*inputs, *settings),
-        baselines=peers(lambda *inputs: swiglu_reference.swiglu_cast_backward(*inputs, *settings)),
+        run=lambda *inputs: getattr(torch.ops.dsv3, op)(*inputs, *settings),
+        baselines=peers(lambda *inputs: reference_op(*inputs, *settings)),
     )
 
 
@@ -138,7 +140,7 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def _swiglu_cases(tiny: bool) -> list[Case]:
-    expert, dense = ((64, 128), (16, 256)) if tiny else ((32768, 2048), (4096, 18432))
+    expert, dense = ((128, 128), (128, 256)) if tiny else ((32768, 2048), (4096, 18432))
     shapes = [(*expert, True), (*expert, False), (*dense, False)]
     plain = [
         _case(tokens, inner, weighted=weighted, backward=backward)
@@ -146,6 +148,10 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for tokens, inner, weighted in shapes
     ]
     casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
-    kept = (False, False), (True, False), (True, True)
-    backward = [_cast_backward(*expert, weighted=True, keep=keep, out=out) for keep, out in kept]
-    return [*plain, *casts, *backward, _cast_backward(*dense, weighted=False, keep=False)]
+    narrow = (256, 256) if tiny else (8 * 32768, 768)  # what the experts of 2b have in a step
+    backward = [
+        _cast_backward(*shape, weighted=shape != dense, transposes=transposes)
+        for transposes in (False, True)
+        for shape in (expert, narrow, dense)
+    ]
+    return [*plain, *casts, *backward]

@@ -1,23 +1,20 @@
-// SwiGLU of fused gate and up projections, times an optional routing weight a row, forward and backward; and both with
-// their output in e4m3 tiles of 1 x 128.
-//
-//   out = silu(g) * u * w,   g = gate_up[:, :I], u = gate_up[:, I:],   silu(g) = g * s, s = 1 / (1 + exp(-g))
-//   dg = dout * w * u * s * (1 + g * (1 - s)),   du = dout * w * silu(g),   dw = sum_i dout * silu(g) * u
+// SwiGLU (swiglu.cuh), forward and backward; and both with their output in e4m3 tiles of 1 x 128.
 //
 // Memory-bound: forward moves 3 values an output, backward 5; with the cast 5 bytes an output of bf16 instead of 6, and 8
-// instead of 10 (12 where the bf16 gradient is wanted too, 1 more where the forward output is). One block a row (and, forward, a piece of a long row); the
-// backward's row sum is a block reduction in a fixed order. With the cast, values are rounded as they would have been
-// stored, a tile lies in neighbouring lanes, and rows past offsets[G] are left alone.
+// instead of 10. One block a row (and, forward, a piece of a long row); the backward's row sum is a block reduction in a
+// fixed order. With the cast, values are rounded as they would have been stored, a tile lies in neighbouring lanes, and
+// rows past offsets[G] are left alone.
 #include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
+#include "swiglu.cuh"
 
 namespace dsv3 {
 namespace {
 
 struct SwigluParams {
-  void* out;             // [T, I]; backward: dgate_up [T, 2I], null where only the cast is wanted
+  void* out;             // [T, I]; backward: dgate_up [T, 2I]; unless kCast
   float* dweights;       // backward: [T] or null
   const void* dout;      // backward: [T, I]
   const void* gate_up;   // [T, 2I]
@@ -26,12 +23,7 @@ struct SwigluParams {
   int pieces;            // blocks a row
   const int* end;        // where kCast: row from which on there is nothing, or null
   RowCasts casts;        // where kCast: of out
-  RowCasts again;        // Casts::kBoth: of the forward output
 };
-
-constexpr double kOutFloor = 1e-4;  // of the forward output's cast, made again: swiglu_cast's own default
-
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
 template <class T, int kThreads, int kVecs, bool kCast>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
@@ -61,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
     unpack(g[i], gs);
     unpack(u[i], us);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) gs[j] *= sigmoid(gs[j]) * us[j] * weight;
+    for (int j = 0; j < kSize; ++j) gs[j] = swiglu_value(gs[j], us[j], weight);
     pack(gs, g[i]);
     if constexpr (kCast) {
       rounded[i] = as_pack(g[i]);
@@ -72,13 +64,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
   if constexpr (kCast) cast_packs(p.casts, rounded, t, p.inner, first, kThreads, vecs);
 }
 
-// What goes out in FP8: nothing, the gradient, or with it the forward output again. NOTE: a template argument, since what the
-// last needs in registers, even where it was a branch not taken, cost the second a quarter of its bandwidth.
-enum class Casts { kNone, kGradient, kBoth };
-
-template <class T, int kThreads, Casts kCasts>
+template <class T, int kThreads, bool kCast>
 __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams p) {
-  constexpr bool kCast = kCasts != Casts::kNone;
   constexpr int kSize = Vec<T>::kSize;
   __shared__ float scratch[kThreads / kWarpSize];
   wait_for_inputs();
@@ -94,7 +81,6 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
   const int lane = kCast ? threadIdx.x % kWarpSize : 0;
   for (int v = threadIdx.x; v - lane < vecs; v += kThreads) {
     Pack<T> rounded[2] = {};
-    [[maybe_unused]] Pack<T> again[1] = {};
     if (v < vecs) {
       Vec<T> g = load(gate + v * kSize);
       Vec<T> u = load(gate + p.inner + v * kSize);
@@ -103,24 +89,15 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
       unpack(g, gs);
       unpack(u, us);
       unpack(dout, ds);
-      if constexpr (kCasts == Casts::kBoth) {
-        float out[kSize];
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) out[j] = gs[j] * (sigmoid(gs[j]) * us[j] * weight);  // as the forward kernel
-        Vec<T> packed;
-        pack(out, packed);
-        again[0] = as_pack(packed);
-      }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float s = sigmoid(gs[j]), silu = gs[j] * s;
-        sum = __fmaf_rn(ds[j] * silu, us[j], sum);
-        gs[j] = ds[j] * weight * us[j] * s * __fmaf_rn(gs[j], 1.f - s, 1.f);
-        us[j] = ds[j] * weight * silu;
+        const SwigluGradient gradient = swiglu_gradient(ds[j], gs[j], us[j], weight, sum);
+        gs[j] = gradient.dg;
+        us[j] = gradient.du;
       }
       pack(gs, g);
       pack(us, u);
-      if (!kCast || p.out) {
+      if constexpr (!kCast) {
         store(dgate + v * kSize, g);
         store(dgate + p.inner + v * kSize, u);
       }
@@ -129,20 +106,11 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
     }
     if constexpr (kCast) {
       cast_packs(p.casts, rounded, t, 2 * p.inner, v < vecs ? v : v + 2 * vecs, vecs, 2 * vecs);
-      if constexpr (kCasts == Casts::kBoth) cast_packs(p.again, again, t, p.inner, v, vecs, vecs);
     }
   }
   if (p.dweights == nullptr) return;
   sum = block_reduce<Sum, kThreads>(sum, scratch);
   if (threadIdx.x == 0) p.dweights[t] = sum;
-}
-
-// Checks what all of them share; returns I.
-int64_t check_swiglu(const Tensor& gate_up, const std::optional<Tensor>& weights) {
-  DSV3_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up must be (tokens, 2 * inner), got ", gate_up);
-  check_operand("gate_up", gate_up, gate_up.dtype());
-  if (weights) check_operand("weights", *weights, Dtype::kFloat32, gate_up.size(0));
-  return gate_up.size(1) / 2;
 }
 
 // Where the last group ends, of offsets [G + 1].
@@ -170,9 +138,8 @@ void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
   });
 }
 
-template <Casts kCasts>
+template <bool kCast>
 void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaStream_t stream) {
-  constexpr bool kCast = kCasts != Casts::kNone;
   visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
     using T = decltype(zero);
     constexpr int kMultiple = kCast ? kTile : Vec<T>::kSize;  // a tile must not have values of both halves
@@ -181,20 +148,18 @@ void launch_swiglu_backward(const SwigluParams& p, const Tensor& gate_up, cudaSt
       launch(kCast ? "swiglu_cast_backward" : "swiglu_backward", kernel,
              {.grid = dim3(gate_up.size(0)), .block = dim3(threads)}, stream, p);
     };
-    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCasts>, 64);
-    return run(swiglu_backward_kernel<T, 256, kCasts>, 256);
+    if (p.inner / Vec<T>::kSize <= 64) return run(swiglu_backward_kernel<T, 64, kCast>, 64);
+    return run(swiglu_backward_kernel<T, 256, kCast>, 256);
   });
 }
 
 // Checks what both backward ops share.
-SwigluParams backward_params(const std::optional<Tensor>& dgate_up, const std::optional<Tensor>& dweights,
-                             const Tensor& dout, const Tensor& gate_up, const std::optional<Tensor>& weights) {
+SwigluParams backward_params(const std::optional<Tensor>& dweights, const Tensor& dout, const Tensor& gate_up,
+                             const std::optional<Tensor>& weights) {
   const int64_t inner = check_swiglu(gate_up, weights);
   check_operand("dout", dout, gate_up.dtype(), gate_up.size(0), inner);
-  if (dgate_up) check_operand("dgate_up", *dgate_up, gate_up.dtype(), gate_up.size(0), gate_up.size(1));
   if (dweights) check_operand("dweights", *dweights, Dtype::kFloat32, gate_up.size(0));
-  return {.out = dgate_up ? dgate_up->data<void>() : nullptr,
-          .dweights = dweights ? dweights->data<float>() : nullptr,
+  return {.dweights = dweights ? dweights->data<float>() : nullptr,
           .dout = dout.data<void>(),
           .gate_up = gate_up.data<void>(),
           .weights = weights ? weights->data<float>() : nullptr,
@@ -229,25 +194,22 @@ void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Te
 
 void swiglu_backward(Tensor dgate_up, std::optional<Tensor> dweights, Tensor dout, Tensor gate_up,
                      std::optional<Tensor> weights, cudaStream_t stream) {
-  const SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
+  SwigluParams params = backward_params(dweights, dout, gate_up, weights);
+  check_operand("dgate_up", dgate_up, gate_up.dtype(), gate_up.size(0), gate_up.size(1));
+  params.out = dgate_up.data<void>();
   const DeviceGuard guard(dout);
-  launch_swiglu_backward<Casts::kNone>(params, gate_up, stream);
+  launch_swiglu_backward<false>(params, gate_up, stream);
 }
 
-void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dgate_up,
-                          std::optional<Tensor> dweights, std::optional<Tensor> out_fp8, std::optional<Tensor> out_sf,
-                          Tensor dout, Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets,
-                          bool pow2_scale, double amax_floor, cudaStream_t stream) {
-  SwigluParams params = backward_params(dgate_up, dweights, dout, gate_up, weights);
+void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional<Tensor> dweights, Tensor dout,
+                          Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets, bool pow2_scale,
+                          double amax_floor, cudaStream_t stream) {
+  SwigluParams params = backward_params(dweights, dout, gate_up, weights);
   params.end = check_offsets(offsets);
   params.casts = row_casts("dgate_up_fp8", dgate_up_fp8, "dgate_up_sf", dgate_up_sf, gate_up.size(0), gate_up.size(1),
                            scale_rule(amax_floor, pow2_scale));
-  DSV3_CHECK(out_fp8.has_value() == out_sf.has_value(), "out_fp8 goes with out_sf");
   const DeviceGuard guard(dout);
-  if (!out_fp8) return launch_swiglu_backward<Casts::kGradient>(params, gate_up, stream);
-  const ScaleRule rule = scale_rule(kOutFloor, false);
-  params.again = row_casts("out_fp8", *out_fp8, "out_sf", *out_sf, gate_up.size(0), params.inner, rule);
-  launch_swiglu_backward<Casts::kBoth>(params, gate_up, stream);
+  launch_swiglu_backward<true>(params, gate_up, stream);
 }
 
 }  // namespace dsv3

@@ -16,34 +16,23 @@
 // as rows of 128 bytes.
 //
 // A block takes one tile. cast_transpose_kernel: 128 tokens by 128 bytes, of which a warp takes one pack of all tokens,
-// so that after the copy to shared memory no warp needs another. both_casts_kernel: 128 by 128; maxima of columns and
-// rows go over a warp of 8 packs by 16 tokens, then through shared memory.
+// so that after the copy to shared memory no warp needs another. both_casts_kernel: both_casts.cuh.
 #include "../ops.h"
-#include "tile.cuh"
+#include "both_casts.cuh"
 
 namespace dsv3 {
 namespace {
 
-constexpr int kQuads = kTile / 4;  // of tokens
-
 struct CastTransposeParams {
-  uint8_t* out;        // [K, Tp]
-  float* out_sf;       // [Tp / 128][out_sf_stride]
-  const void* x;       // [T, K]
-  const float* x_sf;   // e4m3: [ceil(K / 128)][x_sf_stride]
-  const int* offsets;  // [G + 1], or null: one group of all tokens
-  RowCasts rows;       // both casts: [T, K] and its scales
+  const void* x;      // [T, K]
+  const float* x_sf;  // e4m3: [ceil(K / 128)][x_sf_stride]
   uint32_t x_sf_stride;
-  uint32_t out_sf_stride;
-  int64_t slots;  // Tp
-  int tokens, hidden;
-  int groups;
+  int hidden;
+  Groups groups;
+  ColumnCasts columns;
+  RowCasts rows;  // both casts
   uint32_t column_tiles;
-  ScaleRule rule;
 };
-
-template <class T>
-constexpr bool kIsCast = sizeof(T) == 1;
 
 // The tile of a block, columns fastest.
 struct Place {
@@ -52,56 +41,6 @@ struct Place {
 __device__ __forceinline__ Place place(const CastTransposeParams& p) {
   return {blockIdx.x % p.column_tiles, blockIdx.x / p.column_tiles};
 }
-
-// Rows of x: of a group, or of a tile of the output.
-struct Rows {
-  int first, count;
-  __device__ __forceinline__ int tiles() const { return (count + kTile - 1) / kTile; }
-};
-
-// Offsets that are not what they should be give wrong rows, but none outside of x.
-__device__ __forceinline__ Rows group_rows(const CastTransposeParams& p, int g) {
-  const int first = min(max(p.offsets[g], 0), p.tokens), end = min(max(p.offsets[g + 1], 0), p.tokens);
-  return {first, max(end - first, 0)};
-}
-
-// Which rows of x a tile of the output holds; count 0: it is padding. For whole warps, a lane of which counts the tiles
-// of its share of the groups.
-__device__ __forceinline__ Rows find_rows(const CastTransposeParams& p, int tile) {
-  if (p.offsets == nullptr) return {tile * kTile, min(kTile, p.tokens - tile * kTile)};
-  const int lane = threadIdx.x % kWarpSize, share = (p.groups + kWarpSize - 1) / kWarpSize;
-  int tiles = 0;
-#pragma unroll 4
-  for (int g = lane * share; g < min((lane + 1) * share, p.groups); ++g) tiles += group_rows(p, g).tiles();
-  int end = tiles;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, end, offset);
-    if (lane >= offset) end += other;
-  }
-  const uint32_t after = __ballot_sync(0xffffffffu, end > tile);
-  if (after == 0) return {0, 0};
-  const int owner = __ffs(after) - 1;
-  tile -= __shfl_sync(0xffffffffu, end - tiles, owner);
-  int g = owner * share;
-  Rows rows = group_rows(p, g);
-  for (; tile >= rows.tiles(); rows = group_rows(p, ++g)) tile -= rows.tiles();
-  return {rows.first + tile * kTile, min(kTile, rows.count - tile * kTile)};
-}
-
-// What a thread holds: 4 tokens of 16 bytes of columns, with their scales where x is e4m3.
-template <class T>
-struct Piece {
-  Pack<T> packs[4];
-  float sf[4];
-
-  // Columns 4 * chunk to 4 * chunk + 3 of token r.
-  __device__ __forceinline__ void values(int r, int chunk, float (&x)[4]) const {
-    unpack(packs[r], chunk, x);
-#pragma unroll
-    for (int v = 0; kIsCast<T> && v < 4; ++v) x[v] = __fmul_rn(x[v], sf[r]);
-  }
-};
 
 constexpr int kThreads = kLanePacks * kWarpSize;
 // Blocks a multiprocessor that registers must be left for: while one waits for its tile, the others convert theirs. On
@@ -147,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   wait_for_inputs();
   release_dependents();
   const Place at = place(p);
-  const Rows rows = find_rows(p, at.row);
+  const Rows rows = p.groups.of_tile(at.row);
   copy_tile(shared, p, at.column, rows);
 
   // Lane q has tokens 4 q to 4 q + 3 of the warp's pack.
@@ -178,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   const int first = (at.column * kLanePacks + warp) * kSize;  // column; all of the warp's exist or none
   const bool live = first < p.hidden;
   if (lane < kSize) {
-    const float sf = rows.count == 0 ? 1.f : tile_scale(scales[lane], p.rule);
+    const float sf = rows.count == 0 ? 1.f : tile_scale(scales[lane], p.columns.rule);
     scales[lane] = __frcp_rn(sf);
-    if (live) p.out_sf[at.row * p.out_sf_stride + first + lane] = sf;
+    if (live) p.columns.sf[at.row * p.columns.sf_stride + first + lane] = sf;
   }
   __syncwarp();
 
@@ -189,177 +128,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   auto* const words = reinterpret_cast<uint32_t*>(&shared.packs[lane / 4 * 4][warp ^ lane / 4]) + lane % 4;
 #pragma unroll
   for (int c = 0; c < kSize; c += 4) {
-    const float4 inverse = *reinterpret_cast<const float4*>(scales + c);
-    const float factors[4] = {inverse.x, inverse.y, inverse.z, inverse.w};
-    float x[4][4];
+    uint32_t codes[4];
+    column_codes(piece, c, scales + c, codes);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) piece.values(r, c / 4, x[r]);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const float tokens[4] = {x[0][v], x[1][v], x[2][v], x[3][v]};
-      words[(8 * c + v) * 4 * kLanePacks] = encode(tokens, factors[v]);
-    }
+    for (int v = 0; v < 4; ++v) words[(8 * c + v) * 4 * kLanePacks] = codes[v];
   }
   __syncwarp();
   if (!live) return;
   const int column = lane / 8, chunk = lane % 8;
-  uint8_t* out = p.out + (first + column) * p.slots + at.row * kTile + chunk * 16;
+  const int64_t slots = p.columns.slots;
+  uint8_t* out = p.columns.out + (first + column) * slots + at.row * kTile + chunk * 16;
 #pragma unroll
-  for (int c = 0; c < kSize; c += 4, out += 4 * p.slots)
+  for (int c = 0; c < kSize; c += 4, out += 4 * slots)
     *reinterpret_cast<uint4*>(out) = shared.packs[8 * c + 4 * chunk + column][warp ^ chunk];
 }
 
-constexpr int kWarpRows = kTile / 16;  // warps that share columns; each has 16 tokens of 8 packs
-
-// With both casts: the tile of a thread block has whole tiles of 1 x 128.
-template <class T>
-struct Shape {
-  static constexpr int kPacks = kTile / Pack<T>::kSize;  // of columns
-  static constexpr int kParts = kPacks / kLanePacks;     // warps that share rows
-  static constexpr int kThreads = kPacks * kQuads;
-  static constexpr int kBlocks = 1024 / kThreads;  // a multiprocessor
-};
-
 template <class T>
 struct BothShared {
-  using S = Shape<T>;
-  float maxima[kWarpRows][kTile];
-  float inverses[kTile];
-  float row_maxima[S::kParts][kTile];
-  float row_inverses[kTile];
-  ByteTile<T, S::kPacks> bytes;
+  ColumnScales<T> columns;
+  RowScales<T> rows;
+  ByteTile<T, Shape<T>::kPacks> bytes;
 };
 
-// The thread's quad of tokens, which of the warps that share rows it is in, and its first column in the tile.
-__device__ __forceinline__ int thread_quad() { return threadIdx.x / kLanePacks % kQuads; }
-__device__ __forceinline__ int thread_part() { return threadIdx.x / (kLanePacks * kQuads); }
 template <class T>
-__device__ __forceinline__ int thread_column() {
-  return (threadIdx.x % kLanePacks + thread_part() * kLanePacks) * Pack<T>::kSize;
-}
-
-template <class T>
-__device__ __forceinline__ Piece<T> load_piece(const CastTransposeParams& p, uint32_t column_tile, const Rows& rows) {
-  const int quad = thread_quad(), row = rows.first + 4 * quad;
-  const int column = column_tile * kTile + thread_column<T>();
-  const int live = column < p.hidden ? rows.count - 4 * quad : 0;
-  const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.hidden + column;
+__device__ __forceinline__ Piece<T> load_piece(const CastTransposeParams& p, int column, const Rows& rows) {
+  const int quad = thread_quad(), live = column < p.hidden ? rows.count - 4 * quad : 0;
+  const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(rows.first + 4 * quad) * p.hidden + column;
   Piece<T> piece;
 #pragma unroll
   for (int r = 0; r < 4; ++r, x += p.hidden) piece.packs[r] = load_pack(x, r < live);
   return piece;
-}
-
-// Absolute maxima, with any sign, of a warp's columns over its 16 tokens: in every lane those of its own columns.
-template <class T>
-__device__ __forceinline__ void column_maxima(const Piece<T>& piece, float (&amax)[Pack<T>::kSize]) {
-  Pack<T> maxima = piece.packs[0];
-#pragma unroll
-  for (int r = 1; r < 4; ++r) abs_max(maxima, piece.packs[r]);
-#pragma unroll
-  for (int offset = kLanePacks; offset < kWarpSize; offset *= 2) {
-    Pack<T> other;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) other.words[i] = __shfl_xor_sync(0xffffffffu, maxima.words[i], offset);
-    abs_max(maxima, other);
-  }
-#pragma unroll
-  for (int c = 0; c < Pack<T>::kSize; c += 4) unpack(maxima, c / 4, reinterpret_cast<float (&)[4]>(amax[c]));
-}
-
-// Absolute maxima, with any sign, of the thread's 4 tokens over the 8 packs of its warp.
-__device__ __forceinline__ void row_maxima(const Piece<__nv_bfloat16>& piece, float (&amax)[4]) {
-  constexpr __nv_bfloat16 kPairs{};
-  uint32_t max[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint32_t (&words)[4] = piece.packs[r].words;
-    max[r] =
-        abs_max_words(abs_max_words(words[0], words[1], kPairs), abs_max_words(words[2], words[3], kPairs), kPairs);
-  }
-#pragma unroll
-  for (int r = 0; r < 4; r += 2) {
-    const uint32_t even = __byte_perm(max[r], max[r + 1], 0x5410), odd = __byte_perm(max[r], max[r + 1], 0x7632);
-    uint32_t two = abs_max_words(even, odd, kPairs);
-#pragma unroll
-    for (int offset = kLanePacks / 2; offset > 0; offset /= 2) {
-      two = abs_max_words(two, __shfl_xor_sync(0xffffffffu, two, offset), kPairs);
-    }
-    amax[r] = __uint_as_float(two << 16);
-    amax[r + 1] = __uint_as_float(two & 0xffff0000u);
-  }
-}
-__device__ __forceinline__ void row_maxima(const Piece<float>& piece, float (&amax)[4]) {
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    amax[r] = abs_max(piece.packs[r]);
-#pragma unroll
-    for (int offset = kLanePacks / 2; offset > 0; offset /= 2) {
-      amax[r] = abs_max(amax[r], __shfl_xor_sync(0xffffffffu, amax[r], offset));
-    }
-  }
-}
-
-// The scales of the tile's columns, from the maxima of the warps; their inverses stay in shared memory.
-template <class T>
-__device__ __forceinline__ void column_scales(BothShared<T>& shared, const CastTransposeParams& p, const Place& at,
-                                              bool padding) {
-  if (threadIdx.x >= kTile) return;
-  float max = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarpRows; ++w) max = abs_max(max, shared.maxima[w][threadIdx.x]);
-  const float sf = padding ? 1.f : tile_scale(max, p.rule);
-  shared.inverses[threadIdx.x] = __frcp_rn(sf);
-  const int column = at.column * kTile + threadIdx.x;
-  if (column < p.hidden) p.out_sf[at.row * p.out_sf_stride + column] = sf;
-}
-
-// The same of its rows, by the threads after those.
-template <class T>
-__device__ __forceinline__ void row_scales(BothShared<T>& shared, const CastTransposeParams& p, const Place& at,
-                                           const Rows& rows) {
-  const int row = threadIdx.x - kTile;
-  if (row < 0 || row >= kTile) return;
-  float max = 0.f;
-#pragma unroll
-  for (int part = 0; part < Shape<T>::kParts; ++part) max = abs_max(max, shared.row_maxima[part][row]);
-  const float sf = tile_scale(max, p.rule);
-  shared.row_inverses[row] = __frcp_rn(sf);
-  if (row < rows.count) p.rows.sf[at.column * p.rows.sf_stride + rows.first + row] = sf;
-}
-
-// Converts what a thread holds, by the scales of the columns and by those of the rows, whose codes are written.
-template <class T>
-__device__ __forceinline__ void convert(BothShared<T>& shared, const CastTransposeParams& p, const Piece<T>& piece,
-                                        const Place& at, const Rows& rows) {
-  constexpr int kWords = Pack<T>::kSize / 4;
-  const int column = thread_column<T>(), quad = thread_quad();
-  const float4 row_inverse = reinterpret_cast<const float4&>(shared.row_inverses[4 * quad]);
-  const float row_factors[4] = {row_inverse.x, row_inverse.y, row_inverse.z, row_inverse.w};
-  uint32_t words[4][kWords];  // of the rows
-#pragma unroll
-  for (int c = 0; c < kWords; ++c) {
-    const float4 inverse = *reinterpret_cast<const float4*>(&shared.inverses[column + 4 * c]);
-    const float factors[4] = {inverse.x, inverse.y, inverse.z, inverse.w};
-    float x[4][4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      piece.values(r, c, x[r]);
-      words[r][c] = encode(x[r], row_factors[r]);
-    }
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const float tokens[4] = {x[0][v], x[1][v], x[2][v], x[3][v]};
-      shared.bytes.put(column + 4 * c + v, quad, encode(tokens, factors[v]));
-    }
-  }
-  const int first = rows.first + 4 * quad, start = at.column * kTile + column;
-  const int live = start < p.hidden ? rows.count - 4 * quad : 0;
-  uint8_t* out = p.rows.out + static_cast<int64_t>(first) * p.hidden + start;
-#pragma unroll
-  for (int r = 0; r < 4; ++r, out += p.hidden) {
-    if (r < live) store_words(out, words[r]);
-  }
 }
 
 template <class T>
@@ -370,41 +168,39 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kBlocks) both_ca
   wait_for_inputs();
   release_dependents();
   const Place at = place(p);
-  const Rows rows = find_rows(p, at.row);
-  const Piece<T> piece = load_piece<T>(p, at.column, rows);
-  float amax[kSize], row_amax[4];
-  column_maxima(piece, amax);
-  if (threadIdx.x % kWarpSize < kLanePacks) {
-    auto* const maxima =
-        reinterpret_cast<float4*>(&shared.maxima[threadIdx.x / kWarpSize % kWarpRows][thread_column<T>()]);
+  const Rows rows = p.groups.of_tile(at.row);
+  const int first = at.column * kTile, column = thread_column<T>();
+  const Piece<T> piece = load_piece<T>(p, first + column, rows);
+  shared.columns.collect(piece);
+  shared.rows.collect(piece);
+  __syncthreads();
+  const int t = threadIdx.x;
+  if (t < kTile) shared.columns.scale(p.columns, t, first + t, p.hidden, at.row, rows.count == 0);
+  if (t >= kTile && t < 2 * kTile) shared.rows.scale(p.rows, t - kTile, at.column, rows);
+  __syncthreads();
+  uint32_t words[kSize];
+  shared.columns.codes(piece, words);
 #pragma unroll
-    for (int c = 0; c < kSize; c += 4) maxima[c / 4] = make_float4(amax[c], amax[c + 1], amax[c + 2], amax[c + 3]);
-  }
-  row_maxima(piece, row_amax);
-  auto& maxima = reinterpret_cast<float4&>(shared.row_maxima[thread_part()][4 * thread_quad()]);
-  if (threadIdx.x % kLanePacks == 0) maxima = make_float4(row_amax[0], row_amax[1], row_amax[2], row_amax[3]);
+  for (int c = 0; c < kSize; ++c) shared.bytes.put(column + c, thread_quad(), words[c]);
+  shared.rows.store(p.rows, piece, first + column, p.hidden, rows);
   __syncthreads();
-  column_scales(shared, p, at, rows.count == 0);
-  row_scales(shared, p, at, rows);
-  __syncthreads();
-  convert(shared, p, piece, at, rows);
-  __syncthreads();
-  const int64_t first = at.column * kTile;
-  shared.bytes.template store<S::kThreads>(p.out + first * p.slots + at.row * kTile, p.slots, p.hidden - first, kTile);
+  const ColumnCasts& to = p.columns;
+  shared.bytes.template store<S::kThreads>(to.out + first * to.slots + at.row * kTile, to.slots, p.hidden - first,
+                                           kTile);
 }
 
 template <class T>
 void launch_cast_transpose(CastTransposeParams p, cudaStream_t stream) {
   p.column_tiles = ceil_div(p.hidden, kLanePacks * Pack<T>::kSize);
   launch("cast_transpose", cast_transpose_kernel<T>,
-         {.grid = dim3(p.column_tiles * (p.slots / kTile)), .block = dim3(kThreads)}, stream, p);
+         {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(kThreads)}, stream, p);
 }
 
 template <class T>
 void launch_both_casts(CastTransposeParams p, cudaStream_t stream) {
   p.column_tiles = ceil_div(p.hidden, kTile);
   launch("per_token_cast_and_transpose", both_casts_kernel<T>,
-         {.grid = dim3(p.column_tiles * (p.slots / kTile)), .block = dim3(Shape<T>::kThreads)}, stream, p);
+         {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(Shape<T>::kThreads)}, stream, p);
 }
 
 // Checks what both ops share.
@@ -412,27 +208,17 @@ CastTransposeParams transpose_params(const Tensor& xt_fp8, const Tensor& xt_sf, 
                                      const std::optional<Tensor>& offsets, ScaleRule rule) {
   DSV3_CHECK(x.dim() == 2 && x.size(1) % 16 == 0, "x must be (tokens, a multiple of 16), got ", x);
   const int64_t tokens = x.size(0), hidden = x.size(1);
-  const int64_t groups = offsets ? offsets->numel() - 1 : 1;
   check_operand("x", x, x.dtype());
-  DSV3_CHECK(groups >= 1, "offsets must have at least two entries, got ", groups + 1);
-  if (offsets) check_operand("offsets", *offsets, Dtype::kInt32, groups + 1);
-  const int64_t slots = ceil_div(tokens + (offsets ? (kTile - 1) * groups : 0), kTile) * kTile;
-  check_operand("xt_fp8", xt_fp8, Dtype::kE4M3, hidden, slots);
-  const int64_t out_sf_stride = check_row_scales("xt_sf", xt_sf, hidden, slots / kTile);
-  return {.out = xt_fp8.data<uint8_t>(),
-          .out_sf = xt_sf.data<float>(),
-          .x = x.data<void>(),
+  const Groups groups = check_groups(offsets, tokens);
+  const int64_t slots = transposed_slots(tokens, offsets);
+  return {.x = x.data<void>(),
           .x_sf = nullptr,
-          .offsets = offsets ? offsets->data<int>() : nullptr,
-          .rows = {},
           .x_sf_stride = 0,
-          .out_sf_stride = static_cast<uint32_t>(out_sf_stride),
-          .slots = slots,
-          .tokens = static_cast<int>(tokens),
           .hidden = static_cast<int>(hidden),
-          .groups = static_cast<int>(groups),
-          .column_tiles = 0,
-          .rule = rule};
+          .groups = groups,
+          .columns = column_casts("xt_fp8", xt_fp8, "xt_sf", xt_sf, hidden, slots, rule),
+          .rows = {},
+          .column_tiles = 0};
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy):
         (x, weights, gate_up, down, hidden), pow2 = ctx.saved_tensors, ctx.pow2
         d_inner = (rows(dy, pow2, GRADIENT_FLOOR) @ blocks(down)).to(x.dtype)
-        d_down = columns(dy, pow2, GRADIENT_FLOOR).t() @ columns(rows(swiglu(hidden, weights)))
+        d_down = columns(dy, pow2, GRADIENT_FLOOR).t() @ columns(swiglu(hidden, weights))
         d_hidden, d_weights = swiglu_backward(d_inner, hidden, weights)
         dx = rows(d_hidden, floor=GRADIENT_FLOOR) @ blocks(gate_up)
         d_gate_up = columns(d_hidden, floor=GRADIENT_FLOOR).t() @ columns(rows(x, pow2), pow2)

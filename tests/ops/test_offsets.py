@@ -37,6 +37,9 @@ CALLS = {
     "per_token_cast_and_transpose": lambda offsets: ops.per_token_cast_and_transpose(rows(), offsets),
     "swiglu_cast": lambda offsets: ops.swiglu_cast(rows(), torch.ones(ROWS), offsets=offsets),
     "swiglu_cast_backward": lambda offsets: ops.swiglu_cast_backward(rows(WIDTH // 2), rows(), offsets=offsets),
+    "swiglu_backward_both_casts": lambda offsets: ops.swiglu_backward_both_casts(
+        rows(WIDTH // 2), rows(), offsets=offsets
+    ),
 }
 
 

@@ -48,10 +48,31 @@ def unfused(gate_up, weights, **settings):
     return ops.per_token_cast(torch.ops.dsv3.swiglu(gate_up, weights), **settings)
 
 
-def unfused_backward(dout, gate_up, weights, keep_dgate_up, **settings):
+def unfused_backward(dout, gate_up, weights, **settings):
     dgate_up, dweights = torch.ops.dsv3.swiglu_backward(dout, gate_up, weights)
     cast = ops.per_token_cast(dgate_up, **{"amax_floor": GRADIENT_FLOOR, **settings})
-    return *cast, dgate_up if keep_dgate_up else None, None if weights is None else dweights
+    return *cast, None if weights is None else dweights
+
+
+def unfused_transposes(dout, gate_up, weights, offsets=None, **settings):
+    dgate_up, _ = torch.ops.dsv3.swiglu_backward(dout, gate_up, weights)
+    dgate_up_t = ops.cast_transpose(dgate_up, offsets, **{"amax_floor": GRADIENT_FLOOR, **settings})
+    return *dgate_up_t, *ops.cast_transpose(torch.ops.dsv3.swiglu(gate_up, weights), offsets)
+
+
+def check_both_casts(found, backward, transposes, rows=None):
+    """Codes bit for bit; the weights' gradient, whose terms are added in another order, to fp32's rounding. Of its terms
+    nothing is known here, so it is measured by the largest."""
+    data, sf, dweights, *transposed = found
+    *cast, expected = backward
+    check_same([t[:rows] for t in (data, sf)], [t[:rows] for t in cast])
+    check_same([t for pair in transposed for t in pair], transposes)
+    assert (dweights is None) == (expected is None)
+    if expected is not None and expected[:rows].numel():
+        scale = expected[:rows].abs().nan_to_num(posinf=0.0).max()
+        torch.testing.assert_close(
+            dweights[:rows], expected[:rows], rtol=1e-4, atol=1e-5 * scale.item(), equal_nan=True
+        )
 
 
 SETTINGS = [{}, {"pow2_scale": True}, {"amax_floor": 0.0}, {"amax_floor": 1e-4}]
@@ -88,14 +109,14 @@ def test_swiglu_cast_backward(shape, dtype, settings, device):
     gate_up, weights = make(*shape, dtype, device)
     gate_up[:, ::3] = draw(gate_up[:, ::3].shape, dtype, device, spread=2.0)
     dout = 1e-12 * torch.randn(shape, device=device)
-    for factor, keep in ((None, False), (weights, True), (weights, False)):
+    for factor in (None, weights):
         args = dout.to(dtype), gate_up, factor
-        *found, out = ops.swiglu_cast_backward(*args, keep_dgate_up=keep, **settings)
-        assert out is None
-        check_same(found, unfused_backward(*args, keep, **settings))
-        *again, out = ops.swiglu_cast_backward(*args, keep_dgate_up=keep, keep_out=True, **settings)
-        check_same(found, again)
-        check_same(out, ops.swiglu_cast(gate_up, factor))
+        expected = unfused_backward(*args, **settings)
+        check_same(ops.swiglu_cast_backward(*args, **settings), expected)
+        found = ops.swiglu_backward_both_casts(*args, **settings)
+        check_both_casts(found, expected, unfused_transposes(*args, **settings))
+        again = ops.swiglu_backward_both_casts(*args, **settings)
+        check_same([*found[:3], *found[3], *found[4]], [*again[:3], *again[3], *again[4]])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
@@ -106,9 +127,12 @@ def test_casts_of_values_that_are_not_finite(bad, inner, device):
     dout = torch.randn(9, inner, device=device).bfloat16()
     clean = ops.swiglu_cast(gate_up, weights), ops.swiglu_cast_backward(dout, gate_up, weights)
     gate_up[2, 3], gate_up[2, inner + 200], weights[5], dout[7, 140] = bad, bad, bad, bad
-    found = ops.swiglu_cast(gate_up, weights), ops.swiglu_cast_backward(dout, gate_up, weights, keep_dgate_up=True)
+    found = ops.swiglu_cast(gate_up, weights), ops.swiglu_cast_backward(dout, gate_up, weights)
     check_same(found[0], unfused(gate_up, weights))
-    check_same(found[1][:4], unfused_backward(dout, gate_up, weights, True))
+    expected = unfused_backward(dout, gate_up, weights)
+    check_same(found[1], expected)
+    both = ops.swiglu_backward_both_casts(dout, gate_up, weights)
+    check_both_casts(both, expected, unfused_transposes(dout, gate_up, weights))
     for a, b in zip(found, clean, strict=True):
         good = [0, 1, 3, 4, 6, 8]
         assert torch.equal(dequantize(*a[:2])[good], dequantize(*b[:2])[good])
@@ -123,12 +147,26 @@ def test_casts_of_the_rows_of_groups(inner, end, device):
     offsets = torch.tensor([0, 0, end // 2, end], dtype=torch.int32, device=device)
     found = ops.swiglu_cast(gate_up, weights, offsets=offsets)
     check_same([t[:end] for t in found], [t[:end] for t in unfused(gate_up, weights)])
-    *gradients, out = ops.swiglu_cast_backward(
-        dout, gate_up, weights, offsets=offsets, keep_dgate_up=True, keep_out=True
-    )
-    check_same([t[:end] for t in out], [t[:end] for t in found])
-    expected = unfused_backward(dout, gate_up, weights, True)
+    gradients = ops.swiglu_cast_backward(dout, gate_up, weights, offsets=offsets)
+    expected = unfused_backward(dout, gate_up, weights)
     check_same([t[:end] for t in gradients], [t[:end] for t in expected])
+    both = ops.swiglu_backward_both_casts(dout, gate_up, weights, offsets=offsets)
+    check_both_casts(both, expected, unfused_transposes(dout, gate_up, weights, offsets), end)
+
+
+@pytest.mark.parametrize("lengths", [[0, 129, 0, 3, 256, 61], [1] * 40, [513], [0, 0, 0]])
+@pytest.mark.parametrize("inner", [128, 384, 768])
+def test_both_casts_of_groups(inner, lengths, device):
+    """Groups that begin between the rows that a thread holds, that are empty, and more than a tile."""
+    tokens = sum(lengths) + 7
+    gate_up, weights = make(tokens, inner, torch.bfloat16, device)
+    dout = torch.randn(tokens, inner, device=device).bfloat16()
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    for factor in (None, weights):
+        found = ops.swiglu_backward_both_casts(dout, gate_up, factor, offsets=offsets, pow2_scale=True)
+        expected = unfused_backward(dout, gate_up, factor, pow2_scale=True)
+        transposes = unfused_transposes(dout, gate_up, factor, offsets, pow2_scale=True)
+        check_both_casts(found, expected, transposes, sum(lengths))
 
 
 @pytest.mark.cuda
@@ -137,12 +175,16 @@ def test_rows_of_no_group_are_not_written():
     dout = torch.randn(130, 256, device="cuda").bfloat16()
     offsets = torch.tensor([0, 30, 77], dtype=torch.int32, device="cuda")
     forward = unfused(gate_up, weights)
-    backward = *unfused_backward(dout, gate_up, weights, True), *forward
-    outputs, gradients = filled(forward), filled(backward)
+    backward = unfused_backward(dout, gate_up, weights)
+    outputs, gradients, both = filled(forward), filled(backward), filled(backward[:2])
     registry.native().swiglu_cast(*outputs, gate_up, weights, offsets, False, 1e-4)
     args = dout, gate_up, weights, offsets, False, GRADIENT_FLOOR
     registry.native().swiglu_cast_backward(*gradients, *args)
-    for found, expected in ((outputs, forward), (gradients, backward)):
+    transposed = unfused_transposes(dout, gate_up, weights, offsets)
+    parts = torch.full((4, 130), SENTINEL, device="cuda")
+    registry.native().swiglu_backward_both_casts(*both, *transposed, parts, *args)
+    assert (parts[:, 77:] == SENTINEL).all()
+    for found, expected in ((outputs, forward), (gradients, backward), (both, backward[:2])):
         check_same([t[:77] for t in found], [t[:77] for t in expected])
         assert all((t[77:].float() == torch.tensor(SENTINEL).to(t.dtype).float().item()).all() for t in found)
 
@@ -155,8 +197,12 @@ def test_casts_at_v3_shapes(shape):
     for run, composed in (
         (lambda: ops.swiglu_cast(gate_up, weights), lambda: unfused(gate_up, weights)),
         (
-            lambda: ops.swiglu_cast_backward(dout, gate_up, weights, keep_dgate_up=True)[:4],
-            lambda: unfused_backward(dout, gate_up, weights, True),
+            lambda: ops.swiglu_cast_backward(dout, gate_up, weights),
+            lambda: unfused_backward(dout, gate_up, weights),
+        ),
+        (
+            lambda: ops.swiglu_backward_both_casts(dout, gate_up, weights)[:2],
+            lambda: unfused_backward(dout, gate_up, weights)[:2],
         ),
     ):
         found = run()
@@ -173,17 +219,27 @@ def test_registration_compile_graph(device):
     dout = torch.randn(16, 256, device=device).bfloat16()
     check_registration("swiglu_cast", gate_up, weights, offsets, True, 1e-4)
     check_registration("swiglu_cast", gate_up, None, None, False, 0.0)
-    check_registration("swiglu_cast_backward", dout, gate_up, weights, offsets, True, True, True, GRADIENT_FLOOR)
-    check_registration("swiglu_cast_backward", dout, gate_up, None, None, False, False, False, GRADIENT_FLOOR)
     narrow = dout[:, :144].contiguous(), gate_up[:, :288].contiguous(), weights
-    check_registration("swiglu_cast_backward", *narrow, None, False, True, False, GRADIENT_FLOOR)
+    cases = (dout, gate_up, weights, offsets, True), (dout, gate_up, None, None, False), (*narrow, None, False)
+    for case in cases:
+        check_registration("swiglu_cast_backward", *case, GRADIENT_FLOOR)
+        check_registration("swiglu_backward_both_casts", *case, GRADIENT_FLOOR)
+
+    def backward(d, g, w):
+        return bits(ops.swiglu_cast_backward(d, g, w, offsets=offsets))
+
+    def both(d, g, w):
+        data, sf, dweights, dgate_up_t, out_t = ops.swiglu_backward_both_casts(d, g, w, offsets=offsets)
+        return bits([data, sf, dweights, *dgate_up_t, *out_t])
+
     check_compile(lambda g, w: bits(ops.swiglu_cast(g, w, offsets=offsets)), gate_up, weights)
-    check_compile(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, offsets=offsets)[:4]), dout, gate_up, weights)
+    check_compile(backward, dout, gate_up, weights)
+    check_compile(both, dout, gate_up, weights)
     if device.type == "cuda":
         check_graph(lambda g, w: bits(ops.swiglu_cast(g, w, offsets=offsets)), gate_up, weights)
-        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w)[:4]), dout, gate_up, weights)
-        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, keep_dgate_up=True)[:4]), *narrow)
-        check_graph(lambda d, g, w: bits(ops.swiglu_cast_backward(d, g, w, keep_out=True).out), dout, gate_up, weights)
+        for run in (backward, both):
+            check_graph(run, dout, gate_up, weights)
+            check_graph(run, *narrow)
     out = torch.ops.dsv3.swiglu(gate_up, weights)
     check_registration("swiglu", gate_up, weights)
     check_registration("swiglu_backward", out, gate_up, weights)

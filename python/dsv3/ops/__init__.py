@@ -24,7 +24,14 @@ from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 from dsv3.ops.round import decode_positions, greedy_round
-from dsv3.ops.swiglu import SwigluCastGradients, swiglu, swiglu_cast, swiglu_cast_backward
+from dsv3.ops.swiglu import (
+    SwigluBothCastsGradients,
+    SwigluCastGradients,
+    swiglu,
+    swiglu_backward_both_casts,
+    swiglu_cast,
+    swiglu_cast_backward,
+)
 
 __all__ = [
     "FEW_TOKENS",
@@ -34,6 +41,7 @@ __all__ = [
     "Permutation",
     "Quantized",
     "Recipe",
+    "SwigluBothCastsGradients",
     "SwigluCastGradients",
     "WgradQueue",
     "adamw",
@@ -77,6 +85,7 @@ __all__ = [
     "rope_",
     "split_kv",
     "swiglu",
+    "swiglu_backward_both_casts",
     "swiglu_cast",
     "swiglu_cast_backward",
 ]

@@ -19,7 +19,7 @@ from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3.ops.grad import Function, apply
 from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
-from dsv3.ops.swiglu import swiglu_cast, swiglu_cast_backward
+from dsv3.ops.swiglu import swiglu_backward_both_casts, swiglu_cast, swiglu_cast_backward
 
 GRADIENT_FLOOR = 1e-30  # smallest amax of a tile of gradients
 Cast = tuple[Tensor, Tensor]  # e4m3 data and the scales of its tiles
@@ -257,24 +257,21 @@ class _Fp8MLP(Function):
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
-        dgate_up_fp8, dgate_up_sf, dgate_up, dweights, a = swiglu_cast_backward(
-            da,
-            gate_up,
-            weights,
-            offsets=offsets,
-            keep_dgate_up=need_first,
-            keep_out=need_second,
-            amax_floor=GRADIENT_FLOOR,
-        )
+        dgate_up_t = out_t = None
+        swiglu = {"offsets": offsets, "amax_floor": GRADIENT_FLOOR}
+        if need_first or need_second:
+            dgate_up_fp8, dgate_up_sf, dweights, dgate_up_t, out_t = swiglu_backward_both_casts(
+                da, gate_up, weights, **swiglu
+            )
+        else:
+            dgate_up_fp8, dgate_up_sf, dweights = swiglu_cast_backward(da, gate_up, weights, **swiglu)
         del da
 
-        def second(dy_t: Cast | None = dy_t, a: Cast | None = a) -> Tensor | None:
-            return _add_wgrad(dy_t, cast_transpose(a, offsets), mlp.down.param, offsets)
+        def second(dy_t: Cast | None = dy_t, out_t: Cast | None = out_t) -> Tensor | None:
+            return _add_wgrad(dy_t, out_t, mlp.down.param, offsets)
 
         d_second = now_or_later(mlp.wgrad, mlp.down.param, second) if need_second else None
-        del second, dy_t, a
-        dgate_up_t = cast_transpose(dgate_up, offsets, amax_floor=GRADIENT_FLOOR) if need_first else None
-        del dgate_up
+        del second, dy_t, out_t
         dx = _product((dgate_up_fp8, dgate_up_sf), mlp.gate_up.transposed, offsets, gate_up.dtype) if need_dx else None
         d_first = None
         if need_first:

@@ -55,9 +55,8 @@ def _supports_per_block(w: Tensor, pow2_scale: bool, transpose: bool) -> str | N
     return check_dtype("w", w, *_FLOATS)
 
 
-def _allocate_transpose(
-    x: Tensor, x_sf: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
-) -> tuple[Tensor, Tensor]:
+def empty_transposed(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What cast_transpose of x [T, K] fills."""
     tokens, k = x.shape
     slots = num_slots(tokens, None if offsets is None else offsets.shape[0] - 1)
     return _empty_fp8(x, k, slots), empty_row_scales(x, k, slots // TILE)
@@ -66,7 +65,7 @@ def _allocate_transpose(
 def _allocate_both(
     x: Tensor, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *empty_per_token(x, *x.shape), *_allocate_transpose(x, None, offsets, pow2_scale, amax_floor)
+    return *empty_per_token(x, *x.shape), *empty_transposed(x, offsets)
 
 
 define(
@@ -98,7 +97,7 @@ define(
     shapes="x [T,K] bf16|fp32, or e4m3 with x_sf [T,ceil(K/128)] fp32, offsets int32 [G+1] -> xt_fp8 [K,Tp] e4m3, "
     "xt_sf [K,Tp/128] fp32, strides (1, K up to 4); Tp = T (+ 127 G) up to 128",
     reference=reference.cast_transpose,
-    allocate=_allocate_transpose,
+    allocate=lambda x, x_sf, offsets, *settings: empty_transposed(x, offsets),
     launch=lambda outputs, *args: native().cast_transpose(*outputs, *args),
 )
 define(

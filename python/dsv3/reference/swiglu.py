@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv3.reference.quant import empty_row_scales, first_rows, last_row, per_token_cast_first
+from dsv3.reference.quant import cast_transpose, first_rows, last_row, per_token_cast_first
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
@@ -36,9 +36,6 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
     return dgate_up, dweights
 
 
-OUT_CAST = False, 1e-4  # how an output that swiglu_cast_backward makes again is cast: pow2_scale, amax_floor
-
-
 def swiglu_cast(
     gate_up: Tensor, weights: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
 ) -> tuple[Tensor, Tensor]:
@@ -53,19 +50,31 @@ def swiglu_cast_backward(
     gate_up: Tensor,
     weights: Tensor | None,
     offsets: Tensor | None,
-    keep_dgate_up: bool,
-    keep_out: bool,
+    pow2_scale: bool,
+    amax_floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate_up of swiglu_backward, cast as per_token_cast does, and dweights (empty without weights); rows past offsets[G]
+    are left as they come."""
+    tokens, live = gate_up.shape[0], slice(last_row(gate_up, offsets))
+    dgate_up, dweights = swiglu_backward(dout[live], gate_up[live], None if weights is None else weights[live])
+    dweights = dweights if weights is None else first_rows(dweights, tokens)
+    return *per_token_cast_first(dgate_up, tokens, pow2_scale, amax_floor), dweights
+
+
+OUT_CAST = False, 1e-4  # how swiglu_backward_both_casts casts the output: pow2_scale, amax_floor
+
+
+def swiglu_backward_both_casts(
+    dout: Tensor,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor | None,
     pow2_scale: bool,
     amax_floor: float,
 ) -> tuple[Tensor, ...]:
-    """dgate_up of swiglu_backward, cast as per_token_cast does, then what swiglu_backward returns (dgate_up empty unless
-    keep_dgate_up, dweights without weights), then what swiglu_cast does (empty unless keep_out); rows past offsets[G] are
-    left as they come."""
-    tokens, live = gate_up.shape[0], slice(last_row(gate_up, offsets))
-    dgate_up, dweights = swiglu_backward(dout[live], gate_up[live], None if weights is None else weights[live])
-    data, sf = per_token_cast_first(dgate_up, tokens, pow2_scale, amax_floor)
-    kept = first_rows(dgate_up, tokens) if keep_dgate_up else dout.new_empty(0)
-    dweights = dweights if weights is None else first_rows(dweights, tokens)
-    if keep_out:
-        return data, sf, kept, dweights, *swiglu_cast(gate_up, weights, offsets, *OUT_CAST)
-    return data, sf, kept, dweights, gate_up.new_empty(0, 0, dtype=torch.float8_e4m3fn), empty_row_scales(gate_up, 0, 0)
+    """swiglu_cast_backward, then cast_transpose of what it casts and of swiglu's output."""
+    settings = pow2_scale, amax_floor
+    dgate_up, _ = swiglu_backward(dout, gate_up, weights)
+    dgate_up_t = cast_transpose(dgate_up, None, offsets, *settings)
+    out_t = cast_transpose(swiglu(gate_up, weights), None, offsets, *OUT_CAST)
+    return *swiglu_cast_backward(dout, gate_up, weights, offsets, *settings), *dgate_up_t, *out_t
