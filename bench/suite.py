@@ -13,7 +13,7 @@ import pytest
 
 from bench.results import ROOT, Environment, csrc_sha
 
-MAX_WORKERS = 8  # each holds a CUDA context and what its largest test needs
+MAX_WORKERS = 12  # each holds a CUDA context and what its largest test needs
 FAMILIES = ("quant", "norm", "gemm", "attention", "moe", "decode", "comm", "loss", "optim")  # the folders of csrc
 
 
@@ -64,7 +64,7 @@ def parallel() -> list[str]:
     A file goes to one worker, since its tests share what its fixtures made, and files are taken in the order in which they
     are named. tests/conftest.py divides the cores among the workers.
     """
-    workers = min(MAX_WORKERS, (os.cpu_count() or 1) // 2)
+    workers = min(MAX_WORKERS, (os.cpu_count() or 1) * 3 // 4)
     installed = importlib.util.find_spec("xdist") is not None
     return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"] if installed and workers > 1 else []
 

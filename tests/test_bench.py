@@ -392,7 +392,7 @@ def test_both_parts_of_a_run_count_unless_it_is_interrupted(monkeypatch, tmp_pat
 
 def test_workers_of_a_run(monkeypatch):
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: object())
-    for cores, workers in ((1, []), (3, []), (4, ["-n", "2"]), (16, ["-n", "8"]), (128, ["-n", "8"]), (None, [])):
+    for cores, workers in ((1, []), (2, []), (3, ["-n", "2"]), (16, ["-n", "12"]), (128, ["-n", "12"]), (None, [])):
         monkeypatch.setattr(suite.os, "cpu_count", lambda cores=cores: cores)
         assert suite.parallel()[:2] == workers
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)

@@ -147,8 +147,8 @@ def _swiglu_cases(tiny: bool) -> list[Case]:
         for backward in (False, True)
         for tokens, inner, weighted in shapes
     ]
-    casts = [_cast(*expert, weighted=True), _cast(*dense, weighted=False)]
     narrow = (256, 256) if tiny else (8 * 32768, 768)  # what the experts of 2b have in a step
+    casts = [_cast(*shape, weighted=shape != dense) for shape in (expert, narrow, dense)]
     backward = [
         _cast_backward(*shape, weighted=shape != dense, transposes=transposes)
         for transposes in (False, True)

@@ -1,9 +1,11 @@
 // SwiGLU (swiglu.cuh), forward and backward; and both with their output in e4m3 tiles of 1 x 128.
 //
 // Memory-bound: forward moves 3 values an output, backward 5; with the cast 5 bytes an output of bf16 instead of 6, and 8
-// instead of 10. One block a row (and, forward, a piece of a long row); the backward's row sum is a block reduction in a
-// fixed order. With the cast, values are rounded as they would have been stored, a tile lies in neighbouring lanes, and
-// rows past offsets[G] are left alone.
+// instead of 10. One block a row (forward, a piece of a long row, or several short ones); the backward's row sum is a block
+// reduction in a fixed order. With the cast, values are rounded as they would have been stored, a tile lies in neighbouring
+// lanes, and rows past offsets[G] are left alone.
+#include <climits>
+
 #include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
@@ -19,23 +21,40 @@ struct SwigluParams {
   const void* dout;      // backward: [T, I]
   const void* gate_up;   // [T, 2I]
   const float* weights;  // [T] or null
+  int rows;              // T
   int inner;             // I
-  int pieces;            // blocks a row
+  int pieces;            // blocks a row, unless a block takes several
   const int* end;        // where kCast: row from which on there is nothing, or null
   RowCasts casts;        // where kCast: of out
 };
 
-template <class T, int kThreads, int kVecs, bool kCast>
-__global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluParams p) {
+// A thread's row and the first of its vectors there, of which the others follow kThreads apart. Rows that are shorter than a
+// block (kShort) lie one behind the other, so that few threads are idle.
+struct Share {
+  int row, first;
+};
+template <int kThreads, int kVecs, bool kShort>
+__device__ __forceinline__ Share share(int vecs, int pieces) {
+  const int block = blockIdx.x, thread = threadIdx.x;
+  static_assert(!kShort || kVecs == 1);
+  if (!kShort) return {block / pieces, block % pieces * (kThreads * kVecs) + thread};
+  const int v = block * kThreads + thread;
+  return {v / vecs, v % vecs};
+}
+
+template <class T, int kThreads, int kVecs, bool kShort, bool kCast>
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads) swiglu_kernel(SwigluParams p) {
   constexpr int kSize = Vec<T>::kSize;
   wait_for_inputs();
   release_dependents();
-  const int64_t t = blockIdx.x / p.pieces;
-  if (kCast && p.end && t >= *p.end) return;
-  const int first = (blockIdx.x % p.pieces) * (kThreads * kVecs) + threadIdx.x;
-  const int vecs = p.inner / kSize;
+  const auto [row, first] = share<kThreads, kVecs, kShort>(p.inner / kSize, p.pieces);
+  // Whole warps cast, so of rows that there are not a lane stays where another's row is one.
+  const bool live = (!kShort || row < p.rows) && !(kCast && p.end && row >= *p.end);
+  if (kShort ? !__any_sync(0xffffffffu, live) : !live) return;
+  const int vecs = !kShort || live ? p.inner / kSize : 0;
+  const int64_t t = row;
   const T* const gate = static_cast<const T*>(p.gate_up) + t * 2 * p.inner;
-  const float weight = p.weights ? p.weights[t] : 1.f;
+  const float weight = p.weights && (!kShort || live) ? p.weights[t] : 1.f;
   Vec<T> g[kVecs], u[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -127,14 +146,16 @@ void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
   visit_float("gate_up", gate_up.dtype(), [&](auto zero) {
     using T = decltype(zero);
     DSV3_CHECK(p.inner % Vec<T>::kSize == 0, "inner must be a multiple of ", Vec<T>::kSize, ", got ", p.inner);
-    const int vecs = p.inner / Vec<T>::kSize;
-    const auto run = [&](auto kernel, int threads, int piece) {
-      p.pieces = (vecs + piece - 1) / piece;
-      launch(kCast ? "swiglu_cast" : "swiglu", kernel,
-             {.grid = dim3(gate_up.size(0) * p.pieces), .block = dim3(threads)}, stream, p);
+    const int64_t vecs = p.inner / Vec<T>::kSize, all = vecs * p.rows;
+    const auto run = [&](auto kernel, int threads, int64_t blocks) {
+      launch(kCast ? "swiglu_cast" : "swiglu", kernel, {.grid = dim3(blocks), .block = dim3(threads)}, stream, p);
     };
-    if (vecs <= 64) return run(swiglu_kernel<T, 64, 1, kCast>, 64, 64);
-    return run(swiglu_kernel<T, 128, 2, kCast>, 128, 256);
+    // A tile of the cast lies in neighbouring lanes, so rows that follow one another must be whole tiles.
+    if (vecs < 256 && p.inner % kTile == 0 && all <= INT_MAX - 256) {
+      return run(swiglu_kernel<T, 256, 1, true, kCast>, 256, ceil_div(all, 256));
+    }
+    p.pieces = static_cast<int>(ceil_div(vecs, 256));
+    run(swiglu_kernel<T, 128, 2, false, kCast>, 128, int64_t{p.rows} * p.pieces);
   });
 }
 
@@ -163,6 +184,7 @@ SwigluParams backward_params(const std::optional<Tensor>& dweights, const Tensor
           .dout = dout.data<void>(),
           .gate_up = gate_up.data<void>(),
           .weights = weights ? weights->data<float>() : nullptr,
+          .rows = static_cast<int>(gate_up.size(0)),
           .inner = static_cast<int>(inner)};
 }
 
@@ -175,6 +197,7 @@ void swiglu(Tensor out, Tensor gate_up, std::optional<Tensor> weights, cudaStrea
   launch_swiglu<false>({.out = out.data<void>(),
                         .gate_up = gate_up.data<void>(),
                         .weights = weights ? weights->data<float>() : nullptr,
+                        .rows = static_cast<int>(gate_up.size(0)),
                         .inner = static_cast<int>(inner)},
                        gate_up, stream);
 }
@@ -186,6 +209,7 @@ void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Te
   const DeviceGuard guard(out_fp8);
   launch_swiglu<true>({.gate_up = gate_up.data<void>(),
                        .weights = weights ? weights->data<float>() : nullptr,
+                       .rows = static_cast<int>(gate_up.size(0)),
                        .inner = static_cast<int>(inner),
                        .end = check_offsets(offsets),
                        .casts = row_casts("out_fp8", out_fp8, "out_sf", out_sf, gate_up.size(0), inner, rule)},

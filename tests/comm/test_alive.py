@@ -46,18 +46,18 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport in ("ipc", "nvshmem")]
+DEATHS = [
+    (1, "combine", "no sign of life for 5 seconds"),
+    (3, "backward", "no sign of life for 5 seconds"),
+    (0, "combine", "the store of the process group, which rank 0 holds, does not answer"),
+]
+ON_A_GPU = [("ipc", death) for death in DEATHS] + [("nvshmem", DEATHS[0])]  # whose kernels are told in the same way
+CASES = [(*death, "collective") for death in DEATHS] + [
+    pytest.param(*death, transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport, death in ON_A_GPU
+]
 
 
-@pytest.mark.parametrize("transport", ["collective", *ON_A_GPU])
-@pytest.mark.parametrize(
-    ("dead", "moment", "why"),
-    [
-        (1, "combine", "no sign of life for 5 seconds"),
-        (3, "backward", "no sign of life for 5 seconds"),
-        (0, "combine", "the store of the process group, which rank 0 holds, does not answer"),
-    ],
-)
+@pytest.mark.parametrize(("dead", "moment", "why", "transport"), CASES)
 def test_the_others_name_the_rank_that_died_and_leave(dead: int, moment: str, why: str, transport: str) -> None:
     """On a GPU without MPS, whose processes must not be killed."""
     processes = start(str(dead), moment, transport)
