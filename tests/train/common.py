@@ -101,6 +101,10 @@ class Recorder(Callback):
     def losses(self) -> list[float]:
         return [report.loss for report in self.steps]
 
+    @property
+    def curve(self) -> list[tuple[float | list[int], ...]]:
+        return [(r.loss, r.ce, r.mtp, r.grad_norm, r.expert_load.tolist()) for r in self.steps]
+
 
 def same_losses(tokens: Path, out: Path, **changes: Any) -> TrainConfig:
     """50 steps whose losses can be compared to 1e-5 between orders of summation.
@@ -110,3 +114,21 @@ def same_losses(tokens: Path, out: Path, **changes: Any) -> TrainConfig:
     """
     model = {**MODEL, "initializer_range": 0.1}
     return micro(tokens, out, **{"max_steps": 50, "lr": 1e-3, "model": model, **changes})
+
+
+def with_and_without_graphs(tokens: Path, out: Path, **changes: Any) -> list[TrainConfig]:
+    """A run on a GPU whose steps are not to be captured, and the same one where that is left open.
+
+    A small model with the head dims of a large one: for others there is no kernel, and nothing is captured.
+    """
+    model = {
+        "vocab_size": MODEL["vocab_size"], "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "q_lora_rank": 128, "moe_intermediate_size": 128, "n_routed_experts": 16, "n_group": 4,
+        "topk_group": 2, "num_experts_per_tok": 4,
+    }  # fmt: skip
+    settings = {
+        "device": "cuda", "deterministic": True, "preset": "mini", "model": model, "lr": 1e-3, "max_steps": 16,
+        "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0, "mtp_weight_final": 0.3,
+        "mtp_switch": 0.5, **changes,
+    }  # fmt: skip
+    return [micro(tokens, out / str(graphs), cuda_graphs=graphs, **settings) for graphs in (False, None)]

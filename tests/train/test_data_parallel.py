@@ -53,3 +53,12 @@ def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path)
     assert train.run(longer, resume=True, callbacks=[alone]) == 0
     assert [r.step for r in alone.steps] == [51, 52]
     assert alone.losses[0] == pytest.approx(single.losses[-1], rel=0.2)
+
+
+@pytest.mark.cuda
+@pytest.mark.two_gpus
+def test_steps_in_graphs_are_the_steps_without(token_folder: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "tests.train.graph_worker", str(token_folder), str(tmp_path)]
+    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]

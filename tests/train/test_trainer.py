@@ -24,7 +24,7 @@ from dsv3.train.buffers import ParamBuffers
 from dsv3.train.data import BatchReader, TokenDataset
 from dsv3.train.gradients import Gradients
 from dsv3.train.trainer import Diverged, Trainer
-from tests.train.common import MODEL, Recorder, micro, same_losses
+from tests.train.common import MODEL, Recorder, micro, same_losses, with_and_without_graphs
 
 
 def lines(out: Path) -> list[dict]:
@@ -132,27 +132,16 @@ def test_a_step_waits_for_nothing(token_folder: Path, tmp_path: Path, precision:
 def test_steps_in_graphs_are_the_steps_without(
     token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, recompute: bool
 ) -> None:
-    """Bit for bit, with micro-batches, batches that grow, and MTP that comes in, after which they are captured again. A small
-    model with the head dims of a large one: for others there is no kernel, and nothing is captured."""
-    model = {
-        "vocab_size": MODEL["vocab_size"], "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "q_lora_rank": 128, "moe_intermediate_size": 128, "n_routed_experts": 16, "n_group": 4,
-        "topk_group": 2, "num_experts_per_tok": 4,
-    }  # fmt: skip
-    settings = {
-        "device": "cuda", "precision": precision, "recompute": recompute, "deterministic": True, "preset": "mini",
-        "model": model, "lr": 1e-3, "max_steps": 16, "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500,
-        "mtp_weight": 0.0, "mtp_weight_final": 0.3, "mtp_switch": 0.5,
-    }  # fmt: skip
-    curves, captured, capture = [], [], Graphs._capture
+    """Bit for bit, with micro-batches, batches that grow, and MTP that comes in, after which they are captured again."""
+    captured, capture = [], Graphs._capture
     monkeypatch.setattr(Graphs, "_capture", lambda *args: captured.append(args) or capture(*args))
+    curves = []
     try:
-        for cuda_graphs in (False, None):  # unset: where they can be
+        for config in with_and_without_graphs(token_folder, tmp_path, precision=precision, recompute=recompute):
             recorder = Recorder()
-            config = micro(token_folder, tmp_path / str(cuda_graphs), cuda_graphs=cuda_graphs, **settings)
             assert train.run(config, callbacks=[recorder]) == 0
-            curves.append([(r.loss, r.ce, r.mtp, r.grad_norm, r.expert_load.tolist()) for r in recorder.steps])
-            assert bool(captured) == (cuda_graphs is None)
+            curves.append(recorder.curve)
+            assert bool(captured) == (config.cuda_graphs is None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert curves[0] == curves[1]

@@ -60,9 +60,8 @@ class Trainer:
         self.buffers = ParamBuffers(model)
         self.parallel.broadcast_parameters(self.buffers)
         graphs = config.cuda_graphs
-        if graphs is None:  # of several processes they have not been tried: there they have to be asked for
-            reason = why_no_graphs(self.parallel.device, model.embed.weight.dtype, config.ep)
-            graphs = reason is None and self.parallel.world == 1
+        if graphs is None:
+            graphs = why_no_graphs(self.parallel.device, model.embed.weight.dtype, config.ep) is None
         self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=graphs)
         self.optimizer = AdamW(
             self.buffers,
