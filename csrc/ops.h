@@ -196,7 +196,7 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
                   Tensor topk_idx, Tensor position, std::optional<Tensor> relay, int64_t num_experts,
                   int64_t ranks_per_node, bool fp32_sums, const Peers& peers, cudaStream_t stream);
 
-// comm/low_latency.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens). comm_send: x float
+// comm/low_latency.cu, low_latency_sums.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens). comm_send: x float
 // [T, H], weights fp32 and topk_idx int64 [T, k]. comm_receive: rows like x [G, R, H], R >= N * M, or e4m3 with sf fp32
 // [G, R, ceil(H / 128)] of strides (R, 1, any); row_weights fp32 [G, R]; counts int32 [G]; and for the way back arrived int32
 // [N], tokens int32 [N, M], entry_rows int32 [N, M, k].

@@ -5,104 +5,15 @@
 // 128 columns of the output, which follows the largest scale met so far as the softmax's base follows the largest score.
 // Products are exact where scales are within 2^15 of the largest of the key, or 2^18 of the largest of the values so far;
 // what is 2^-25 of that scale does not count.
-//
-// Fragments. A word that ldmatrix gives a lane has four codes: along a key's columns (scores), or two keys by two columns
-// (values, transposed). The columns of 16 that a product of scores sums are taken in the order of the words: lane t of four
-// has 4t to 4t + 3 where the tensor core expects 2t, 2t + 1, 2t + 8 and 2t + 9, and queries lie in that order too.
 #pragma once
-
-#include <cuda_fp16.h>
 
 #include <cfloat>
 
 #include "../common/e4m3.cuh"
 #include "decode_fp8.cuh"
+#include "register_product.cuh"
 
 namespace dsv3 {
-
-// Products of 64 rows from registers and kN columns from shared memory, 16 deep.
-template <int kN>
-struct RegisterWgmma;
-#define DSV3_WGMMA(N)                                                                                             \
-  template <>                                                                                                     \
-  struct RegisterWgmma<N> {                                                                                       \
-    using Half =                                                                                                  \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
-    using BFloat16 =                                                                                              \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-  }
-DSV3_WGMMA(16);
-DSV3_WGMMA(32);
-DSV3_WGMMA(64);
-#undef DSV3_WGMMA
-
-struct Fragment {  // 64 rows of the A operand, 32 deep: two products
-  uint32_t words[2][4];
-};
-constexpr int kFragments = 2;  // in turn: one multiplies while the other is made
-constexpr int kAhead = 2;      // loads of a fragment's words that are under way
-
-namespace detail {
-template <class Atom, int kSize, int... kIndex>
-__device__ __forceinline__ void register_wgmma(const uint32_t (&a)[4], uint64_t b, float (&d)[kSize], bool accumulate,
-                                               std::integer_sequence<int, kIndex...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]...,
-            accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
-__device__ __forceinline__ void fence_registers(Fragment& a) {
-#pragma unroll
-  for (int k = 0; k < 2; ++k) fence_registers(a.words[k]);
-}
-}  // namespace detail
-
-// Issues d (+)= a b^T, b by rows in shared memory. Nothing may touch a or d before it is done.
-template <class Atom, int kSize>
-__device__ __forceinline__ void start_register_product(Fragment& a, uint32_t b, float (&d)[kSize], bool accumulate) {
-  detail::fence_registers(a);
-  detail::fence_registers(d);
-  cute::warpgroup_arrive();
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    detail::register_wgmma<Atom>(a.words[k], detail::kDescriptorHigh | (b + 2 * k), d, accumulate || k > 0,
-                                 std::make_integer_sequence<int, kSize>{});
-  }
-  cute::warpgroup_commit_batch();
-}
-// Waits until all but the kPending latest products are done, and with them the one that used a.
-template <int kPending>
-__device__ __forceinline__ void finish_register_product(Fragment& a) {
-  cute::warpgroup_wait<kPending>();
-  detail::fence_registers(a);
-}
-
-// NOTE: a load that is asked for behind products waits until these have read their operands, so loads come first.
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-// Four codes as pairs of fp16, exactly.
-__device__ __forceinline__ void to_half(uint32_t codes, uint32_t& low, uint32_t& high) {
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
-      : "=r"(low), "=r"(high)
-      : "r"(codes));
-}
-// Codes times scales, a pair each.
-__device__ __forceinline__ uint32_t scaled(uint32_t pair, __half2 scales) {
-  const __half2 product = __hmul2(reinterpret_cast<const __half2&>(pair), scales);
-  return reinterpret_cast<const uint32_t&>(product);
-}
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 template <class C>
 class Fp8Consumer {
@@ -163,17 +74,6 @@ class Fp8Consumer {
   }
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x % kWarpgroup); }
   __device__ __forceinline__ void sync_own() const { named_sync(kOwn + warpgroup_, kWarpgroup); }
-  // Of any thread of the warpgroup.
-  __device__ __forceinline__ bool any_of_warpgroup(bool x) const {
-    int result;
-    asm volatile(
-        "{ .reg .pred in, out; setp.ne.s32 in, %1, 0; barrier.cta.red.or.pred out, %2, %3, in; selp.s32 %0, 1, 0, out; "
-        "}"
-        : "=r"(result)
-        : "r"(static_cast<int>(x)), "r"(kOwn + warpgroup_), "n"(kWarpgroup)
-        : "memory");
-    return result != 0;
-  }
 
   // ---- queries ----
   // Each row times a power of two that brings its largest value to 2^14 or more, so that fp16 has it as exactly as bf16.
@@ -231,12 +131,6 @@ class Fp8Consumer {
           make_uint4(scaled_bf16(v.x, multiplier), scaled_bf16(v.y, multiplier), scaled_bf16(v.z, multiplier),
                      scaled_bf16(v.w, multiplier));
     }
-  }
-  static __device__ __forceinline__ uint32_t scaled_half(uint32_t pair, float factor) {
-    return pack_half(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
-  }
-  static __device__ __forceinline__ uint32_t scaled_bf16(uint32_t pair, float factor) {
-    return pack_bf16(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
   }
 
   // ---- a piece ----
@@ -324,14 +218,6 @@ class Fp8Consumer {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) scores[i] *= power[i / 2 % 2];
   }
-  static __device__ __forceinline__ float4 load_scales(uint32_t codes, int key) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(codes + key * kFp8Row + kFp8Scales)
-                 : "memory");
-    return v;
-  }
   __device__ __forceinline__ uint32_t query_at(int i) const {  // columns 32 i and on
     return uniform(queries_) + i / 2 * (kN * 128 / 16) + i % 2 * 4;
   }
@@ -354,7 +240,7 @@ class Fp8Consumer {
     uint32_t pairs[kEights][2];
     Sums total;
     const bool beyond = exceed_unit(scales[0]) | exceed_unit(scales[1]);
-    const bool changed = any_of_warpgroup(soften(scores, pairs, total) | beyond);
+    const bool changed = any_of_warpgroup(kOwn + warpgroup_, soften(scores, pairs, total) | beyond);
     if (changed) {
       raise(slot, scores, scales, sums);
       soften(scores, pairs, total);
@@ -406,13 +292,6 @@ class Fp8Consumer {
     const float4 unit = *reinterpret_cast<const float4*>(s.unit);
     return (scales.x > unit.x * kMostUnits) | (scales.y > unit.y * kMostUnits) | (scales.z > unit.z * kMostUnits) |
            (scales.w > unit.w * kMostUnits);
-  }
-  // The largest up to x, and it within bounds: at least `least`, and with a normal reciprocal. NaN counts as nothing.
-  static __device__ __forceinline__ float power_of_two(float x, float least) {
-    return __int_as_float(__float_as_int(fminf(fmaxf(x, least), 0x1p126f)) & 0x7f800000);
-  }
-  static __device__ __forceinline__ float reciprocal(float x) {
-    return __int_as_float((254 << 23) - __float_as_int(x));
   }
   __device__ __forceinline__ void mask(const Piece& piece, int tile, Scores& scores) const {
     const int first = tile * kTileKeys;
@@ -468,10 +347,6 @@ class Fp8Consumer {
     }
     sync_own();
     correct_sums(slot, sums);
-  }
-  // Of what is no NaN, over the warp.
-  static __device__ __forceinline__ float warp_max(float a, float b) {
-    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(fmaxf(a, b), 0.f))));
   }
   __device__ __forceinline__ void correct_sums(int slot, Sums& sums) const {
 #pragma unroll

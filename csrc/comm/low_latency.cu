@@ -1,23 +1,22 @@
-// The same ways for the few tokens of a decoding step, by two kernels each: one sends and is over, a later one receives, and no
+// The way of dispatch for the few tokens of a decoding step, by two kernels: one sends and is over, a later one receives, and no
 // multiprocessor waits in between. Every token of every rank has its slot, so nobody must be asked before or waits for room:
 //
 //   comm_send          tokens, cast where the wire is FP8, to slots at each rank that needs them; then a flag for every rank
 //   comm_receive       waits for the flags; rows of a slot to x[g, i] of its local experts g, i counting their tokens by rank,
 //                      then by token; counts[g]
-//   comm_send_sums     the sum of each token's rows to a slot at its rank; then the flags
-//   comm_receive_sums  waits; the sums of the ranks added up, as comm_combine adds them
 //
-// Windows take turns (peers.cuh): a call may be sent while the one before is still received, but no two. Bytes that count are
-// those of comm_dispatch and comm_combine; between them slots pass through the L2 cache. What remains is latency: two warps cast
-// a token, whose loads are all on their way at once; otherwise a warp has one token or slot.
+// and back in low_latency_sums.cu. Bytes that count are those of comm_dispatch; between them slots pass through the L2 cache.
+// What remains is latency: two warps cast a token, whose loads are all on their way at once; otherwise a warp has one token or
+// slot.
 #include "../ops.h"
 #include "rows.cuh"
-#include "sums.cuh"
+#include "windows.cuh"
 
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+using namespace windows;
+
 constexpr int kParts = 2;  // warps that cast a token
 
 struct SendParams {
@@ -40,61 +39,6 @@ struct ReceiveParams {
   int topk, local_experts, room;
   int hidden, piece, pieces;
 };
-
-struct SendSumsParams {
-  const void* y;  // [G * R, H]
-  const int *arrived, *tokens, *rows;
-  int topk, hidden, piece, pieces;
-};
-
-struct ReceiveSumsParams {
-  OwnTokens own;
-  void* out;  // [T, H]
-  int hidden, piece, pieces;
-  int ranks_per_node;
-};
-
-// One half of a call: what it found of the windows when it began.
-struct Half {
-  WindowState* state;
-  int half;  // 0 sends, 1 receives
-  uint32_t epoch;
-  __device__ __forceinline__ Half(const Rings& r, int way, int which)
-      : state(&local_of(r, r.rank)->windows[way]), half(which), epoch(state->epoch[which]) {}
-  __device__ __forceinline__ int parity() const { return epoch % 2; }
-};
-
-// All of the block waits until every rank's flag has reached `value`.
-__device__ __forceinline__ bool block_wait(const Rings& r, const uint32_t* flags, uint32_t value) {
-  __shared__ bool there;
-  if (threadIdx.x < kWarpSize) {
-    const int rank = threadIdx.x;
-    const bool all = warp_wait(r, rank < r.ranks, flags + rank, value, rank);
-    if (rank == 0) there = all;
-  }
-  __syncthreads();
-  return there;
-}
-
-// Calls tell(rank) in a thread for every rank once all blocks are here: what any of them wrote is seen with a release of it.
-template <class F>
-__device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tell) {
-  __syncthreads();
-  if (threadIdx.x >= kWarpSize) return;
-  bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence_system();
-    last = atomicAdd(&call.state->blocks[call.half], 1u) == gridDim.x - 1;
-    __threadfence_system();
-  }
-  if (!__shfl_sync(kAllLanes, last, 0)) return;
-  __syncwarp();
-  if (threadIdx.x < r.ranks) tell(static_cast<int>(threadIdx.x));
-  if (threadIdx.x == 0) {
-    call.state->blocks[call.half] = 0;
-    call.state->epoch[call.half] = call.epoch + 1;
-  }
-}
 
 // In lane r, how many of the first `end` tokens rank r needs.
 __device__ __forceinline__ int tokens_before(const uint16_t* needs, int end, int ranks) {
@@ -163,27 +107,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_release(&there.arrived[call.parity()][r.rank], call.epoch + 1);
   });
 }
-
-// The entries that came, all ranks' one after the other.
-struct Entries {
-  int starts[kMaxRanks + 1];
-  __device__ __forceinline__ void add_up(int ranks, int count_of_lane) {  // by a warp
-    const int lane = threadIdx.x % kWarpSize;
-    int end = lane < ranks ? count_of_lane : 0;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, step);
-      if (lane >= step) end += before;
-    }
-    if (lane == 0) starts[0] = 0;
-    if (lane < ranks) starts[lane + 1] = end;
-  }
-  __device__ __forceinline__ int source_of(int entry, int ranks) const {
-    int source = 0;
-    while (source + 1 < ranks && starts[source + 1] <= entry) ++source;
-    return source;
-  }
-};
 
 // A bit for every local expert of an entry: word w of entry i at bits[w * entries + i].
 __device__ __forceinline__ void fill_bits(const Rings& r, const ReceiveParams& p, const Half& call,
@@ -307,85 +230,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-template <class Y, class S>
-__global__ void __launch_bounds__(kThreads, 1)
-    send_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ SendSumsParams p) {
-  __shared__ Entries entries;
-  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
-  wait_for_inputs();
-  if (has_failed(r)) return;
-  const Half call(r, kBack, 0);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (warp == 0) entries.add_up(r.ranks, lane < r.ranks ? p.arrived[lane] : 0);
-  if (!block_wait(r, call.state->taken[call.parity()], call.epoch - 1)) return;
-  const int items = entries.starts[r.ranks] * p.pieces;
-  for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
-    const int i = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
-    const int source = entries.source_of(i, r.ranks);
-    const int64_t entry = static_cast<int64_t>(source) * r.window_tokens + i - entries.starts[source];
-    const int found = lane < p.topk ? p.rows[entry * p.topk + lane] : -1;
-    const int count = __popc(__ballot_sync(kAllLanes, found >= 0));
-    const Y* const row = static_cast<const Y*>(p.y) + static_cast<int64_t>(max(found, 0)) * p.hidden + begin;
-    Slot* const slot = window_slot(r, source, kBack, call.parity(), r.rank, p.tokens[entry], piece);
-    sum_rows<false, Y, S>(reinterpret_cast<S*>(slot->data), min(p.piece, p.hidden - begin), row, count, 0,
-                          rows_ahead + warp * (kWarpBytes / 16));
-  }
-  finish(r, call, [&](int rank) {
-    store_release(&local_of(r, rank)->windows[kBack].arrived[call.parity()][r.rank], call.epoch + 1);
-  });
-}
-
-template <class Y>
-__device__ __forceinline__ void spoil(const ReceiveSumsParams& p) {
-  fill_nan(p.out, static_cast<int64_t>(p.own.tokens) * p.hidden * sizeof(Y));
-}
-
-template <bool kNodes, class Y, class S>
-__global__ void __launch_bounds__(kThreads, 1)
-    receive_sums_kernel(const __grid_constant__ Rings r, const __grid_constant__ ReceiveSumsParams p) {
-  extern __shared__ uint4 rows_ahead[];  // [warp][kWarpBytes / 16]
-  wait_for_inputs();
-  if (has_failed(r)) return spoil<Y>(p);
-  const Half call(r, kBack, 1);
-  if (!block_wait(r, call.state->arrived[call.parity()], call.epoch + 1)) return spoil<Y>(p);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int items = p.own.tokens * p.pieces;
-  for (int item = blockIdx.x + gridDim.x * warp; item < items; item += gridDim.x * kWarps) {
-    const int token = item / p.pieces, piece = item % p.pieces, begin = piece * p.piece;
-    const unsigned mask = p.own.ways<false>(r, token);
-    const Slot* const slot =
-        mask >> lane & 1 ? window_slot(r, r.rank, kBack, call.parity(), lane, token, piece) : nullptr;
-    const Parts parts = parts_of(p.ranks_per_node, mask, slot);
-    sum_rows<kNodes, S, S>(static_cast<Y*>(p.out) + static_cast<int64_t>(token) * p.hidden + begin,
-                           min(p.piece, p.hidden - begin), reinterpret_cast<const S*>(parts.slot->data), __popc(mask),
-                           parts.ends, rows_ahead + warp * (kWarpBytes / 16));
-  }
-  finish(r, call, [&](int rank) {
-    store_release(&local_of(r, rank)->windows[kBack].taken[call.parity()][r.rank], call.epoch + 1);
-  });
-}
-
-// Columns of a piece, and how many of them: they must fit the windows.
-template <class P>
-void divide(const Rings& r, P& p, int bytes_of_column, int step) {
-  p.piece = piece_columns(p.hidden, bytes_of_column, step);
-  p.pieces = static_cast<int>(ceil_div(p.hidden, p.piece));
-  DSV3_CHECK(p.pieces <= r.window_pieces, "a row has ", p.pieces, " pieces, and the windows have room for ",
-             r.window_pieces);
-}
-
-OwnTokens own_tokens(const Rings& r, const Tensor& topk_idx, int64_t num_experts) {
-  check_operand("topk_idx", topk_idx, Dtype::kInt64);
-  DSV3_CHECK(topk_idx.dim() == 2 && topk_idx.size(1) >= 1 && topk_idx.size(1) <= kMaxTopk, "topk must be in 1..",
-             kMaxTopk, ", got ", topk_idx);
-  DSV3_CHECK(topk_idx.size(0) <= r.window_tokens, topk_idx.size(0), " tokens are more than ", r.window_tokens);
-  return {.topk_idx = topk_idx.data<int64_t>(),
-          .tokens = static_cast<int>(topk_idx.size(0)),
-          .topk = static_cast<int>(topk_idx.size(1)),
-          .local_experts = static_cast<int>(num_experts / r.ranks),
-          .experts = static_cast<int>(num_experts)};
-}
-
 // Shared memory of a block that receives.
 size_t receive_bytes(const Rings& r, int64_t local_experts) {
   const size_t bits = size_t(r.ranks) * r.window_tokens * ceil_div(local_experts, 32) * sizeof(unsigned);
@@ -393,10 +237,6 @@ size_t receive_bytes(const Rings& r, int64_t local_experts) {
   DSV3_CHECK(smem <= 227 * 1024 - sizeof(Entries) - 1024, r.ranks, " ranks of ", r.window_tokens, " tokens and ",
              local_experts, " local experts are more than a block has memory for");
   return smem;
-}
-
-Launch of_windows(const Rings& r, size_t smem) {
-  return {.grid = dim3(r.channels), .block = dim3(kThreads), .smem = smem};
 }
 
 }  // namespace
@@ -464,53 +304,6 @@ void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Ten
   const Launch shape = of_windows(r, receive_bytes(r, experts));
   if (!cast) return launch("comm_receive", receive_kernel<Words>, shape, stream, r, p);
   launch("comm_receive", receive_kernel<Codes<__nv_bfloat16, false>>, shape, stream, r, p);
-}
-
-void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, bool fp32_sums, const Peers& peers,
-                    cudaStream_t stream) {
-  const Rings& r = peers.rings();
-  DSV3_CHECK(y.dim() == 3 && entry_rows.dim() == 3, "y must be (experts, room, hidden), got ", y);
-  check_operand("y", y, y.dtype());
-  check_operand("arrived", arrived, Dtype::kInt32, r.ranks);
-  check_operand("tokens", tokens, Dtype::kInt32, r.ranks, r.window_tokens);
-  check_operand("entry_rows", entry_rows, Dtype::kInt32, r.ranks, r.window_tokens, entry_rows.size(2));
-  const DeviceGuard guard(y);
-  SendSumsParams p{.y = y.data<void>(),
-                   .arrived = arrived.data<int>(),
-                   .tokens = tokens.data<int>(),
-                   .rows = entry_rows.data<int>(),
-                   .topk = static_cast<int>(entry_rows.size(2)),
-                   .hidden = static_cast<int>(y.size(2))};
-  visit_float("y", y.dtype(), [&](auto zero) {
-    using Y = decltype(zero);
-    DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
-    const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4, kSumStep);
-    const Launch shape = of_windows(r, kWarps * kWarpBytes);
-    narrow ? launch("comm_send_sums", send_sums_kernel<Y, __nv_bfloat16>, shape, stream, r, p)
-           : launch("comm_send_sums", send_sums_kernel<Y, float>, shape, stream, r, p);
-  });
-}
-
-void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
-                       const Peers& peers, cudaStream_t stream) {
-  const Rings& r = peers.rings();
-  ReceiveSumsParams p{.own = own_tokens(r, topk_idx, num_experts),
-                      .out = out.data<void>(),
-                      .hidden = static_cast<int>(out.size(1)),
-                      .ranks_per_node = static_cast<int>(ranks_per_node)};
-  check_operand("out", out, out.dtype(), p.own.tokens, p.hidden);
-  const DeviceGuard guard(out);
-  visit_float("out", out.dtype(), [&](auto zero) {
-    using Y = decltype(zero);
-    DSV3_CHECK(p.hidden % Vec<Y>::kSize == 0, "hidden must be a multiple of ", Vec<Y>::kSize, ", got ", p.hidden);
-    const bool narrow = sizeof(Y) == 2 && !fp32_sums;
-    divide(r, p, narrow ? 2 : 4, kSumStep);
-    const Launch shape = of_windows(r, kWarps * kWarpBytes);
-    visit_sums<Y>(narrow, ranks_per_node < r.ranks, [&](auto zero, auto nodes) {
-      launch("comm_receive_sums", receive_sums_kernel<nodes(), Y, decltype(zero)>, shape, stream, r, p);
-    });
-  });
 }
 
 }  // namespace dsv3

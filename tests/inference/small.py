@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3 import Config, DeepSeekV3
+from dsv3 import Config, DeepSeekV3, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
 
 
 def small_config(**changes: Any) -> Config:
