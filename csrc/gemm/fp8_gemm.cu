@@ -24,7 +24,7 @@ template <class C>
 int64_t wide_cost(int64_t rows, int64_t columns, int64_t depth_blocks) {
   const int clusters = resident_clusters(kName, wide_kernel<C>, wide_shape<C>());
   if (clusters == 0) return INT64_MAX;
-  const int64_t tiles = ceil_div(rows, kTileRows * C::kCluster) * ceil_div(columns, C::kTileColumns);
+  const int64_t tiles = ceil_div(rows, C::kTileRows * C::kCluster) * ceil_div(columns, C::kTileColumns);
   return ceil_div(tiles, clusters) * (depth_blocks * (140 + C::kTileColumns * 4) + 6 * C::kTileColumns);
 }
 
@@ -143,7 +143,7 @@ void launch_few_rows(const WideProblem& x, bool batch_invariant, bool static_wei
 
 int64_t fp8_gemm_turns(int64_t m, int64_t n) {
   using C = Wgrad<Layout::kDense>;
-  return ceil_div(m, kTileRows) * ceil_div(n, C::kTileColumns) * C::kConsumerWarps;
+  return ceil_div(m, C::kTileRows) * ceil_div(n, C::kTileColumns) * C::kConsumerWarps;
 }
 
 void fp8_gemm(Tensor out, std::optional<Tensor> turns, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, bool accumulate,
@@ -177,7 +177,7 @@ void fp8_gemm(Tensor out, std::optional<Tensor> turns, Tensor a, Tensor a_sf, Te
       check_same_device(kName, out, {&*turns});
       x.turns = turns->data<int>();
     }
-    return launch_wide<Wgrad<Layout::kDense>>(kName, x, stream);
+    return launch_wgrad<Layout::kDense>(kName, x, batch_invariant, stream);
   }
   if (m <= kFewRows) {
     return wide_out ? launch_few_rows<float>(x, batch_invariant, static_weights, stream)

@@ -41,7 +41,7 @@ void grouped_fp8_wgrad(Tensor out, Tensor a_t, Tensor a_sf, Tensor b_t, Tensor b
                       checked_int("G", groups),
                       checked_int("Tp", slots),
                       true};
-  launch_wide<Wgrad<Layout::kDepth>>(kName, x, stream);
+  launch_wgrad<Layout::kDepth>(kName, x, false, stream);
 }
 
 }  // namespace dsv3

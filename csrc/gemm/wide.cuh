@@ -22,7 +22,7 @@ namespace dsv3 {
 // kN columns a product, kParts products a tile and K block; tiles wider than 128, or of no multiple of it, meet two
 // blocks of B's scales. Out is bf16 or float; kRowScaleB: B has a scale every 1x128.
 template <Layout kLayout_, class Out_, bool kRowScaleB_, int kN_, int kParts_, int kCluster_, int kStages_,
-          int kBuffers_>
+          int kBuffers_, int kHalves_ = 1>
 struct WideConfig {
   static constexpr Layout kLayout = kLayout_;
   using Out = Out_;
@@ -30,12 +30,15 @@ struct WideConfig {
   static constexpr int kN = kN_, kParts = kParts_, kCluster = kCluster_, kStages = kStages_;
   static constexpr int kBuffers = kBuffers_;  // of 128 bytes of columns: what a warp writes out at a time
   static constexpr bool kByRows = kLayout == Layout::kRows || kLayout == Layout::kMasked;
-  static constexpr int kTileColumns = kN * kParts;
+  static constexpr int kHalves = kHalves_;  // products of 64 rows that a warpgroup has one below the other
+  static constexpr int kTileRows = 2 * 64 * kHalves, kTileColumns = kN * kParts;
   static constexpr int kEdgeStep = std::gcd(kTileColumns, kBlockK);  // of a tile's distance to the next block of scales
   // Blocks of B's scales that a tile can meet.
   static constexpr int kScales = kRowScaleB ? 0 : (2 * kBlockK - kEdgeStep + kTileColumns - 1) / kBlockK;
-  static constexpr bool kSplits = kLayout == Layout::kDense && kRowScaleB;  // K may be cut into parts
+  static constexpr bool kSplits = kLayout == Layout::kDense && kRowScaleB && kHalves == 1;  // K may be cut into parts
   static constexpr int kConsumerWarps = 8;
+  // Of a thread: together those that the block begins with, 168 each.
+  static constexpr int kProducerRegisters = kHalves == 1 ? 40 : 24, kConsumerRegisters = kHalves == 1 ? 232 : 240;
   static constexpr int kThreads = 3 * kWarpgroup;
   static_assert(!kRowScaleB || kParts == 1);  // StageScales holds the columns of one product
 };
@@ -44,11 +47,11 @@ constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes
 
 template <class C>
 struct WideShared {
-  alignas(1024) uint8_t a[C::kStages][kTileRows * kBlockK];
+  alignas(1024) uint8_t a[C::kStages][C::kTileRows * kBlockK];
   alignas(1024) uint8_t b[C::kStages][C::kTileColumns * kBlockK];
   alignas(1024) uint8_t store[C::kConsumerWarps][C::kBuffers][kStoreBytes];
   alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
-  alignas(16) float a_sf[C::kStages][RowScales::size(kTileRows)];
+  alignas(16) float a_sf[C::kStages][RowScales::size(C::kTileRows)];
   RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
 };
 
@@ -82,7 +85,7 @@ class WideSchedule {
   }
 
   __device__ __forceinline__ bool next(Tile& tile) {
-    constexpr int kSpan = kTileRows * C::kCluster;
+    constexpr int kSpan = C::kTileRows * C::kCluster;
     if (!valid_) return false;
     int span, column;
     if constexpr (C::kByRows) {
@@ -125,7 +128,7 @@ class WideSchedule {
       tile.row = 0;
       tile.row_end = p_.rows;
     }
-    tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * kTileRows;
+    tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * C::kTileRows;
     tile.column = column * C::kTileColumns;
     index_ += step_;
     return true;
@@ -150,7 +153,7 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
   const int lane = threadIdx.x % kWarpSize;
   const int rank = rank_in_cluster<C::kCluster>();
   constexpr int kPart = C::kTileColumns / C::kCluster;  // columns of B that this block loads, for the whole cluster
-  constexpr int kBytes = kTileRows * kBlockK + C::kTileColumns * kBlockK;
+  constexpr int kBytes = (C::kTileRows + C::kTileColumns) * kBlockK;
   WideSchedule<C> schedule(p, blockIdx.x == 0 && p.error != nullptr);
   RingState<C::kStages> at;
   Tile tile;
@@ -159,7 +162,7 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
     const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
     const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
     const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column + rank * kPart;
-    const int a_sf_bytes = p.a_sf.bytes(tile.row, kTileRows);
+    const int a_sf_bytes = p.a_sf.bytes(tile.row, C::kTileRows);
     const int b_sf_bytes = C::kRowScaleB ? p.b_row_sf.bytes(tile.column, C::kTileColumns) : 0;
     for (int i = 0; i < tile.depth_blocks; ++i, at.advance()) {
       shared.ring.wait_empty(at);
@@ -191,13 +194,16 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
 // The scales of a K block that a thread needs: of its two rows, and of its columns or of the blocks that they lie in.
 template <class C>
 struct StageScales {
-  float rows[2];
+  float rows[C::kHalves][2];
   float blocks[C::kScales > 0 ? C::kScales : 1];
   float2 columns[C::kRowScaleB ? C::kN / 8 : 1];
 
   __device__ __forceinline__ StageScales(uint32_t a_sf, uint32_t b_sf) {
-    rows[0] = load_shared_float(a_sf);
-    rows[1] = load_shared_float(a_sf + 32);
+#pragma unroll
+    for (int half = 0; half < C::kHalves; ++half) {
+      rows[half][0] = load_shared_float(a_sf + half * 256);
+      rows[half][1] = load_shared_float(a_sf + half * 256 + 32);
+    }
 #pragma unroll
     for (int i = 0; i < C::kScales; ++i) blocks[i] = load_shared_float(b_sf + i * 4);
     if constexpr (C::kRowScaleB) {
@@ -211,18 +217,19 @@ struct StageScales {
 // its warp, column i / 4 * 8 + lane % 4 * 2 + i % 2.
 template <class C, int kEdge>
 __device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const float (&product)[C::kN / 2],
-                                        const StageScales<C>& scales, int part) {
+                                        const StageScales<C>& scales, int half, int part) {
 #pragma unroll
   for (int i = 0; i < C::kN / 2; ++i) {
     const int column = part * C::kN + i / 4 * 8;
-    float factor = scales.rows[i / 2 % 2];
-    if constexpr (C::kRowScaleB) {
-      factor *= i % 2 == 0 ? scales.columns[i / 4].x : scales.columns[i / 4].y;
-    } else {
-      factor *= scales.blocks[column < kEdge ? 0 : (column - kEdge) / kBlockK + 1];
-    }
+    const float row = scales.rows[half][i / 2 % 2];
     float& s = sum[part * (C::kN / 2) + i];
-    s = fmaf(factor, product[i], s);
+    if constexpr (!C::kRowScaleB) {
+      s = fmaf(row * scales.blocks[column < kEdge ? 0 : (column - kEdge) / kBlockK + 1], product[i], s);
+      continue;
+    }
+    const float by = i % 2 == 0 ? scales.columns[i / 4].x : scales.columns[i / 4].y;
+    // With one half factors are ready before the product is; for two halves there are no registers to keep them in.
+    s = C::kHalves == 1 ? fmaf(row * by, product[i], s) : fmaf(row, by * product[i], s);
   }
 }
 
@@ -369,17 +376,23 @@ __device__ __forceinline__ void end_turn(const WideParams& p, const Tile& tile, 
 // wait for, so little is done there: addresses are kept, and the scales are read before the product starts, since a
 // load after it queues behind its operands. Unrolled, the question whether the next stage is full is asked while this
 // one is promoted.
+template <class C>
+using Sums = float[C::kHalves][C::kTileColumns / 2];
+
 template <class C, int kEdge>
 __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kStages>& at, int blocks, int row,
-                                         uint32_t warp, float (&sum)[C::kTileColumns / 2]) {
+                                         uint32_t warp, Sums<C>& sums) {
   using Ring = decltype(shared.ring);
+  constexpr int kProducts = C::kHalves * C::kParts;
   const uint32_t full = shared_address(shared.ring.full), empty = shared.ring.empty_address();
   const uint32_t a_first =
-      uniform(matrix_descriptor(shared_address(shared.a) + warp / kWarpgroupWarps * (64 * kBlockK)));
+      uniform(matrix_descriptor(shared_address(shared.a) + warp / kWarpgroupWarps * (C::kHalves * 64 * kBlockK)));
   const uint32_t b_first = uniform(matrix_descriptor(shared_address(shared.b)));
   const uint32_t a_sf = shared_address(shared.a_sf) + row * 4;
   const uint32_t b_sf = shared_address(shared.b_sf) + (C::kRowScaleB ? threadIdx.x % 4 * 8 : 0);
-#pragma unroll 4
+  // NOTE: of two halves and the schedule of one matrix more would not fit the registers.
+  constexpr int kUnroll = C::kHalves == 2 && C::kLayout == Layout::kDense ? 1 : 4;
+#pragma unroll kUnroll
   for (int i = 0; i < blocks; ++i, at.advance()) {
     const uint32_t a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
     const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16);
@@ -388,11 +401,14 @@ __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kSt
     float product[C::kN / 2];
     start_product<C::kN>(a, b, product);
 #pragma unroll
-    for (int part = 0; part < C::kParts; ++part) {
+    for (int n = 0; n < kProducts; ++n) {
       finish_product<C::kN>(product);
-      if (part == C::kParts - 1) Ring::release(empty, at.stage);
-      promote<C, kEdge>(sum, product, scales, part);
-      if (part + 1 < C::kParts) start_product<C::kN>(a, b + (part + 1) * (C::kN * kBlockK / 16), product);
+      if (n == kProducts - 1) Ring::release(empty, at.stage);
+      promote<C, kEdge>(sums[n / C::kParts], product, scales, n / C::kParts, n % C::kParts);
+      const int next = n + 1, half = next / C::kParts, part = next % C::kParts;
+      if (next < kProducts) {
+        start_product<C::kN>(a + half * (64 * kBlockK / 16), b + part * (C::kN * kBlockK / 16), product);
+      }
     }
   }
 }
@@ -413,17 +429,23 @@ __device__ __forceinline__ void with_edge(int edge, F&& f) {
 template <class C>
 __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shared) {
   const uint32_t warp = uniform_warp() - kWarpgroupWarps;
-  const int lane = threadIdx.x % kWarpSize, row = warp * 16 + lane / 4;
+  const int lane = threadIdx.x % kWarpSize;
+  // The warp's rows of the first half; those of the second are 64 further down.
+  const int warp_row = warp / kWarpgroupWarps * (C::kHalves * 64) + warp % kWarpgroupWarps * 16;
   WideSchedule<C> schedule(p, false);
   RingState<C::kStages> at;
   Tile tile;
   while (schedule.next(tile)) {
-    float sum[C::kTileColumns / 2] = {};
+    Sums<C> sums = {};
     with_edge<C>(kBlockK - tile.column % kBlockK, [&](auto edge) {
-      multiply<C, edge>(shared, at, tile.depth_blocks, row + (tile.row & RowScales::kEarly), warp, sum);
+      multiply<C, edge>(shared, at, tile.depth_blocks, warp_row + lane / 4 + (tile.row & RowScales::kEarly), warp,
+                        sums);
     });
     if constexpr (C::kSplits) wait_turn<C>(p, tile, warp);
-    store_tile<C>(p, tile, shared.store[warp], sum, warp * 16);
+#pragma unroll
+    for (int half = 0; half < C::kHalves; ++half) {
+      store_tile<C>(p, tile, shared.store[warp], sums[half], warp_row + half * 64);
+    }
     if constexpr (C::kSplits) end_turn<C>(p, tile, warp);
   }
   cute::tma_store_wait<0>();
@@ -438,10 +460,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const __grid_const
   wait_for_inputs();
   release_dependents();
   if (threadIdx.x < kWarpgroup) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     if (threadIdx.x < kWarpSize) produce<C>(p, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
     consume<C>(p, shared);
   }
 }

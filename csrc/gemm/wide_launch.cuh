@@ -25,21 +25,35 @@ Launch wide_shape() {
   return {dim3(), dim3(C::kThreads), sizeof(WideShared<C>), C::kCluster};
 }
 
-// Into how many parts K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing
-// them too often, which takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200
-// (README.md).
-inline int choose_splits(int64_t tiles, int64_t depth_blocks, int64_t resident) {
-  constexpr int kMost = 8, kTileEnd = 5, kPartEnd = 8;
-  int best = 1;
-  int64_t least = ceil_div(tiles, resident) * (depth_blocks + kTileEnd);
-  for (int splits = 2; splits <= kMost && splits <= depth_blocks; ++splits) {
-    const int64_t time = ceil_div(tiles * splits, resident) * (ceil_div(depth_blocks, splits) + kPartEnd);
-    if (time < least) {
-      best = splits;
-      least = time;
-    }
+// The tiles of a product, how many clusters can work on them at once, and for a weight gradient into how many parts K is cut
+// and the time that it should take.
+struct WidePlan {
+  int64_t tiles, resident;
+  int splits = 1;
+  int64_t time = 0;  // in tenths of what a K block of a tile of 128 x 128 takes
+};
+
+// K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing them too often, which
+// takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200 (README.md).
+template <class C>
+WidePlan plan_wide(const char* name, const WideProblem& x) {
+  // Rows that groups leave unused at their ends can add a span each.
+  const int64_t spans = ceil_div(x.rows, C::kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
+  const int64_t outputs = C::kLayout == Layout::kDepth ? x.groups : 1;
+  WidePlan plan{.tiles = spans * ceil_div(x.columns, C::kTileColumns) * outputs,
+                .resident = some_clusters(name, wide_kernel<C>, wide_shape<C>())};
+  if constexpr (!C::kRowScaleB) return plan;
+  constexpr int kMost = 8, kTileEnd = 5, kPartEnd = 8, kBlock = C::kHalves == 1 ? 10 : 18;
+  const int64_t depth = ceil_div(ceil_div(x.k, kBlockK), outputs);  // of a group, if they are alike
+  const int most = C::kSplits && x.turns != nullptr ? static_cast<int>(std::min<int64_t>(kMost, depth)) : 1;
+  for (int splits = 1; splits <= most; ++splits) {
+    const int64_t waves = ceil_div(plan.tiles * splits, plan.resident);
+    const int64_t time = waves * (ceil_div(depth, splits) + (splits == 1 ? kTileEnd : kPartEnd)) * kBlock;
+    if (splits > 1 && time >= plan.time) continue;
+    plan.splits = splits;
+    plan.time = time;
   }
-  return best;
+  return plan;
 }
 
 template <class C>
@@ -47,7 +61,7 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
   constexpr int kStoreColumns = 128 / sizeof(typename C::Out);
   WideParams p;
-  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), kTileRows, kBlockK, true);
+  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kTileRows, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kTileColumns / C::kCluster, kBlockK, true);
   p.b_row_sf = C::kRowScaleB ? row_scales(x.b_sf, x.b_rows) : RowScales{};
@@ -66,19 +80,13 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   p.fewest_rows = x.fewest_rows;
   p.accumulate = x.accumulate;
   Launch shape = wide_shape<C>();
-  // Rows that groups leave unused at their ends can add a span each.
-  const int64_t spans = ceil_div(x.rows, kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
-  const int64_t tiles = spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
-  const int64_t resident = some_clusters(name, wide_kernel<C>, shape);
-  int64_t clusters = std::min<int64_t>(tiles, resident);
-  p.splits = 1;
+  const WidePlan plan = plan_wide<C>(name, x);
+  int64_t clusters = std::min<int64_t>(plan.tiles, plan.resident);
+  p.splits = plan.splits;
   p.turns = x.turns;
-  if constexpr (C::kSplits) {
-    if (x.turns != nullptr) p.splits = choose_splits(tiles, blocks, resident);
-    if (p.splits > 1) {
-      check_cuda(cudaMemsetAsync(p.turns, 0, tiles * C::kConsumerWarps * sizeof(int), stream), "cudaMemsetAsync");
-      clusters = tiles * p.splits;  // a part each: see wait_turn
-    }
+  if (p.splits > 1) {
+    check_cuda(cudaMemsetAsync(p.turns, 0, plan.tiles * C::kConsumerWarps * sizeof(int), stream), "cudaMemsetAsync");
+    clusters = plan.tiles * p.splits;  // a part each: see wait_turn
   }
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, wide_kernel<C>, shape, stream, p);
@@ -88,5 +96,17 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
 // which ties two blocks to each other's pace (README.md).
 template <Layout kLayout>
 using Wgrad = WideConfig<kLayout, float, true, 128, 1, 1, 4, 4>;
+// The same in tiles of 256 rows, for large outputs: a warpgroup reads its columns and their scales once for two products.
+template <Layout kLayout>
+using TallWgrad = WideConfig<kLayout, float, true, 128, 1, 2, 3, 4, 2>;
+
+// Launches the one whose predicted time is the shorter, batch_invariant always the first.
+template <Layout kLayout>
+void launch_wgrad(const char* name, const WideProblem& x, bool batch_invariant, cudaStream_t stream) {
+  if (batch_invariant || plan_wide<Wgrad<kLayout>>(name, x).time <= plan_wide<TallWgrad<kLayout>>(name, x).time) {
+    return launch_wide<Wgrad<kLayout>>(name, x, stream);
+  }
+  launch_wide<TallWgrad<kLayout>>(name, x, stream);
+}
 
 }  // namespace dsv3

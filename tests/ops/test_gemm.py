@@ -111,6 +111,28 @@ def test_weight_gradient_of_many_tokens(m, n, device):
         check_graph(lambda a, a_sf, b, b_sf: ops.fp8_gemm(a.view(F8), a_sf, b.view(F8), b_sf, out_dtype=FP32), *args)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("m", [4000, 4352])
+def test_weight_gradient_of_a_large_output(m):
+    """In tiles of 256 rows, whose factors are multiplied in another order, so that few bits differ from those of 128 rows; the
+    last tiles have none, few and half of their rows."""
+    dy, x = draw(333, m, device="cuda"), draw(333, 9008, device="cuda")
+    a, b = ops.cast_transpose(dy, amax_floor=GRADIENT_FLOOR), ops.cast_transpose(x)
+    exact = product(a, b)
+    start = torch.randn(m, 9008, device="cuda") * exact.std()
+    out, again = start.clone(), start.clone()
+    for target in (out, again):
+        ops.fp8_gemm(*a, *b, out=target, accumulate=True)
+    check(out - start, exact)
+    assert same(out, again)
+    written = torch.full_like(start, NAN)
+    ops.fp8_gemm(*a, *b, out=written)
+    check(written, exact)
+    in_128 = ops.fp8_gemm(*a, *b, out_dtype=FP32, batch_invariant=True)
+    assert not same(written, in_128)
+    torch.testing.assert_close(written, in_128, rtol=1e-5, atol=1e-5 * exact.std().item())
+
+
 def test_weight_gradient_of_no_tokens(device):
     a, b = (ops.cast_transpose(draw(0, n, device=device)) for n in (272, 192))
     out = torch.randn(272, 192, device=device)

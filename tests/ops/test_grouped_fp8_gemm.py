@@ -130,6 +130,26 @@ def test_other_rows_do_not_matter(device):
 
 
 # ---- grouped weight gradients ----
+@pytest.mark.cuda
+def test_grouped_fp8_wgrad_of_large_outputs():
+    """In tiles of 256 rows, of which the last has none or half of its rows."""
+    lengths, n, k = [700, 0, 130, 513], 4000, 4112
+    offsets = offsets_of(lengths, "cuda")
+    a, b = (ops.cast_transpose(draw(sum(lengths), width, device="cuda"), offsets) for width in (n, k))
+    start = torch.randn(4, n, k, device="cuda")
+    out, again = start.clone(), start.clone()
+    for target in (out, again):
+        ops.grouped_fp8_wgrad(*a, *b, offsets, out=target)
+    assert same(out, again)
+    for g, (first, end) in enumerate(spans([-(-length // 128) * 128 for length in lengths])):
+        part, tiles = slice(first, end), slice(first // 128, end // 128)
+        if first == end:
+            assert same(out[g], start[g])
+        else:
+            exact = product((a[0][:, part], a[1][:, tiles]), (b[0][:, part], b[1][:, tiles]))
+            check(out[g] - start[g], exact)
+
+
 @pytest.mark.parametrize("trailing", [0, 13])
 @pytest.mark.parametrize("kind", ["normal", "gradient", "positive"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}groups{sum(lengths)}")
