@@ -6,8 +6,8 @@
 namespace dsv3::dispatching {
 
 // x_sf[row, tile] = sf[row, tile] with strides (1, sf_stride) and (padded_tiles, 1): written row by row each scale would fill a
-// sector of its own. A warp takes a few tiles of 32 rows at a time, a row a lane: it reads whole sectors and writes whole
-// lines, and no warp waits for another.
+// sector of its own. A warp takes a few tiles of 32 rows at a time, a row a lane: at the sizes of models it reads whole sectors
+// and writes whole lines, and no warp waits for another.
 constexpr int kScaleThreads = 1024, kScaleVectors = 4;
 template <class Far>  // of those for which it is compiled
 __global__ void __launch_bounds__(kScaleThreads)

@@ -10,6 +10,7 @@
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
+#include "../quant/both_casts.cuh"
 #include "swiglu.cuh"
 
 namespace dsv3 {
@@ -132,13 +133,10 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluParams 
   if (threadIdx.x == 0) p.dweights[t] = sum;
 }
 
-// Where the last group ends, of offsets [G + 1].
-const int* check_offsets(const std::optional<Tensor>& offsets) {
-  if (!offsets) return nullptr;
-  const int64_t entries = offsets->numel();
-  DSV3_CHECK(entries >= 2, "offsets must have at least two entries, got ", entries);
-  check_operand("offsets", *offsets, Dtype::kInt32, entries);
-  return offsets->data<int>() + entries - 1;
+// Where the last group ends.
+const int* end_of_groups(const std::optional<Tensor>& offsets, const Tensor& gate_up) {
+  const Groups groups = check_groups(offsets, gate_up.size(0));
+  return offsets ? groups.offsets + groups.count : nullptr;
 }
 
 template <bool kCast>
@@ -151,7 +149,7 @@ void launch_swiglu(SwigluParams p, const Tensor& gate_up, cudaStream_t stream) {
       launch(kCast ? "swiglu_cast" : "swiglu", kernel, {.grid = dim3(blocks), .block = dim3(threads)}, stream, p);
     };
     // A tile of the cast lies in neighbouring lanes, so rows that follow one another must be whole tiles.
-    if (vecs < 256 && p.inner % kTile == 0 && all <= INT_MAX - 256) {
+    if (vecs < 256 && (!kCast || p.inner % kTile == 0) && all <= INT_MAX - 256) {
       return run(swiglu_kernel<T, 256, 1, true, kCast>, 256, ceil_div(all, 256));
     }
     p.pieces = static_cast<int>(ceil_div(vecs, 256));
@@ -211,7 +209,7 @@ void swiglu_cast(Tensor out_fp8, Tensor out_sf, Tensor gate_up, std::optional<Te
                        .weights = weights ? weights->data<float>() : nullptr,
                        .rows = static_cast<int>(gate_up.size(0)),
                        .inner = static_cast<int>(inner),
-                       .end = check_offsets(offsets),
+                       .end = end_of_groups(offsets, gate_up),
                        .casts = row_casts("out_fp8", out_fp8, "out_sf", out_sf, gate_up.size(0), inner, rule)},
                       gate_up, stream);
 }
@@ -229,7 +227,7 @@ void swiglu_cast_backward(Tensor dgate_up_fp8, Tensor dgate_up_sf, std::optional
                           Tensor gate_up, std::optional<Tensor> weights, std::optional<Tensor> offsets, bool pow2_scale,
                           double amax_floor, cudaStream_t stream) {
   SwigluParams params = backward_params(dweights, dout, gate_up, weights);
-  params.end = check_offsets(offsets);
+  params.end = end_of_groups(offsets, gate_up);
   params.casts = row_casts("dgate_up_fp8", dgate_up_fp8, "dgate_up_sf", dgate_up_sf, gate_up.size(0), gate_up.size(1),
                            scale_rule(amax_floor, pow2_scale));
   const DeviceGuard guard(dout);

@@ -4,13 +4,15 @@
 //   dg = dout * w * u * s * (1 + g * (1 - s)),   du = dout * w * silu(g),   dw = sum_i dout * silu(g) * u
 #pragma once
 
+#include <optional>
+
 #include "../common/launch.cuh"
 #include "../common/tensor.h"
 
 namespace dsv3 {
 
-// 1 / (1 + __expf(-x)) without its cases of results below the smallest normal number: as 0 they change nothing, neither
-// beside the 1 nor as the sigmoid of x < -87.
+// 1 / (1 + __expf(-x)) without its cases of results below the smallest normal number: as 0 they change nothing beside the 1,
+// and make silu 0 where it is above -1e-35.
 __device__ __forceinline__ float sigmoid(float x) {
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));

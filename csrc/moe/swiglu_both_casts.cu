@@ -5,7 +5,7 @@
 // Memory-bound: 6 bytes read and 5 written an output. A block takes a tile of 128 tokens by 128 columns of the gate, of the
 // up half and of dout (../quant/both_casts.cuh). Each thread copies its own piece of the three to shared memory, 96 KiB in
 // all, and writes what it makes of them over it, rounded as they would have been stored; it comes back for the maxima and,
-// when their scales are known, for the codes. So registers hold one output at a time, and while one block waits for
+// when their scales are known, for the codes. So registers hold one pack of each at a time, and while one block waits for
 // its tile, the other of the multiprocessor converts. dw is left in parts of 64 columns, the 8 packs of a warp.
 #include "../ops.h"
 #include "../quant/both_casts.cuh"
@@ -40,6 +40,7 @@ struct Shared {
   ColumnScales<T> columns[kParts];
   RowScales<T> rows[2];
 };
+static_assert(2 * (sizeof(Shared) + 1024) <= 228 * 1024, "two blocks share a multiprocessor");
 using Bytes = ByteTile<T, Shape<T>::kPacks>;
 
 // Where the codes of a part lie: those of the gate and of the output in the gate's packs, those of up in its own. Whoever

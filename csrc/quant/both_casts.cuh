@@ -1,7 +1,10 @@
 // A tile of 128 tokens by 128 columns cast in both directions: 128 x 1 and transposed, for a weight gradient, and 1 x 128,
 // for what else is multiplied by it. A thread holds a piece of it; maxima go over a warp of 8 packs by 16 tokens, then
-// through shared memory.
+// through shared memory. Of `moe` too: its rows and tests are to be recorded again when this changes, which its csrc_sha does
+// not say.
 #pragma once
+
+#include <optional>
 
 #include "tile.cuh"
 

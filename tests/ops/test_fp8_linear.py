@@ -19,7 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 # (T, K, N)
 SHAPES = [(0, 64, 32), (1, 64, 48), (127, 576, 144), (1000, 128, 256)]
 LENGTHS = [[3, 0, 17, 1, 0], [0, 0, 0], [127], [40, 1, 300]]
-HIDDEN, INNER = 192, 144  # of the MLPs: whole tiles and rests
+HIDDEN = 192  # of the MLPs: whole tiles and rests
+INNERS = [144, 256]  # where SwiGLU's backward is several kernels, and one
 FACTOR = 1.3  # on the emulation's error
 SAME = 0.5  # of the emulation's error
 
@@ -170,18 +171,19 @@ def experts(offsets):
     return lambda x, weights, fp8, **options: ops.fp8_experts(x, weights, offsets, *fp8, **options)
 
 
-def expert_case(lengths, dtype, device, trailing=0):
+def expert_case(lengths, dtype, device, inner, trailing=0):
     count, g = sum(lengths) + trailing, len(lengths)
-    shapes = (count, HIDDEN), (count, HIDDEN), (g, 2 * INNER, HIDDEN), (g, HIDDEN, INNER)
+    shapes = (count, HIDDEN), (count, HIDDEN), (g, 2 * inner, HIDDEN), (g, HIDDEN, inner)
     x, dy, first, second = make(device, dtype, *shapes)
     params = [(0.1 * first).to(dtype), (0.1 * second).to(dtype)]
     return x, dy, torch.rand(count, device=device) + 0.1, params, offsets_of(lengths, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("tokens", [0, 1, 300])
-def test_mlp(tokens, dtype, device):
-    x, dy, _, (first, second), _ = expert_case([tokens], dtype, device)
+def test_mlp(tokens, inner, dtype, device):
+    x, dy, _, (first, second), _ = expert_case([tokens], dtype, device, inner)
     params = [first[0], second[0]]
     found = run(mlp, dy, x, None, params)
     emulated = run(lambda x, _, w: emulation.fp8_mlp(x, *w), dy, x, None, params)
@@ -189,9 +191,10 @@ def test_mlp(tokens, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_experts(lengths, dtype, device):
-    x, dy, weights, params, offsets = expert_case(lengths, dtype, device)
+def test_experts(lengths, inner, dtype, device):
+    x, dy, weights, params, offsets = expert_case(lengths, dtype, device, inner)
 
     def plain(x, weights, params):
         parts = [plain_mlp(x[a:b], weights[a:b], [p[g] for p in params]) for g, (a, b) in enumerate(spans(lengths))]
@@ -204,9 +207,10 @@ def test_experts(lengths, dtype, device):
         assert not grad[[g for g, length in enumerate(lengths) if not length]].any()
 
 
-def test_rows_past_the_end_do_not_count(device):
+@pytest.mark.parametrize("inner", INNERS)
+def test_rows_past_the_end_do_not_count(inner, device):
     lengths = [5, 0, 130]
-    x, dy, weights, params, offsets = expert_case(lengths, torch.bfloat16, device, trailing=9)
+    x, dy, weights, params, offsets = expert_case(lengths, torch.bfloat16, device, inner, trailing=9)
     end = sum(lengths)
     expected = run(experts(offsets), dy[:end], x[:end], weights[:end], params, buffered=True)
     for t in (x, dy, weights):
@@ -217,9 +221,10 @@ def test_rows_past_the_end_do_not_count(device):
 
 
 @pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("grouped", [False, True])
-def test_queued_weight_gradients(grouped, buffered, device):
-    x, dy, weights, params, offsets = expert_case([30, 0, 70], torch.bfloat16, device)
+def test_queued_weight_gradients(grouped, inner, buffered, device):
+    x, dy, weights, params, offsets = expert_case([30, 0, 70], torch.bfloat16, device, inner)
     layer = experts(offsets) if grouped else mlp
     weights, params = (weights, params) if grouped else (None, [p[0] for p in params])
     early = run(layer, dy, x, weights, params, buffered)
@@ -239,18 +244,38 @@ def test_queued_weight_gradients(grouped, buffered, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_a_frozen_weight_changes_nothing_else(wanted, grouped, inner, device):
+    x, dy, weights, params, offsets = expert_case([30, 0, 70], torch.bfloat16, device, inner)
+    layer = experts(offsets) if grouped else mlp
+    weights, params = (weights, params) if grouped else (None, [p[0] for p in params])
+    whole = run(layer, dy, x, weights, params)
+
+    def partly_frozen(x, weights, fp8):
+        for weight, trains in zip(fp8, wanted, strict=True):
+            weight.param.requires_grad_(trains)
+        return layer(x, weights, fp8)
+
+    found = run(partly_frozen, dy, x, weights, params)
+    for trains, a, b in zip([True] * (len(whole) - 2) + list(wanted), found, whole, strict=True):
+        assert torch.equal(a, b) if trains else a is None
+
+
 @pytest.mark.cuda
-def test_in_a_graph():
+@pytest.mark.parametrize("inner", INNERS)
+def test_in_a_graph(inner):
     device = torch.device("cuda")
-    x, dy, weights, params, offsets = expert_case([30, 0, 70], torch.bfloat16, device)
+    x, dy, weights, params, offsets = expert_case([30, 0, 70], torch.bfloat16, device, inner)
     first, second = (Fp8Weight.make(parameter(p)) for p in params)
-    weight = Fp8Weight.make(parameter(params[1][0]))
+    weight = Fp8Weight.make(parameter(params[1][0][:, :144].contiguous()))
 
     def step(x, dy, weights):
         x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
         leaves = [x, weights, first.param, second.param, weight.param]
         y = ops.fp8_experts(x, weights, offsets, first, second)
-        z = ops.fp8_linear(y[:, :INNER].contiguous(), weight)
+        z = ops.fp8_linear(y[:, :144].contiguous(), weight)
         return torch.autograd.grad(z, leaves, dy)
 
     check_graph(step, x, dy, weights)

@@ -180,9 +180,10 @@ def test_rows_of_no_group_are_not_written():
     registry.native().swiglu_cast(*outputs, gate_up, weights, offsets, False, 1e-4)
     args = dout, gate_up, weights, offsets, False, GRADIENT_FLOOR
     registry.native().swiglu_cast_backward(*gradients, *args)
-    transposed = unfused_transposes(dout, gate_up, weights, offsets)
-    parts = torch.full((4, 130), SENTINEL, device="cuda")
+    transposes = unfused_transposes(dout, gate_up, weights, offsets)
+    transposed, parts = filled(transposes), torch.full((4, 130), SENTINEL, device="cuda")
     registry.native().swiglu_backward_both_casts(*both, *transposed, parts, *args)
+    check_same(transposed, transposes)
     assert (parts[:, 77:] == SENTINEL).all()
     for found, expected in ((outputs, forward), (gradients, backward), (both, backward[:2])):
         check_same([t[:77] for t in found], [t[:77] for t in expected])
@@ -200,10 +201,6 @@ def test_casts_at_v3_shapes(shape):
             lambda: ops.swiglu_cast_backward(dout, gate_up, weights),
             lambda: unfused_backward(dout, gate_up, weights),
         ),
-        (
-            lambda: ops.swiglu_backward_both_casts(dout, gate_up, weights)[:2],
-            lambda: unfused_backward(dout, gate_up, weights)[:2],
-        ),
     ):
         found = run()
         check_same(found, composed())
@@ -211,6 +208,31 @@ def test_casts_at_v3_shapes(shape):
             expected = run()
         # Another sigmoid: a few values fall to the other side, and fewer of their codes.
         assert relative_error(dequantize(*found[:2]), dequantize(*expected[:2])) < 2e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("shape", [(32768, 2048), (4096, 18432), (65536, 768)])
+def test_both_casts_at_v3_shapes(shape, grouped):
+    gate_up, weights = make(*shape, torch.bfloat16, "cuda")
+    dout = torch.randn(shape, device="cuda").bfloat16()
+    ends = torch.tensor([0, 1, 1, shape[0] // 3, shape[0] - 5], dtype=torch.int32, device="cuda")
+    offsets, rows = (ends, shape[0] - 5) if grouped else (None, None)
+    found = ops.swiglu_backward_both_casts(dout, gate_up, weights, offsets=offsets)
+    transposes = unfused_transposes(dout, gate_up, weights, offsets)
+    check_both_casts(found, unfused_backward(dout, gate_up, weights), transposes, rows)
+
+
+def test_both_casts_of_no_tokens(device):
+    """Groups without tokens have slots, which are 0."""
+    gate_up, weights = make(0, 256, torch.bfloat16, device)
+    dout = torch.randn(0, 256, device=device).bfloat16()
+    offsets = torch.zeros(4, dtype=torch.int32, device=device)
+    found = ops.swiglu_backward_both_casts(dout, gate_up, weights, offsets=offsets)
+    transposes = unfused_transposes(dout, gate_up, weights, offsets)
+    check_both_casts(found, unfused_backward(dout, gate_up, weights), transposes)
+    assert found.out_t[0].shape == (256, 384)
+    assert not found.out_t[0].float().any()
 
 
 def test_registration_compile_graph(device):
@@ -273,3 +295,7 @@ def test_bad_arguments():
         ops.swiglu_cast_backward(torch.zeros(4, 8), torch.zeros(4, 32))
     with pytest.raises(ValueError, match=r"got float32 \(4, 16\) and bfloat16 \(4, 32\)"):
         ops.swiglu_cast_backward(torch.zeros(4, 16), torch.zeros(4, 32).bfloat16())
+    with pytest.raises(
+        ValueError, match=r"swiglu_backward_both_casts: dout must be .* got float32 \(4, 8\) and float32"
+    ):
+        ops.swiglu_backward_both_casts(torch.zeros(4, 8), torch.zeros(4, 32))

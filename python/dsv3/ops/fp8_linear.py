@@ -258,13 +258,15 @@ class _Fp8MLP(Function):
         del dy_cast
 
         dgate_up_t = out_t = None
-        swiglu = {"offsets": offsets, "amax_floor": GRADIENT_FLOOR}
+        settings = {"offsets": offsets, "amax_floor": GRADIENT_FLOOR}
         if need_first or need_second:
             dgate_up_fp8, dgate_up_sf, dweights, dgate_up_t, out_t = swiglu_backward_both_casts(
-                da, gate_up, weights, **swiglu
+                da, gate_up, weights, **settings
             )
         else:
-            dgate_up_fp8, dgate_up_sf, dweights = swiglu_cast_backward(da, gate_up, weights, **swiglu)
+            dgate_up_fp8, dgate_up_sf, dweights = swiglu_cast_backward(da, gate_up, weights, **settings)
+        if not need_first:
+            dgate_up_t = None
         del da
 
         def second(dy_t: Cast | None = dy_t, out_t: Cast | None = out_t) -> Tensor | None:

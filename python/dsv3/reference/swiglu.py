@@ -73,8 +73,11 @@ def swiglu_backward_both_casts(
     amax_floor: float,
 ) -> tuple[Tensor, ...]:
     """swiglu_cast_backward, then cast_transpose of what it casts and of swiglu's output."""
-    settings = pow2_scale, amax_floor
-    dgate_up, _ = swiglu_backward(dout, gate_up, weights)
-    dgate_up_t = cast_transpose(dgate_up, None, offsets, *settings)
-    out_t = cast_transpose(swiglu(gate_up, weights), None, offsets, *OUT_CAST)
-    return *swiglu_cast_backward(dout, gate_up, weights, offsets, *settings), *dgate_up_t, *out_t
+    tokens, live, settings = gate_up.shape[0], slice(last_row(gate_up, offsets)), (pow2_scale, amax_floor)
+    inputs = gate_up[live], None if weights is None else weights[live]
+    dgate_up, dweights = swiglu_backward(dout[live], *inputs)
+    cast = per_token_cast_first(dgate_up, tokens, *settings)
+    dweights = dweights if weights is None else first_rows(dweights, tokens)
+    dgate_up_t = cast_transpose(first_rows(dgate_up, tokens), None, offsets, *settings)
+    out_t = cast_transpose(first_rows(swiglu(*inputs), tokens), None, offsets, *OUT_CAST)
+    return *cast, dweights, *dgate_up_t, *out_t
