@@ -61,8 +61,10 @@ def check(found, emulated, exact, dtype):
     for i, (a, b, c) in enumerate(zip(found, emulated, exact, strict=True)):
         error, expected = relative_error(a, c), relative_error(b, c)
         # A cast to e4m3 adds about 2.6% (rounding to 3 bits). The longest chain, a gate_up gradient, has 7 of them: 2.6% times
-        # their root is 6.9%; a single row has few values to average over (8.8% was seen).
-        assert expected < 0.1, f"tensor {i}: the emulation's error is {expected:.3e}"
+        # their root is 6.9%; a single row has few values to average over (8.8% was seen). Of n values the root of the sum of
+        # squares scatters by 1 / sqrt(2 n), of error and size alike: of 21 routing weights' gradients by 22% in all, and 6.9%
+        # with four times that are 13% (12.5% were seen).
+        assert expected < (0.13 if b.numel() <= 32 else 0.1), f"tensor {i}: the emulation's error is {expected:.3e}"
         rounding = (1e-2 if dtype == torch.bfloat16 else 1e-6) * (expected < 1e-2)
         limit = FACTOR * expected + rounding
         assert error <= limit, f"tensor {i}: error {error:.3e} against an emulation's {expected:.3e}"
@@ -259,8 +261,13 @@ def test_a_frozen_weight_changes_nothing_else(wanted, grouped, inner, device):
         return layer(x, weights, fp8)
 
     found = run(partly_frozen, dy, x, weights, params)
-    for trains, a, b in zip([True] * (len(whole) - 2) + list(wanted), found, whole, strict=True):
-        assert torch.equal(a, b) if trains else a is None
+    for i, (trains, a, b) in enumerate(zip([True] * (len(whole) - 2) + list(wanted), found, whole, strict=True)):
+        if not trains:
+            assert a is None
+        elif grouped and i == 2:  # routing weights: without any transpose another kernel, which sums in another order
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.cuda
