@@ -132,7 +132,9 @@ def measure(args: argparse.Namespace, console: Console, failures: Failures) -> i
     if args.what[0] == "tests":
         from bench.suite import run_tests
 
-        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu), env)
+        # On several GPUs comm's tests have a rank on each; no others use more than one.
+        gpus = torch.cuda.device_count() if args.what[1:] == ["comm"] else 1
+        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu, gpus), env)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     run_benchmarks(args, env, console, failures)
     return 1 if failures.lines else 0

@@ -22,7 +22,12 @@ OURS = "#0b5cad"
 PEERS = ("#c44e52", "#dd8452", "#55a868", "#8172b3", "#937860", "#64b5cd")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 RUNS = {"bf16": ("#222222", "bf16"), "fp8": (OURS, "FP8"), "control": (PEERS[0], "bf16, perturbed start")}
-TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20)
+TICKS = {
+    2.5: (1, 1.2, 1.5, 2),
+    8: (1, 1.5, 2, 3, 5),
+    40: (1, 2, 5, 10, 20),
+    1e9: (1, 10, 100, 1000),
+}  # up to what ratio
 
 
 def plot_all(results: Path) -> list[Path]:
@@ -63,7 +68,8 @@ def plot_family(rows: list[dict[str, Any]], path: Path, expected: Sequence[float
             f"{ours:.4g} us", (1.01, y), xycoords=("axes fraction", "data"), va="center", color=OURS, fontsize=9
         )
     _finish(axes, rows, names, on_paper=any(time is not None for time in expected))
-    figure.suptitle(f"{path.stem} on {rows[0]['gpu']}, {rows[0]['date'][:10]}", x=0.01, ha="left")
+    several = f"{rows[0]['case']['ranks']} x " if path.stem == "comm" and "link_gbs" in rows[0]["case"] else ""
+    figure.suptitle(f"{path.stem} on {several}{rows[0]['gpu']}, {rows[0]['date'][:10]}", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -73,7 +79,8 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str], *, on_paper
     """Axis, labels and a legend with every peer, also those that the first case lacks."""
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    ticks = next(ticks for largest, ticks in TICKS.items() if axes.get_xlim()[1] <= largest)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     labels = [textwrap.fill(f"{row['op']}  {describe(row['case'])}", 64) for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=9)

@@ -24,12 +24,13 @@ def losses(**factors: float) -> dict[str, list[float]]:
 
 
 def test_differences_after_the_warm_up() -> None:
-    found = compare(losses(split=1.012, control1=0.99, control2=1.005))
+    """Whole runs are compared with each other, not only with the first."""
+    found = compare(losses(split=1.012, control1=0.99, control2=1.005, control4=1.01))
     assert found["max_difference"] == found["mean_difference"] == pytest.approx(0.012)
-    assert found["control_difference"] == pytest.approx(0.01)
-    assert found["bound"] == pytest.approx(0.015)
+    assert found["control_difference"] == pytest.approx(1 - 0.99 / 1.01, abs=1e-6)
+    assert found["bound"] == pytest.approx(1.5 * (1 - 0.99 / 1.01), abs=2e-6)
     assert found["held"] is True
-    assert [len(mean) for mean in found["means"].values()] == [200 // WINDOW] * 4
+    assert [len(mean) for mean in found["means"].values()] == [200 // WINDOW] * 6
 
 
 @pytest.mark.parametrize(("split", "held"), [(1.0024, True), (1.0026, False), (0.9974, False)])
@@ -51,8 +52,9 @@ def test_only_the_split_and_the_start_differ(setup: Setup, tmp_path: Path) -> No
     assert (split.precision, split.preset, split.max_steps) == ("bf16", setup.preset, 200)
     assert split.batch == split.micro_batch * setup.ranks
     assert {name: bool(seed) for name, seed in RUNS.items()} == {
-        "whole": False, "split": False, "control1": True, "control2": True,
+        "whole": False, "split": False, "control1": True, "control2": True, "control3": True, "control4": True,
     }  # fmt: skip
+    assert len(set(RUNS.values())) == 5
     assert expert_curve.WARMUP % expert_curve.WINDOW == 0
 
 
@@ -91,8 +93,34 @@ def test_what_was_asked_for_reaches_the_ranks(tmp_path: Path, monkeypatch: pytes
         return ""
 
     monkeypatch.setattr(expert_curve, "run_on_nodes", run_on_nodes)
-    assert expert_curve.main(["--out", str(tmp_path), "--steps", "7", "--commit", "abc"]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert expert_curve.main(["--out", ".", "--runs", "runs", "--steps", "40", "--commit", "abc"]) == 1
     [(nodes, ranks, command)] = started
     assert (nodes, ranks) == (1, 2)
     assert command[:2] == ["-m", "bench.expert_curve"]
-    assert " ".join(command).endswith(f"--out {tmp_path} --steps 7 --transport collective --commit abc")
+    folders = f"--runs {tmp_path / 'runs'} --out {tmp_path}"  # ranks start in another folder
+    assert " ".join(command).endswith(f"{folders} --steps 40 --transport collective --commit abc")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "20", "--out", "x"], "--steps must be a multiple of 20, at least 40, got 20"),
+        (["--steps", "45", "--out", "x"], "--steps must be a multiple of 20, at least 40, got 45"),
+        (["--steps", "40"], "name a folder with --out: bench/results is for 200 steps, got 40"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        expert_curve.main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_written_are_named_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Setup, "of_this_machine", lambda transport: CPU)
+    (tmp_path / "file").touch()
+    assert expert_curve.main(["--out", str(tmp_path / "file"), "--commit", "abc"]) == 2
+    assert f"{tmp_path / 'file'} cannot be written" in capsys.readouterr().err

@@ -281,17 +281,44 @@ def test_expected_beside_measured(tmp_path: Path) -> None:
     path = tmp_path / "comm.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, shared, apart = compared(path)
-    assert (shared[0], shared[-2], apart[0], apart[-2]) == ("dispatch", "123", "combine", "456")
+    assert (shared[0], shared[5], apart[0], apart[5]) == ("dispatch", "123", "combine", "456")
+    assert shared[7:] == ["", "", ""], "no link can be told from ranks that share a GPU"
+    assert apart[7:9] == ["9", "2%"], "of 450 GB/s"
     assert "one GPU" in shared[1]
     assert "8 SMs" in apart[1]
     job = Job(ranks=2, ranks_per_node=2, tokens=64, wire="bf16")
-    expected = predict("combine", job, Machine(memory_gbs=2000.0, num_sms=8)).time_us
-    assert apart[-1] == f"{456 / expected:.2f}"
+    found = predict("combine", job, Machine(memory_gbs=2000.0, num_sms=8))
+    expected = found.time_us
+    assert apart[6] == f"{456 / expected:.2f}"
+    assert apart[9] == f"{found.figure_gbs * expected / 456:.0f}"
     few = {**rows[2], "case": {**rows[2]["case"], "mode": "low_latency"}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], few)))
+    assert compared(path)[1][1:5] == ["2 ranks, ipc, not modelled, bf16, low_latency", "", "", ""]
     assert _on_paper([rows[2], few], 2000.0) == [expected, None], "the picture's crosses"
     path.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(ValueError, match="copy"):
         compared(path)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match="no rows of comm"):
+        compared(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("ranks=abc", "ranks must be an integer, got 'abc'"),
+        ("ib_gbs=nan", "ib_gbs must be a number"),
+        ("ranks", "got ''"),
+    ],
+)
+def test_cases_that_are_no_numbers(case: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--case", case]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_few_ranks_are_one_node(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--case", "ranks=2", "tokens=64"]) == 0
+    assert "dispatch" in capsys.readouterr().out
 
 
 def test_ranks_that_share_a_gpu_share_its_memory() -> None:

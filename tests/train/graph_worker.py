@@ -17,11 +17,12 @@ def main() -> None:
     captured, capture = [], Graphs._capture
     Graphs._capture = lambda *args: captured.append(args) or capture(*args)
     curves = []
-    for config in with_and_without_graphs(Path(sys.argv[1]), Path(sys.argv[2]), precision="fp8"):
+    folders = Path(sys.argv[1]), Path(sys.argv[2])
+    for config in with_and_without_graphs(*folders, asked=True, precision="fp8", batch_start=4):
         recorder = Recorder()
         assert train.run(config, callbacks=[recorder]) == 0
         curves.append(recorder.curve)
-        assert bool(captured) == (config.cuda_graphs is None)
+        assert bool(captured) == config.cuda_graphs
     assert curves[0] == curves[1]
     assert len(curves[0]) == (16 if parallel.is_first else 0)
     parallel.stop()
