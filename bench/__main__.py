@@ -35,6 +35,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     unknown = [] if args.what[0] in ("plot", "tests") else [name for name in args.what if name not in known]
     if unknown:
         parser.error(f"expected families among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    if args.what[0] == "plot" and args.what[1:]:
+        parser.error(f"plot draws all that it finds in --out, got {', '.join(args.what[1:])}")
+    if args.what[0] == "plot" and args.out is not None and not args.out.is_dir():
+        parser.error(f"plot: {args.out} is no folder")
     if "all" in args.what:
         args.what = families()
     return args

@@ -264,7 +264,7 @@ def refusal(args: argparse.Namespace) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 1 if the split model does not keep the bound, 2 where it cannot be tried here."""
+    """Exit code: 0, 1 if the split model does not keep the bound, 2 where it cannot be tried here, 130 where it was stopped."""
     args = parse(argv)
     try:
         setup = Setup.of_this_machine(args.transport)
@@ -290,6 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # with what the ranks said
         print(f"bench.expert_curve: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench.expert_curve: stopped, nothing is written", file=sys.stderr)
+        return 130
     return 0 if json.loads((args.out / setup.file).read_text())["held"] else 1
 
 

@@ -390,6 +390,16 @@ def test_both_parts_of_a_run_count_unless_it_is_interrupted(monkeypatch, tmp_pat
     assert (tmp_path / "tests.json").is_file() == recorded
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [(["plot", "comm"], "got comm"), (["plot", "--out", "nowhere"], "is no folder")]
+)
+def test_plot_says_what_it_cannot_draw(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_workers_of_a_run(monkeypatch):
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: object())
     for cores, workers in ((1, []), (2, []), (3, ["-n", "2"]), (16, ["-n", "12"]), (128, ["-n", "12"]), (None, [])):
