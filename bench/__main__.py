@@ -94,6 +94,11 @@ def run_family(family: str, ceilings: Ceilings, protocol: Protocol, failures: Fa
     return measured
 
 
+def folder(args: argparse.Namespace, env: Environment, names: list[str]) -> Path:
+    """Where results of these families go: comm has a rank on each of several GPUs, no other uses more than one."""
+    return args.out or RESULTS / gpu_folder(env.gpu, torch.cuda.device_count() if names == ["comm"] else 1)
+
+
 def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console, failures: Failures) -> None:
     """Ceilings, then the families one after the other; writes each family's file as soon as it is measured."""
     protocol = QUICK if args.quick else FULL
@@ -109,9 +114,7 @@ def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console,
         if measured:
             print_table(console, family, rows(measured, sha))
         if args.out is not None or not args.quick:
-            gpus = torch.cuda.device_count() if family == "comm" else 1  # no other uses more than one
-            out = args.out or RESULTS / gpu_folder(env.gpu, gpus)
-            write_rows(out / f"{family}.jsonl", rows([*top, *measured], sha))
+            write_rows(folder(args, env, [family]) / f"{family}.jsonl", rows([*top, *measured], sha))
         if failures.stopped:
             break
 
@@ -136,9 +139,7 @@ def measure(args: argparse.Namespace, console: Console, failures: Failures) -> i
     if args.what[0] == "tests":
         from bench.suite import run_tests
 
-        # On several GPUs comm's tests have a rank on each; no others use more than one.
-        gpus = torch.cuda.device_count() if args.what[1:] == ["comm"] else 1
-        return run_tests(args.what[1:], args.out or RESULTS / gpu_folder(env.gpu, gpus), env)
+        return run_tests(args.what[1:], folder(args, env, args.what[1:]), env)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     run_benchmarks(args, env, console, failures)
     return 1 if failures.lines else 0

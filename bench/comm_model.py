@@ -168,10 +168,10 @@ def plan() -> list[list[str]]:
 
 
 def expectation(row: dict[str, Any], copy_gbs: float) -> tuple[Result, str] | None:
-    """What a row of a comm.jsonl was expected to be, whose memory copies so fast, and on how many multiprocessors; None for
+    """What a row of comm was expected to be, whose memory copies so fast, and on how many multiprocessors; None for
     what is not modelled: of few tokens the formula sends pairs, the kernels tokens; nodes of one machine have no network."""
     case, op = row["case"], row["op"].removeprefix("comm_")
-    if not row["op"].startswith("comm_") or case["mode"] == "low_latency" or case.get("nodes", 1) > 1:
+    if case["mode"] == "low_latency" or case.get("nodes", 1) > 1:
         return None
     job = Job(**{key: case[key] for key in ("ranks", "tokens", "hidden", "topk", "wire")}, ranks_per_node=case["ranks"])
     shared = "link_gbs" not in case

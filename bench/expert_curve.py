@@ -37,10 +37,8 @@ from dsv3.train.data import tokenize_corpus
 from dsv3.train.metrics import Callback, StepReport
 from dsv3.train.tokenizer import train_on_corpus
 
-CONTROLS = [f"control{seed}" for seed in (1, 2, 3, 4)]
-RUNS = {"whole": 0, "split": 0} | {
-    name: int(name[-1]) for name in CONTROLS
-}  # seed of the start's perturbation, 0 for none
+CONTROLS = {f"control{seed}": seed for seed in (1, 2, 3, 4)}
+RUNS = {"whole": 0, "split": 0, **CONTROLS}  # seed of the start's perturbation, 0 for none
 PERTURBATION, WINDOW, WARMUP = 1e-6, 20, 20  # WARMUP in steps, a multiple of WINDOW
 STEPS = 200
 

@@ -45,6 +45,16 @@ def swiglu_cast(
     return per_token_cast_first(out, gate_up.shape[0], pow2_scale, amax_floor)
 
 
+def _of_live_rows(
+    dout: Tensor, gate_up: Tensor, weights: Tensor | None, offsets: Tensor | None
+) -> tuple[tuple[Tensor, Tensor | None], Tensor, Tensor]:
+    """gate_up and weights of the rows up to offsets[G], dgate_up of these, and dweights with a place for every row."""
+    live = slice(last_row(gate_up, offsets))
+    inputs = gate_up[live], None if weights is None else weights[live]
+    dgate_up, dweights = swiglu_backward(dout[live], *inputs)
+    return inputs, dgate_up, dweights if weights is None else first_rows(dweights, gate_up.shape[0])
+
+
 def swiglu_cast_backward(
     dout: Tensor,
     gate_up: Tensor,
@@ -55,10 +65,8 @@ def swiglu_cast_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dgate_up of swiglu_backward, cast as per_token_cast does, and dweights (empty without weights); rows past offsets[G]
     are left as they come."""
-    tokens, live = gate_up.shape[0], slice(last_row(gate_up, offsets))
-    dgate_up, dweights = swiglu_backward(dout[live], gate_up[live], None if weights is None else weights[live])
-    dweights = dweights if weights is None else first_rows(dweights, tokens)
-    return *per_token_cast_first(dgate_up, tokens, pow2_scale, amax_floor), dweights
+    _, dgate_up, dweights = _of_live_rows(dout, gate_up, weights, offsets)
+    return *per_token_cast_first(dgate_up, gate_up.shape[0], pow2_scale, amax_floor), dweights
 
 
 OUT_CAST = False, 1e-4  # how swiglu_backward_both_casts casts the output: pow2_scale, amax_floor
@@ -73,11 +81,9 @@ def swiglu_backward_both_casts(
     amax_floor: float,
 ) -> tuple[Tensor, ...]:
     """swiglu_cast_backward, then cast_transpose of what it casts and of swiglu's output."""
-    tokens, live, settings = gate_up.shape[0], slice(last_row(gate_up, offsets)), (pow2_scale, amax_floor)
-    inputs = gate_up[live], None if weights is None else weights[live]
-    dgate_up, dweights = swiglu_backward(dout[live], *inputs)
+    tokens, settings = gate_up.shape[0], (pow2_scale, amax_floor)
+    inputs, dgate_up, dweights = _of_live_rows(dout, gate_up, weights, offsets)
     cast = per_token_cast_first(dgate_up, tokens, *settings)
-    dweights = dweights if weights is None else first_rows(dweights, tokens)
     dgate_up_t = cast_transpose(first_rows(dgate_up, tokens), None, offsets, *settings)
     out_t = cast_transpose(first_rows(swiglu(*inputs), tokens), None, offsets, *OUT_CAST)
     return *cast, dweights, *dgate_up_t, *out_t
