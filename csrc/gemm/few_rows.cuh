@@ -1,7 +1,7 @@
 // The kernel for up to 128 rows, bound by reading B once: a block takes 64 or 128 rows of B and a part of K; the blocks
 // of a cluster hold the parts, and add their partial sums through distributed shared memory in the order of K. A
 // producer warp fills a ring by TMA, deep enough for the latency of device memory; one warpgroup for every 64 rows
-// multiplies. Roofline: README.md, section gemm.
+// multiplies. Roofline: README.md.
 #pragma once
 
 #include "transposed.cuh"

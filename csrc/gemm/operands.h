@@ -44,10 +44,9 @@ inline MatrixView fp8_view(const Tensor& t, int64_t rows, int64_t columns) {
 inline RowScales row_scales(const Tensor& t, int64_t rows) {
   return {t.data<float>(), static_cast<int>(rows), static_cast<int>(ceil_div(rows, 4) * 4)};
 }
-template <class Out>
-MatrixView out_view(const Tensor& t, int64_t rows, int64_t columns) {
-  constexpr auto kType = sizeof(Out) == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  return {t.data<void>(), kType, rows, columns, columns * static_cast<int64_t>(sizeof(Out))};
+inline MatrixView fp32_view(const Tensor& t, int64_t rows, int64_t columns) {
+  return {t.data<void>(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32, rows, columns,
+          columns * static_cast<int64_t>(sizeof(float))};
 }
 
 }  // namespace dsv3

@@ -1,153 +1,30 @@
 // The kernel for many rows: D[M, N] = A[M, K] B[N, K]^T in FP8 with a scale for every 1x128 of A, and for every 128x128
-// or 1x128 of B. Tiles of 128 rows by up to 256 columns; a producer warp fills a ring of K blocks by TMA, two
-// warpgroups of 64 rows each multiply and promote: the tensor core's sum of 128 products is scaled and added to fp32
-// registers. While one warpgroup promotes, the other keeps the tensor cores busy, if the way from the end of one
-// product to the start of the next is short: see `multiply`. In a cluster of two, blocks of neighbouring rows share the
-// columns: each loads half of B and multicasts it. Roofline: README.md, section gemm.
+// or 1x128 of B. Tiles of 128 rows by up to 256 columns, or of 256 by 128; a producer warp fills a ring of K blocks by
+// TMA, two warpgroups of half the rows each multiply and promote: the tensor core's sum of 128 products is scaled and
+// added to fp32 registers. While one warpgroup promotes, the other keeps the tensor cores busy, if the way from the end
+// of one product to the start of the next is short: see `multiply`. In a cluster of two, blocks of neighbouring rows
+// share the columns: each loads half of B and multicasts it. Roofline: README.md.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90.hpp>
-#include <numeric>
 
 #include "../common/launch.cuh"
-#include "../hopper/pipeline.cuh"
 #include "../hopper/tensor_map.h"
 #include "../hopper/wgmma.cuh"
-#include "schedule.cuh"
+#include "wide_tiles.cuh"
 
 namespace dsv3 {
 
-// kN columns a product, kParts products a tile and K block; tiles wider than 128, or of no multiple of it, meet two
-// blocks of B's scales. Out is bf16 or float; kRowScaleB: B has a scale every 1x128.
-template <Layout kLayout_, class Out_, bool kRowScaleB_, int kN_, int kParts_, int kCluster_, int kStages_,
-          int kBuffers_, int kHalves_ = 1>
-struct WideConfig {
-  static constexpr Layout kLayout = kLayout_;
-  using Out = Out_;
-  static constexpr bool kRowScaleB = kRowScaleB_;
-  static constexpr int kN = kN_, kParts = kParts_, kCluster = kCluster_, kStages = kStages_;
-  static constexpr int kBuffers = kBuffers_;  // of 128 bytes of columns: what a warp writes out at a time
-  static constexpr bool kByRows = kLayout == Layout::kRows || kLayout == Layout::kMasked;
-  static constexpr int kHalves = kHalves_;  // products of 64 rows that a warpgroup has one below the other
-  static constexpr int kTileRows = 2 * 64 * kHalves, kTileColumns = kN * kParts;
-  static constexpr int kEdgeStep = std::gcd(kTileColumns, kBlockK);  // of a tile's distance to the next block of scales
-  // Blocks of B's scales that a tile can meet.
-  static constexpr int kScales = kRowScaleB ? 0 : (2 * kBlockK - kEdgeStep + kTileColumns - 1) / kBlockK;
-  static constexpr bool kSplits = kLayout == Layout::kDense && kRowScaleB && kHalves == 1;  // K may be cut into parts
-  static constexpr int kConsumerWarps = 8;
-  // Of a thread: together those that the block begins with, 168 each.
-  static constexpr int kProducerRegisters = kHalves == 1 ? 40 : 24, kConsumerRegisters = kHalves == 1 ? 232 : 240;
-  static constexpr int kThreads = 3 * kWarpgroup;
-  static_assert(!kRowScaleB || kParts == 1);  // StageScales holds the columns of one product
-};
-
-constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes
-
+// The place of the next tile.
 template <class C>
-struct WideShared {
-  alignas(1024) uint8_t a[C::kStages][C::kTileRows * kBlockK];
-  alignas(1024) uint8_t b[C::kStages][C::kTileColumns * kBlockK];
-  alignas(1024) uint8_t store[C::kConsumerWarps][C::kBuffers][kStoreBytes];
-  alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
-  alignas(16) float a_sf[C::kStages][RowScales::size(C::kTileRows)];
-  RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
-};
+__device__ __forceinline__ int next_place(int place) {
+  return place == C::kStages ? 0 : place + 1;
+}
 
-struct WideParams {
-  CUtensorMap a, b, out_map;
-  void* out;
-  RowScales a_sf, b_row_sf;
-  const float* b_sf;   // [G, ceil(N / 128), depth_blocks]
-  const int* offsets;  // [G + 1], counts [G] (kMasked), or null
-  DeviceError* error;
-  int rows, columns, depth_blocks, groups;
-  int limit;        // of the offsets or counts
-  int fewest_rows;  // of a group that this kernel takes; others are another's
-  bool accumulate;
-  int splits;  // parts that K is cut into (kSplits)
-  int* turns;  // [tiles, kConsumerWarps], zeros: the part of a tile whose turn it is to be added
-};
-
-template <class C>
-class WideSchedule {
- public:
-  // By a whole warp. The first tile is that of the cluster's own number.
-  __device__ __forceinline__ WideSchedule(const WideParams& p, bool reports) : p_(p) {
-    index_ = blockIdx.x / C::kCluster;
-    step_ = gridDim.x / C::kCluster;
-    columns_ = ceil_div(p.columns, C::kTileColumns);
-    valid_ = true;
-    if constexpr (C::kLayout != Layout::kDense) {
-      valid_ = check_groups<C::kLayout>(p.offsets, p.groups, p.limit, p.error, reports);
-    }
-  }
-
-  __device__ __forceinline__ bool next(Tile& tile) {
-    constexpr int kSpan = C::kTileRows * C::kCluster;
-    if (!valid_) return false;
-    int span, column;
-    if constexpr (C::kByRows) {
-      int first, length, before;
-      const auto tiles = [this](int rows) { return rows < p_.fewest_rows ? 0 : ceil_div(rows, kSpan) * columns_; };
-      if (!window_.template seek<C::kLayout>(p_.offsets, p_.groups, p_.limit, index_, tiles, tile.group, first, length,
-                                             before)) {
-        return false;
-      }
-      Grid{ceil_div(length, kSpan), columns_}.place(index_ - before, span, column);
-      tile.row = first;
-      tile.row_end = first + length;
-      tile.depth = 0;
-      tile.depth_blocks = p_.depth_blocks;
-    } else {
-      const Grid grid{ceil_div(p_.rows, kSpan), columns_};
-      tile.group = 0;
-      tile.depth = 0;
-      tile.depth_blocks = p_.depth_blocks;
-      if constexpr (C::kLayout == Layout::kDepth) {
-        do {
-          if (index_ >= grid.size() * p_.groups) return false;
-          tile.group = index_ / grid.size();
-          for (; group_ < tile.group; ++group_) depth_ += blocks_of(group_);
-          tile.depth = depth_;
-          tile.depth_blocks = blocks_of(tile.group);
-          if (tile.depth_blocks == 0) index_ += step_;
-        } while (tile.depth_blocks == 0);
-      } else if (index_ >= grid.size() * (C::kSplits ? p_.splits : 1)) {
-        return false;
-      }
-      tile.number = index_ - tile.group * grid.size();
-      if constexpr (C::kSplits) {
-        tile.part = index_ / grid.size();
-        tile.number = index_ - tile.part * grid.size();
-        tile.depth = part_begin(tile.part);
-        tile.depth_blocks = part_begin(tile.part + 1) - tile.depth;
-      }
-      grid.place(tile.number, span, column);
-      tile.row = 0;
-      tile.row_end = p_.rows;
-    }
-    tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * C::kTileRows;
-    tile.column = column * C::kTileColumns;
-    index_ += step_;
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ int part_begin(int part) const { return part * p_.depth_blocks / p_.splits; }
-  __device__ __forceinline__ int blocks_of(int group) const {
-    return ceil_div(__ldg(p_.offsets + group + 1) - __ldg(p_.offsets + group), kBlockK);
-  }
-
-  const WideParams& p_;
-  GroupWindow window_;
-  int index_, step_, columns_;
-  int group_ = 0, depth_ = 0;
-  bool valid_;
-};
-
-// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales.
+// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is stands in
+// shared memory when its first stage is full: finding it takes two divisions, for which the consumers need not wait.
 template <class C>
 __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shared) {
   const int lane = threadIdx.x % kWarpSize;
@@ -157,7 +34,8 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
   WideSchedule<C> schedule(p, blockIdx.x == 0 && p.error != nullptr);
   RingState<C::kStages> at;
   Tile tile;
-  while (schedule.next(tile)) {
+  int place = 0;
+  for (; schedule.next(tile); place = next_place<C>(place)) {
     const int scale_rows = ceil_div(p.columns, kBlockK);
     const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
     const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
@@ -169,6 +47,7 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
       uint64_t& full = shared.ring.full[at.stage];
       const int block = tile.depth + i, k = block * kBlockK;
       if (lane == 0) {
+        if (i == 0) shared.tiles[place] = tile;
         shared.ring.expect(at.stage, kBytes + a_sf_bytes + b_sf_bytes);
         tma_load(shared.a[at.stage], p.a, full, k, tile.row);
         if constexpr (C::kCluster > 1) {
@@ -187,6 +66,15 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
       }
     }
   }
+  // A tile without K blocks, the end.
+  shared.ring.wait_empty(at);
+  if (lane == 0) {
+    shared.tiles[place].depth_blocks = 0;
+    shared.ring.expect(at.stage, 0);
+  } else if (lane <= C::kScales) {
+    arrive_when_copied(shared.ring.full[at.stage]);
+  }
+  at.advance();
   // A block must not end while another can arrive at its barriers.
   for (int i = 0; i < C::kStages; ++i, at.advance()) shared.ring.wait_empty(at);
 }
@@ -198,26 +86,30 @@ struct StageScales {
   float blocks[C::kScales > 0 ? C::kScales : 1];
   float2 columns[C::kRowScaleB ? C::kN / 8 : 1];
 
-  __device__ __forceinline__ StageScales(uint32_t a_sf, uint32_t b_sf) {
+  __device__ __forceinline__ void load(uint32_t a_sf, uint32_t b_sf) {
+    load_rows(a_sf);
+#pragma unroll
+    for (int i = 0; i < C::kScales; ++i) blocks[i] = load_shared_float(b_sf + i * 4);
+    if constexpr (C::kRowScaleB) {
+#pragma unroll
+      for (int j = 0; j < C::kN / 8; ++j) load_columns(b_sf, j);
+    }
+  }
+  __device__ __forceinline__ void load_rows(uint32_t a_sf) {
 #pragma unroll
     for (int half = 0; half < C::kHalves; ++half) {
       rows[half][0] = load_shared_float(a_sf + half * 256);
       rows[half][1] = load_shared_float(a_sf + half * 256 + 32);
     }
-#pragma unroll
-    for (int i = 0; i < C::kScales; ++i) blocks[i] = load_shared_float(b_sf + i * 4);
-    if constexpr (C::kRowScaleB) {
-#pragma unroll
-      for (int j = 0; j < C::kN / 8; ++j) columns[j] = load_shared_float2(b_sf + j * 32);
-    }
   }
+  __device__ __forceinline__ void load_columns(uint32_t b_sf, int j) { columns[j] = load_shared_float2(b_sf + j * 32); }
 };
 
 // Adds a product's columns, scaled, to the sums. Accumulator i of a thread lies in row (i / 2 % 2) * 8 + lane / 4 of
-// its warp, column i / 4 * 8 + lane % 4 * 2 + i % 2.
-template <class C, int kEdge>
+// its warp, column i / 4 * 8 + lane % 4 * 2 + i % 2. Calls used(j) when columns[j] of the scales are needed no more.
+template <class C, int kEdge, class F>
 __device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const float (&product)[C::kN / 2],
-                                        const StageScales<C>& scales, int half, int part) {
+                                        const StageScales<C>& scales, int half, int part, F&& used) {
 #pragma unroll
   for (int i = 0; i < C::kN / 2; ++i) {
     const int column = part * C::kN + i / 4 * 8;
@@ -230,6 +122,7 @@ __device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const
     const float by = i % 2 == 0 ? scales.columns[i / 4].x : scales.columns[i / 4].y;
     // With one half factors are ready before the product is; for two halves there are no registers to keep them in.
     s = C::kHalves == 1 ? fmaf(row * by, product[i], s) : fmaf(row, by * product[i], s);
+    if (i % 4 == 3) used(i / 4);
   }
 }
 
@@ -266,11 +159,7 @@ __device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, i
   }
 }
 
-__device__ __forceinline__ void write_unit(__nv_bfloat16* out, const uint4& unit, bool) {
-  *reinterpret_cast<uint4*>(out) = unit;
-}
-__device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool accumulate) {
-  float4 value = reinterpret_cast<const float4&>(unit);
+__device__ __forceinline__ void write_unit(float* out, float4 value, bool accumulate) {
   if (accumulate) {
     const float4 old = __ldcg(reinterpret_cast<const float4*>(out));  // maybe another block's, of this kernel
     value = make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
@@ -278,29 +167,54 @@ __device__ __forceinline__ void write_unit(float* out, const uint4& unit, bool a
   *reinterpret_cast<float4*>(out) = value;
 }
 
+// The warp's rows of a tile in bf16, 128 bytes of columns at a time, by the warp itself: with TMA it would wait for the copies of
+// two chunks to have been read before it could stage the next two.
+template <class C>
+__device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
+                                           uint8_t (&buffers)[C::kBuffers][kStoreBytes],
+                                           const float (&sum)[C::kTileColumns / 2], int warp_row, __nv_bfloat16) {
+  constexpr int kChunk = 64, kChunks = ceil_div(C::kTileColumns, kChunk), kUnit = 8;
+  const int lane = threadIdx.x % kWarpSize, unit = lane % 8, first = lane / 8;
+  const int row = tile.row + warp_row, rows = tile.row_end - row;
+  const int columns = min(C::kTileColumns, p.columns - tile.column) - unit * kUnit;  // from this lane's first on
+  auto* const out =
+      static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(row + first) * p.columns + tile.column + unit * kUnit;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    uint8_t* const buffer = buffers[c % C::kBuffers];
+    __syncwarp();
+    stage_chunk(buffer, &sum[c * kChunk / 2], min(8, C::kTileColumns / 8 - c * 8), __nv_bfloat16{});
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 16; r += 4) {
+      if (first + r >= rows || c * kChunk >= columns) continue;
+      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * p.columns + c * kChunk) =
+          *reinterpret_cast<const uint4*>(buffer + (first + r) * 128 + (unit ^ (first + r) % 8) * 16);
+    }
+  }
+}
+
 // A chunk of 128 bytes of columns, or as many as the tile and the matrix have, written by the warp.
 template <class C>
 __device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* buffer, int64_t row, int rows,
                                             int column, int columns, bool adds) {
-  using Out = typename C::Out;
-  constexpr int kUnit = 16 / sizeof(Out);
+  constexpr int kUnit = 4;
   const int lane = threadIdx.x % kWarpSize, unit = lane % 8;
   if (unit * kUnit >= min(columns, p.columns - column)) return;
   for (int r = lane / 8; r < rows; r += 4) {
-    const uint4 value = *reinterpret_cast<const uint4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
-    write_unit(static_cast<Out*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, adds);
+    const float4 value = *reinterpret_cast<const float4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
+    write_unit(static_cast<float*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, adds);
   }
 }
 
-// Writes the tile: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element and part,
+// The same in fp32: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element and part,
 // in turns, so the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which one is not
 // whole, by the warp itself.
 template <class C>
 __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
                                            uint8_t (&buffers)[C::kBuffers][kStoreBytes],
-                                           const float (&sum)[C::kTileColumns / 2], int warp_row) {
-  using Out = typename C::Out;
-  constexpr int kChunk = 128 / sizeof(Out), kChunks = (C::kTileColumns + kChunk - 1) / kChunk, kGroups = kChunk / 8;
+                                           const float (&sum)[C::kTileColumns / 2], int warp_row, float) {
+  constexpr int kChunk = 32, kChunks = C::kTileColumns / kChunk, kGroups = kChunk / 8;
   const int row = tile.row + warp_row, rows = min(16, tile.row_end - row);
   if (rows <= 0) return;
   const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
@@ -313,7 +227,7 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
     __syncwarp();
 #pragma unroll
     for (int c = first; c < end; ++c) {
-      stage_chunk(buffers[c - first], &sum[c * kGroups * 4], min(kGroups, C::kTileColumns / 8 - c * kGroups), Out{});
+      stage_chunk(buffers[c - first], &sum[c * kGroups * 4], kGroups, 0.0f);
     }
     if (rows == 16 && end * kChunk <= min(C::kTileColumns, p.columns - tile.column)) {
       cute::tma_store_fence();
@@ -372,13 +286,13 @@ __device__ __forceinline__ void end_turn(const WideParams& p, const Tile& tile, 
   }
 }
 
-// The tile's sums over its K blocks. From the end of a product to the start of the next lies what the tensor cores can
-// wait for, so little is done there: addresses are kept, and the scales are read before the product starts, since a
-// load after it queues behind its operands. Unrolled, the question whether the next stage is full is asked while this
-// one is promoted.
 template <class C>
 using Sums = float[C::kHalves][C::kTileColumns / 2];
 
+// The tile's sums over its K blocks, of which there is at least one. From the end of a product to the start of the next lies what the tensor cores can
+// wait for, so little is done there: addresses are kept, and the scales are read before the product starts, since a
+// load after it queues behind its operands; two halves, whose scales are many, read those of the next stage while the
+// last product of this one is promoted. Unrolled, the question whether the next stage is full is asked in that time too.
 template <class C, int kEdge>
 __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kStages>& at, int blocks, int row,
                                          uint32_t warp, Sums<C>& sums) {
@@ -390,26 +304,61 @@ __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kSt
   const uint32_t b_first = uniform(matrix_descriptor(shared_address(shared.b)));
   const uint32_t a_sf = shared_address(shared.a_sf) + row * 4;
   const uint32_t b_sf = shared_address(shared.b_sf) + (C::kRowScaleB ? threadIdx.x % 4 * 8 : 0);
-  // NOTE: of two halves and the schedule of one matrix more would not fit the registers.
-  constexpr int kUnroll = C::kHalves == 2 && C::kLayout == Layout::kDense ? 1 : 4;
-#pragma unroll kUnroll
-  for (int i = 0; i < blocks; ++i, at.advance()) {
+  const auto a_sf_at = [&](int stage) { return a_sf + stage * static_cast<uint32_t>(sizeof(shared.a_sf[0])); };
+  const auto b_sf_at = [&](int stage) { return b_sf + stage * static_cast<uint32_t>(sizeof(shared.b_sf[0])); };
+
+  StageScales<C> scales;
+  const auto begin = [&] {
+    Ring::wait_full(full, at);
+    scales.load(a_sf_at(at.stage), b_sf_at(at.stage));
+  };
+  // One K block, whose scales are there; `ahead`: loads those of the next.
+  const auto step = [&](auto ahead) {
+    constexpr bool kAhead = decltype(ahead)::value;
     const uint32_t a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
     const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16);
-    Ring::wait_full(full, at);
-    const StageScales<C> scales(a_sf + at.stage * sizeof(shared.a_sf[0]), b_sf + at.stage * sizeof(shared.b_sf[0]));
+    RingState<C::kStages> following = at;
+    following.advance();
+    StageScales<C> next;
     float product[C::kN / 2];
     start_product<C::kN>(a, b, product);
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
+      const bool last = n == kProducts - 1;
+      if (kAhead && last) Ring::wait_full(full, following);
       finish_product<C::kN>(product);
-      if (n == kProducts - 1) Ring::release(empty, at.stage);
-      promote<C, kEdge>(sums[n / C::kParts], product, scales, n / C::kParts, n % C::kParts);
-      const int next = n + 1, half = next / C::kParts, part = next % C::kParts;
-      if (next < kProducts) {
+      if (last) Ring::release(empty, at.stage);
+      if (kAhead && last) next.load_rows(a_sf_at(following.stage));
+      promote<C, kEdge>(sums[n / C::kParts], product, scales, n / C::kParts, n % C::kParts, [&](int j) {
+        if (kAhead && last) next.load_columns(b_sf_at(following.stage), j);
+      });
+      const int half = (n + 1) / C::kParts, part = (n + 1) % C::kParts;
+      if (!last) {
         start_product<C::kN>(a + half * (64 * kBlockK / 16), b + part * (C::kN * kBlockK / 16), product);
       }
     }
+    if constexpr (kAhead) scales = next;
+    at = following;
+  };
+
+  if constexpr (C::kHalves == 1) {
+    const auto whole = [&] {
+      begin();
+      step(std::false_type{});
+    };
+    int i = 0;
+    for (; i + 4 <= blocks; i += 4) {
+      whole();
+      whole();
+      whole();
+      whole();
+    }
+    for (; i < blocks; ++i) whole();
+  } else {
+    begin();
+#pragma unroll 1  // more would spill registers
+    for (int i = 1; i < blocks; ++i) step(std::true_type{});
+    step(std::false_type{});
   }
 }
 
@@ -428,26 +377,30 @@ __device__ __forceinline__ void with_edge(int edge, F&& f) {
 
 template <class C>
 __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shared) {
+  using Ring = decltype(shared.ring);
   const uint32_t warp = uniform_warp() - kWarpgroupWarps;
   const int lane = threadIdx.x % kWarpSize;
   // The warp's rows of the first half; those of the second are 64 further down.
   const int warp_row = warp / kWarpgroupWarps * (C::kHalves * 64) + warp % kWarpgroupWarps * 16;
-  WideSchedule<C> schedule(p, false);
+  const uint32_t full = shared_address(shared.ring.full);
   RingState<C::kStages> at;
-  Tile tile;
-  while (schedule.next(tile)) {
+  for (int place = 0;; place = next_place<C>(place)) {
+    Ring::wait_full(full, at);
+    const Tile& tile = shared.tiles[place];  // read again when it is written out: registers are few until then
+    const int blocks = uniform(tile.depth_blocks);
+    if (blocks == 0) break;
     Sums<C> sums = {};
-    with_edge<C>(kBlockK - tile.column % kBlockK, [&](auto edge) {
-      multiply<C, edge>(shared, at, tile.depth_blocks, warp_row + lane / 4 + (tile.row & RowScales::kEarly), warp,
-                        sums);
+    with_edge<C>(kBlockK - uniform(tile.column) % kBlockK, [&](auto edge) {
+      multiply<C, edge>(shared, at, blocks, warp_row + lane / 4 + (tile.row & RowScales::kEarly), warp, sums);
     });
     if constexpr (C::kSplits) wait_turn<C>(p, tile, warp);
 #pragma unroll
     for (int half = 0; half < C::kHalves; ++half) {
-      store_tile<C>(p, tile, shared.store[warp], sums[half], warp_row + half * 64);
+      store_tile<C>(p, tile, shared.store[warp], sums[half], warp_row + half * 64, typename C::Out{});
     }
     if constexpr (C::kSplits) end_turn<C>(p, tile, warp);
   }
+  Ring::release(shared.ring.empty_address(), at.stage);
   cute::tma_store_wait<0>();
 }
 

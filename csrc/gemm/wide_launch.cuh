@@ -57,16 +57,17 @@ WidePlan plan_wide(const char* name, const WideProblem& x) {
 }
 
 template <class C>
-void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
+void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
-  constexpr int kStoreColumns = 128 / sizeof(typename C::Out);
   WideParams p;
   p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kTileRows, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kTileColumns / C::kCluster, kBlockK, true);
   p.b_row_sf = C::kRowScaleB ? row_scales(x.b_sf, x.b_rows) : RowScales{};
-  const int64_t out_rows = C::kLayout == Layout::kDepth ? static_cast<int64_t>(x.groups) * x.rows : x.rows;
-  p.out_map = tensor_map(out_view<typename C::Out>(x.out, out_rows, x.columns), 16, kStoreColumns, true);
+  if constexpr (std::is_same_v<typename C::Out, float>) {
+    const int64_t out_rows = C::kLayout == Layout::kDepth ? static_cast<int64_t>(x.groups) * x.rows : x.rows;
+    p.out_map = tensor_map(fp32_view(x.out, out_rows, x.columns), 16, kStoreBytes / 16 / sizeof(float), true);
+  }
   p.out = x.out.data<void>();
   p.b_sf = C::kRowScaleB ? nullptr : x.b_sf.data<float>();
   p.offsets = x.offsets;
@@ -80,7 +81,6 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   p.fewest_rows = x.fewest_rows;
   p.accumulate = x.accumulate;
   Launch shape = wide_shape<C>();
-  const WidePlan plan = plan_wide<C>(name, x);
   int64_t clusters = std::min<int64_t>(plan.tiles, plan.resident);
   p.splits = plan.splits;
   p.turns = x.turns;
@@ -90,6 +90,11 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
   }
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, wide_kernel<C>, shape, stream, p);
+}
+
+template <class C>
+void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
+  launch_wide<C>(name, x, plan_wide<C>(name, x), stream);
 }
 
 // A product whose operands both have a scale for every 1x128, added to or written to fp32. NOTE: without multicast,
@@ -103,10 +108,12 @@ using TallWgrad = WideConfig<kLayout, float, true, 128, 1, 2, 3, 4, 2>;
 // Launches the one whose predicted time is the shorter, batch_invariant always the first.
 template <Layout kLayout>
 void launch_wgrad(const char* name, const WideProblem& x, bool batch_invariant, cudaStream_t stream) {
-  if (batch_invariant || plan_wide<Wgrad<kLayout>>(name, x).time <= plan_wide<TallWgrad<kLayout>>(name, x).time) {
-    return launch_wide<Wgrad<kLayout>>(name, x, stream);
+  const WidePlan plan = plan_wide<Wgrad<kLayout>>(name, x);
+  if (!batch_invariant) {
+    const WidePlan tall = plan_wide<TallWgrad<kLayout>>(name, x);
+    if (tall.time < plan.time) return launch_wide<TallWgrad<kLayout>>(name, x, tall, stream);
   }
-  launch_wide<TallWgrad<kLayout>>(name, x, stream);
+  launch_wide<Wgrad<kLayout>>(name, x, plan, stream);
 }
 
 }  // namespace dsv3

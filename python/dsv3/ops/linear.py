@@ -262,7 +262,15 @@ class _LinearCrossEntropy(Function):
         return dh, dw, None, None
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+def _chunk(weight: Tensor) -> int:
+    """Tokens at a time. On a GPU as many as 256 MiB of logits hold: every chunk adds to the whole of dW once. On a CPU fewer,
+    whose logits stay in its caches."""
+    if not weight.is_cuda:
+        return 1024
+    return max(128, 2**28 // (weight.shape[0] * weight.element_size()) // 128 * 128)
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Sum over the targets of -log softmax(h W^T)[target] in nats, without ever holding all logits.
 
     Works on `chunk` tokens at a time: logits, fp32 softmax, then (where a gradient is wanted) dh and an fp32 dW, which
@@ -272,7 +280,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: i
         h: [T, H] bf16 or fp32.
         weight: [V, H] of h's dtype.
         targets: int64 [T]; -100 is ignored.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time. None: as many as 256 MiB of logits hold, on a CPU 1024.
 
     Returns:
         fp32 [] (fp64 for fp64 inputs).
@@ -284,6 +292,6 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: i
         found = f"{tuple(h.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"linear_cross_entropy: h must be (T, H), weight (V, H) and targets (T,), got {found}")
     require_dtype("linear_cross_entropy", "targets of int64", torch.int64, targets)
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
-    return apply(_LinearCrossEntropy, h, weight, targets, chunk)
+    return apply(_LinearCrossEntropy, h, weight, targets, chunk or _chunk(weight))
