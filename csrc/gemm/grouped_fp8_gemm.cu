@@ -10,7 +10,7 @@ namespace dsv3 {
 namespace {
 
 constexpr int kFewRowsAGroup = 128;    // on average; the host knows no more
-constexpr int kFewRowsOfCounts = 256;  // of one group of the masked layout, as the device finds it
+constexpr int kFewRowsOfCounts = 128;  // of one group of the masked layout, as the device finds it
 
 template <Layout kLayout, class Out>
 using Wide = WideConfig<kLayout, Out, false, 128, 2, 2, 4, 2>;

@@ -116,8 +116,8 @@ def same_losses(tokens: Path, out: Path, **changes: Any) -> TrainConfig:
     return micro(tokens, out, **{"max_steps": 50, "lr": 1e-3, "model": model, **changes})
 
 
-def with_and_without_graphs(tokens: Path, out: Path, asked: bool | None = None, **changes: Any) -> list[TrainConfig]:
-    """A run on a GPU whose steps are not to be captured, and the same one where that is left open, or asked for.
+def with_and_without_graphs(tokens: Path, out: Path, **changes: Any) -> list[TrainConfig]:
+    """A run on a GPU whose steps are not to be captured, and the same one where that is left open.
 
     A small model with the head dims of a large one: for others there is no kernel, and nothing is captured.
     """
@@ -131,4 +131,4 @@ def with_and_without_graphs(tokens: Path, out: Path, asked: bool | None = None, 
         "micro_batch": 2, "batch_start": 2, "batch_ramp_tokens": 500, "mtp_weight": 0.0, "mtp_weight_final": 0.3,
         "mtp_switch": 0.5, **changes,
     }  # fmt: skip
-    return [micro(tokens, out / str(graphs), cuda_graphs=graphs, **settings) for graphs in (False, asked)]
+    return [micro(tokens, out / str(graphs), cuda_graphs=graphs, **settings) for graphs in (False, None)]

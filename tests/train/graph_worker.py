@@ -18,11 +18,11 @@ def main() -> None:
     Graphs._capture = lambda *args: captured.append(args) or capture(*args)
     curves = []
     folders = Path(sys.argv[1]), Path(sys.argv[2])
-    for config in with_and_without_graphs(*folders, asked=True, precision="fp8", batch_start=4):
+    for config in with_and_without_graphs(*folders, precision="fp8", batch_start=4):
         recorder = Recorder()
         assert train.run(config, callbacks=[recorder]) == 0
         curves.append(recorder.curve)
-        assert bool(captured) == config.cuda_graphs
+        assert bool(captured) == (config.cuda_graphs is None)
     assert curves[0] == curves[1]
     assert len(curves[0]) == (16 if parallel.is_first else 0)
     parallel.stop()

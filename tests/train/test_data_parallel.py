@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv3 import train
+from dsv3.parallel.data import ranks_share_gpus
 from dsv3.train import checkpoint
 from tests.train.common import Recorder, same_losses
 
@@ -53,6 +55,14 @@ def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path)
     assert train.run(longer, resume=True, callbacks=[alone]) == 0
     assert [r.step for r in alone.steps] == [51, 52]
     assert alone.losses[0] == pytest.approx(single.losses[-1], rel=0.2)
+
+
+@pytest.mark.parametrize(("ranks", "gpus", "share"), [("1", 1, False), ("8", 8, False), ("4", 1, True)])
+def test_ranks_share_gpus(ranks: str, gpus: int, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which they do over gloo, without CUDA graphs of their steps."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert ranks_share_gpus() == share
 
 
 @pytest.mark.cuda

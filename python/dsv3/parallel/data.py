@@ -43,6 +43,11 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def ranks_share_gpus() -> bool:
+    """Whether torchrun has started more ranks on this machine than it has GPUs."""
+    return ranks_here() > torch.cuda.device_count()
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """This process among those that train the same weights. The default is a process on its own."""
@@ -66,10 +71,9 @@ class DataParallel:
             return cls(device=kind)
         joins, backend = not dist.is_initialized(), "gloo"
         if kind.type == "cuda":
-            gpus = torch.cuda.device_count()
-            kind = torch.device("cuda", dist.get_node_local_rank() % gpus)
+            kind = torch.device("cuda", dist.get_node_local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(kind)
-            if ranks_here() <= gpus:
+            if not ranks_share_gpus():
                 backend = "nccl"
         if joins:
             dist.init_process_group(backend, timeout=TIMEOUT)

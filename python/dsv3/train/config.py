@@ -50,7 +50,7 @@ class TrainConfig:
     seed: int = 0
     ep: int = 1  # consecutive ranks that share the routed experts among them
     ep_transport: str = "auto"  # of dsv3.comm.ExpertBuffer, between these ranks
-    # Replay forward and backward as CUDA graphs, on a Hopper GPU in bf16 and fp8 with ep 1; unset: there, in one process.
+    # Replay forward and backward as CUDA graphs, on a Hopper GPU in bf16 and fp8 with ep 1; unset: there, if no ranks share it.
     cuda_graphs: bool | None = None
     recompute: bool = False  # norms and MLA up-projections again in backward, instead of keeping their outputs
     # batch, in sequences

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv3.comm.alive import naming_lost_ranks
 from dsv3.model import Batch, DeepSeekV3
-from dsv3.parallel.data import DataParallel
+from dsv3.parallel.data import DataParallel, ranks_share_gpus
 from dsv3.train import checkpoint
 from dsv3.train.balance import ExpertBias
 from dsv3.train.buffers import ParamBuffers
@@ -60,9 +60,9 @@ class Trainer:
         self.buffers = ParamBuffers(model)
         self.parallel.broadcast_parameters(self.buffers)
         graphs = config.cuda_graphs
-        if graphs is None:  # of several processes they have not been tried: there they have to be asked for
+        if graphs is None:  # ranks that share a GPU would each keep its activations there
             reason = why_no_graphs(self.parallel.device, model.embed.weight.dtype, config.ep)
-            graphs = reason is None and self.parallel.world == 1
+            graphs = reason is None and not ranks_share_gpus()
         self.gradients = Gradients(model, balance_alpha=config.balance_alpha, cuda_graphs=graphs)
         self.optimizer = AdamW(
             self.buffers,
