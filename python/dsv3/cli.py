@@ -122,6 +122,7 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the completion; may be given again")] = None,
+    min_p: Annotated[float, typer.Option(help="least share of the likeliest token's probability; 0 keeps all")] = 0.0,
     speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
@@ -138,7 +139,7 @@ def generate(
     from dsv3.terminal import printable
 
     prompt = _standard_input() if prompt is None else prompt
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos, tuple(stop or ()))
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos, tuple(stop or ()), min_p=min_p)
     if dtype not in (None, "bfloat16", "float32", "fp8"):
         raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
     check_kv_cache_dtype(kv_cache_dtype)

@@ -35,7 +35,7 @@ def _joint(model: DeepSeekV3) -> Tensor:
     """fp64 [V, V, V]: the probability of each first three tokens, from whole passes without a cache."""
     pairs = torch.cartesian_prod(torch.arange(VOCAB), torch.arange(VOCAB))
     tokens = torch.cat([torch.tensor(PROMPT).expand(len(pairs), -1), pairs], 1)
-    settings = [torch.tensor(x).expand(1, 1) for x in (TEMPERATURE, TOP_P, 0)]
+    settings = [torch.tensor(x).expand(1, 1) for x in (TEMPERATURE, TOP_P, 0, 0.0)]
     p = probabilities(model(tokens)[:, len(PROMPT) - 1 :], *settings).double().view(VOCAB, VOCAB, 3, VOCAB)
     return p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]
 

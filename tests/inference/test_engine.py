@@ -252,6 +252,23 @@ def test_end_of_sequence_stops_unless_ignored(speculative):
         assert dsv3.generate(model, [prompt], ignoring, speculative=speculative)[0].token_ids == free
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_stop_tokens_end_a_completion_also_without_end_of_sequence(model, speculative):
+    prompt = random_prompts(1)[0]
+    free = dsv3.generate(model, [prompt], dataclasses.replace(GREEDY, max_tokens=12))[0].token_ids
+    absent = next(t for t in range(64) if t not in free)
+    for position in (0, 1, 2, 5):
+        ids = (absent, free[position])
+        params = dataclasses.replace(GREEDY, max_tokens=12, stop_token_ids=ids)
+        completion = dsv3.generate(model, [prompt], params, speculative=speculative)[0]
+        assert completion.token_ids == free[: free.index(free[position]) + 1]
+        assert completion.finish_reason == "stop"
+    params = dataclasses.replace(GREEDY, max_tokens=12, stop_token_ids=absent)
+    completion = dsv3.generate(model, [prompt], params, speculative=speculative)[0]
+    assert completion.token_ids == free
+    assert completion.finish_reason == "length"
+
+
 @pytest.fixture(scope="module")
 def byte_model() -> DeepSeekV3:
     return random_model(small_config(vocab_size=257, eos_token_id=EOS))
@@ -332,6 +349,12 @@ def test_generation_survives_saving_and_loading(byte_model, tmp_path):
 def test_bad_prompts(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         dsv3.generate(model, prompts, GREEDY)
+
+
+def test_stop_tokens_outside_the_vocabulary(model):
+    params = SamplingParams(stop_token_ids=(63, 64))
+    with pytest.raises(ValueError, match="prompt 1: stop_token_ids must be from 0 to 63, got 64"):
+        dsv3.generate(model, [[1], [1]], [GREEDY, params])
 
 
 @pytest.mark.parametrize(

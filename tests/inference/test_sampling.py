@@ -15,7 +15,8 @@ from tests.inference.chi_square import chi_square
     [
         ("max_tokens", 0), ("max_tokens", 2.0), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.nan),
         ("temperature", math.inf), ("temperature", "1"), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", 1.5),
-        ("stop", ("",)), ("stop", (3,)),
+        ("stop", ("",)), ("stop", (3,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("a",)), ("stop_token_ids", (True,)),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
     ],
 )  # fmt: skip
 def test_params_outside_their_range_are_refused(name, value):
@@ -27,9 +28,12 @@ def test_params_outside_their_range_are_refused(name, value):
 def test_stop_may_be_one_string_or_a_list():
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=3).stop_token_ids == (3,)
+    assert SamplingParams(stop_token_ids=[0, 3]).stop_token_ids == (0, 3)
+    assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
 
 
-def _plain(logits: list[float], temperature: float, top_p: float, top_k: int) -> list[float]:
+def _plain(logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
     """The distribution in plain Python, fp64."""
     best = max(range(len(logits)), key=lambda i: logits[i])
     if temperature == 0:
@@ -38,7 +42,7 @@ def _plain(logits: list[float], temperature: float, top_p: float, top_k: int) ->
     order = sorted(range(len(logits)), key=lambda i: -weight[i])[: top_k or None]
     total, kept, mass = sum(weight[i] for i in order), [], 0.0
     for i in order:
-        if mass < top_p * total:
+        if mass < top_p * total and weight[i] >= min_p * weight[best]:
             kept.append(i)
         mass += weight[i]
     total = sum(weight[i] for i in kept)
@@ -46,20 +50,22 @@ def _plain(logits: list[float], temperature: float, top_p: float, top_k: int) ->
 
 
 def test_probabilities_equal_a_plain_implementation(device):
-    cases = [(t, p, k) for t in (0.0, 0.3, 1.0, 2.5) for p in (0.05, 0.5, 0.9, 1.0) for k in (0, 1, 7, 100)]
+    limits = [(p, k) for p in (0.05, 0.5, 0.9, 1.0) for k in (0, 1, 7, 100)]
+    cases = [(t, p, k, m) for t in (0.0, 0.3, 1.0, 2.5) for p, k in limits for m in (0.0, 0.03, 0.4, 1.0)]
     logits = torch.randn(len(cases), 50, device=device) * 2
-    temperature, top_p, top_k = (torch.tensor(x, device=device) for x in zip(*cases, strict=True))
-    p = probabilities(logits, temperature, top_p, top_k)
+    temperature, top_p, top_k, min_p = (torch.tensor(x, device=device) for x in zip(*cases, strict=True))
+    p = probabilities(logits, temperature, top_p, top_k, min_p)
     expected = torch.tensor([_plain(row, *case) for row, case in zip(logits.tolist(), cases, strict=True)])
     torch.testing.assert_close(p.cpu(), expected, rtol=1e-5, atol=1e-7)
-    unfiltered = (top_p == 1) & (top_k == 0)
-    q = probabilities(logits[unfiltered], temperature[unfiltered], top_p[unfiltered], top_k[unfiltered], filtered=False)
+    unfiltered = (top_p == 1) & (top_k == 0) & (min_p == 0)
+    q = probabilities(*(x[unfiltered] for x in (logits, temperature, top_p, top_k, min_p)), filtered=False)
     torch.testing.assert_close(q, p[unfiltered])
 
 
 def test_probabilities_keep_their_meaning_with_extreme_values(device):
     logits = torch.tensor([[5.0, 5.0, 1.0], [3e38, -3e38, 0.0], [0.0, -math.inf, 0.0]], device=device)
-    at = {"top_p": torch.ones(3, device=device), "top_k": torch.zeros(3, dtype=torch.int64, device=device)}
+    zero = torch.zeros(3, device=device)
+    at = {"top_p": torch.ones(3, device=device), "top_k": zero.long(), "min_p": zero}
     greedy = probabilities(logits, torch.zeros(3, device=device), **at)
     assert greedy.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
     cold = probabilities(logits, torch.full((3,), 1e-30, device=device), **at)
@@ -72,6 +78,7 @@ def test_top_p_one_drops_nothing(device):
         torch.ones(1, device=device),
         torch.ones(1, device=device),
         torch.full((1,), 4096, device=device),
+        torch.zeros(1, device=device),
     )
     assert bool((p > 0).all())
 
@@ -124,7 +131,7 @@ def test_the_best_token_stays_however_small_top_p_is():
     logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
     one = torch.ones(2)
     for top_p in (1e-30, 1e-40, 1e-50):
-        p = probabilities(logits, one, torch.full((2,), top_p), torch.zeros(2, dtype=torch.int64))
+        p = probabilities(logits, one, torch.full((2,), top_p), torch.zeros(2, dtype=torch.int64), torch.zeros(2))
         assert p.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 

@@ -21,7 +21,7 @@ def _chains(device: torch.device, depth: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     p_logits = torch.randn(depth + 1, VOCAB, VOCAB, generator=generator) * 1.5
     q_logits = p_logits[:depth] * 0.6 + torch.randn(depth, VOCAB, VOCAB, generator=generator)
-    settings = [torch.tensor(x).expand(1, 1) for x in (0.8, 0.9, 0)]
+    settings = [torch.tensor(x).expand(1, 1) for x in (0.8, 0.9, 0, 0.0)]
     return tuple(probabilities(x, *settings).to(device) for x in (p_logits, q_logits))
 
 

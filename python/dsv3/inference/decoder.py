@@ -30,7 +30,7 @@ from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
 from dsv3.model.few import fits
 
-# What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p or top_k somewhere.
+# What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p, top_k or min_p somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
 # In place of a token that came of logits which are not finite, where the host reads it: the device goes on with some token.
 NO_TOKEN = -1
@@ -100,7 +100,7 @@ class Decoder:
         self.past_h = state(past, config.hidden_size, dtype=dtype)  # h of positions n-D+1 to n-1
         self.key = state()  # of the noise
         self.temperature, self.top_p = state(dtype=torch.float32), state(dtype=torch.float32)
-        self.top_k = state()
+        self.top_k, self.min_p = state(), state(dtype=torch.float32)
         self._state = [t for t in vars(self).values() if isinstance(t, Tensor)]
         self._rows = torch.arange(max_batch, device=self.device)
         self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
@@ -128,6 +128,7 @@ class Decoder:
         self.temperature[rows] = self._tensor([p.temperature for p in params], torch.float32)
         self.top_p[rows] = self._tensor([p.top_p for p in params], torch.float32)
         self.top_k[rows] = self._tensor([p.top_k for p in params])
+        self.min_p[rows] = self._tensor([p.min_p for p in params], torch.float32)
         self.key[rows] = self._tensor(keys)
         self.active[rows] = 1
 
@@ -301,7 +302,7 @@ class Decoder:
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:
         """fp32 probabilities of logits [B, ..., V] of the rows."""
         shape = -1, *[1] * (logits.dim() - 2)
-        settings = [t[rows].view(shape) for t in (self.temperature, self.top_p, self.top_k)]
+        settings = [t[rows].view(shape) for t in (self.temperature, self.top_p, self.top_k, self.min_p)]
         return probabilities(logits, *settings, filtered=mode == FILTERED)
 
     def _sample(

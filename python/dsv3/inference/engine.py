@@ -34,7 +34,9 @@ class Completion:
 
     token_ids: list[int]  # new tokens; the end-of-sequence token included where it came
     text: str  # "" without a tokenizer; no special tokens; ends before a stop string
-    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context is used up
+    finish_reason: (
+        str  # "stop": end of sequence, a stop token or string; "length": max_tokens or the context is used up
+    )
     num_drafted: int
     num_accepted: int
 
@@ -207,6 +209,10 @@ class Engine:
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
 
     def _request(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        vocab, context = self._config.vocab_size, self._context
+        unknown = next((t for t in params.stop_token_ids if t >= vocab), None)
+        if unknown is not None:
+            raise ValueError(f"prompt {index}: stop_token_ids must be from 0 to {vocab - 1}, got {unknown}")
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError(f"prompt {index}: texts and stop strings need a tokenizer, got none")
         try:
@@ -215,7 +221,6 @@ class Engine:
             raise _no_prompt(index, prompt) from None
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, got none")
-        vocab, context = self._config.vocab_size, self._context
         outside = next((t for t in ids if not 0 <= t < vocab), None)
         if outside is not None:
             raise ValueError(f"prompt {index}: expected tokens from 0 to {vocab - 1}, got {outside}")
@@ -325,7 +330,8 @@ class Engine:
             request.output.append(token)
             if stream is not None:
                 stream.push([token])
-            if (token in self._eos and not request.params.ignore_eos) or (stream is not None and stream.stopped):
+            ends = token in request.params.stop_token_ids or (token in self._eos and not request.params.ignore_eos)
+            if ends or (stream is not None and stream.stopped):
                 request.finish_reason = "stop"
             elif len(request.output) == request.max_tokens:
                 request.finish_reason = "length"

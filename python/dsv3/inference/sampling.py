@@ -29,6 +29,8 @@ class SamplingParams:
             from the operating system for each prompt.
         ignore_eos: go on past the end-of-sequence token.
         stop: strings that end the completion, or None; its text ends before them. They need a tokenizer.
+        stop_token_ids: tokens that end the completion as the end of a sequence does, or None; the last is one of its tokens.
+        min_p: only tokens at least min_p times as likely as the likeliest, of those that top_k and top_p leave; 0 keeps all.
 
     Raises:
         ValueError: a value outside its range.
@@ -41,9 +43,13 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        ids = self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", (ids,) if _is_int(ids) else tuple(ids or ()))
         checks = [
             ("max_tokens", "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens >= 1),
             ("temperature", "a finite number of at least 0", _is_number(self.temperature) and self.temperature >= 0),
@@ -51,6 +57,8 @@ class SamplingParams:
             ("top_k", "an integer from 0 to 2^63 - 1", _is_int(self.top_k) and 0 <= self.top_k < 2**63),
             ("seed", "an integer or None", self.seed is None or _is_int(self.seed)),
             ("stop", "non-empty strings", all(isinstance(s, str) and s for s in self.stop)),
+            ("stop_token_ids", "token ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids)),
+            ("min_p", "a number in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1),
         ]
         for name, expected, good in checks:
             if not good:
@@ -62,7 +70,7 @@ class SamplingParams:
 
     @property
     def filtered(self) -> bool:
-        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
 def _is_int(x: object) -> bool:
@@ -102,15 +110,15 @@ def uniform(key: Tensor, position: Tensor, stream: int | Tensor) -> Tensor:
 
 
 def probabilities(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, *, filtered: bool = True
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, *, filtered: bool = True
 ) -> Tensor:
-    """The distribution that is drawn from: softmax(logits / temperature), cut to top_k, then to top_p, renormalised.
+    """The distribution that is drawn from: softmax(logits / temperature), cut to top_k, to top_p, then to min_p, renormalised.
 
     Args:
         logits: [..., V], any floating dtype.
-        temperature, top_p: fp32 of shapes that broadcast with [...]. Temperature 0 puts everything on the best token.
+        temperature, top_p, min_p: fp32 of shapes that broadcast with [...]. Temperature 0 puts everything on the best token.
         top_k: int64 likewise, 0 keeps all. Equal probabilities are kept from the lowest index on.
-        filtered: False where no row has top_p < 1 or top_k > 0: saves the sort.
+        filtered: False where no row has top_p < 1, top_k > 0 or min_p > 0: saves the sort.
 
     Returns:
         fp32 [..., V], rows sum to 1.
@@ -126,6 +134,7 @@ def probabilities(
         cumulative = ranked.cumsum(-1)
         limit = torch.where(top_p < 1, top_p, torch.inf)[..., None] * cumulative[..., -1:]
         ranked = ranked.masked_fill((cumulative - ranked >= limit) & (rank > 0), 0.0)  # the best always stays
+        ranked = ranked.masked_fill(ranked < min_p[..., None] * ranked[..., :1], 0.0)
         p = torch.empty_like(p).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
     return torch.where(temperature > 0, p, torch.zeros_like(p).scatter_(-1, index, 1.0))
 
