@@ -269,6 +269,23 @@ def test_stop_tokens_end_a_completion_also_without_end_of_sequence(model, specul
     assert completion.finish_reason == "length"
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.5}, {"top_k": 5, "temperature": 0.7}])
+def test_logprobs_are_those_of_the_model_whatever_is_drawn(model, settings, speculative):
+    """Some ask for them and some do not, in one batch; a completion may end among a round's tokens."""
+    prompts = random_prompts(4)
+    each = [SamplingParams(max_tokens=5 + 4 * i, seed=i, logprobs=i != 2, **settings) for i in range(4)]
+    completions = dsv3.generate(model, prompts, each, speculative=speculative)
+    without = [dataclasses.replace(p, logprobs=False) for p in each]
+    assert _tokens(completions) == _tokens(dsv3.generate(model, prompts, without, speculative=speculative))
+    assert completions[2].logprobs is None
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if completion.logprobs is not None:
+            logits = full_logits(model, prompt + completion.token_ids)[len(prompt) - 1 : -1].double()
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1)
+            assert completion.logprobs == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def byte_model() -> DeepSeekV3:
     return random_model(small_config(vocab_size=257, eos_token_id=EOS))

@@ -40,6 +40,21 @@ def uneven(params: SamplingParams, count: int) -> list[SamplingParams]:
     return [dataclasses.replace(params, max_tokens=3 + 11 * i % 50, seed=i) for i in range(count)]
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_graphs_give_logprobs_where_somebody_asks(device, speculative):
+    """Rounds with and without them are graphs of their own."""
+    model, prompts = make_model(device), random_prompts(5)
+    each = [SamplingParams(max_tokens=9 + 7 * i, seed=i, logprobs=i == 1, ignore_eos=True) for i in range(5)]
+    engine, plain = graphed(model, speculative=speculative), Engine(model, cuda_graphs=False, speculative=speculative)
+    expected = plain.generate(prompts, each)
+    for _ in range(2):
+        found = engine.generate(prompts, each)
+        assert tokens_of(found) == tokens_of(expected)
+        assert found[1].logprobs == pytest.approx(expected[1].logprobs, rel=1e-5, abs=1e-5)
+        assert len(found[1].logprobs) == 16
+        assert [c.logprobs for c in found if c is not found[1]] == [None] * 4
+
+
 @pytest.mark.parametrize(
     "params", [GREEDY, SamplingParams(seed=0, temperature=0.8), SamplingParams(top_p=0.8, top_k=20)]
 )

@@ -16,7 +16,7 @@ from tests.inference.chi_square import chi_square
         ("max_tokens", 0), ("max_tokens", 2.0), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.nan),
         ("temperature", math.inf), ("temperature", "1"), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", 1.5),
         ("stop", ("",)), ("stop", (3,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("a",)), ("stop_token_ids", (True,)),
-        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("logprobs", 1),
     ],
 )  # fmt: skip
 def test_params_outside_their_range_are_refused(name, value):

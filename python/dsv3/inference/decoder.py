@@ -39,14 +39,15 @@ NO_TOKEN = -1
 class Pending:
     """The result of a round that may still be running."""
 
-    def __init__(self, result: Tensor, done: torch.cuda.Event | None) -> None:
-        self._result, self._done = result, done
+    def __init__(self, result: Tensor, logprobs: Tensor | None, done: torch.cuda.Event | None) -> None:
+        self._result, self._logprobs, self._done = result, logprobs, done
 
-    def tolist(self) -> list[list[int]]:
-        """A list of D+2 a row, as Decoder.round has it; waits for the round. To be read before the round after the next."""
+    def wait(self) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Lists of D+2 numbers a row, as Decoder.round has them, and of D+1 log-probabilities where they were asked for; waits
+        for the round. To be read before the round after the next."""
         if self._done is not None:
             self._done.synchronize()
-        return self._result.tolist()
+        return self._result.tolist(), None if self._logprobs is None else self._logprobs.tolist()
 
 
 class Decoder:
@@ -104,7 +105,7 @@ class Decoder:
         self._state = [t for t in vars(self).values() if isinstance(t, Tensor)]
         self._rows = torch.arange(max_batch, device=self.device)
         self._streams = torch.tensor([ACCEPT, DRAW], device=self.device)[:, None, None]
-        self.result = state(depth + 2)
+        self.result, self.logprobs = state(depth + 2), state(depth + 1, dtype=torch.float32)
         self._unfit = torch.zeros(
             config.vocab_size, dtype=torch.bool, device=self.device
         )  # tokens that are never drafted
@@ -114,7 +115,8 @@ class Decoder:
         on_gpu = self.device.type == "cuda"
         # Of two rounds the host reads one while the other runs.
         self._fetched = [
-            torch.empty_like(self.result, device="cpu", pin_memory=True) for _ in range(2 if on_gpu else 0)
+            tuple(torch.empty_like(t, device="cpu", pin_memory=True) for t in (self.result, self.logprobs))
+            for _ in range(2 if on_gpu else 0)
         ]
 
     # ---- rows ----
@@ -156,9 +158,9 @@ class Decoder:
                 self._graphs.clear()
             self._addresses = now
 
-    def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> Tensor:
+    def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> tuple[Tensor, Tensor]:
         """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n], NO_TOKEN
-        where a logit is not finite.
+        where a logit is not finite, and their log-probabilities fp32 [n].
 
         They have at most max_prefill_tokens together, or it is one prompt, whose beginning is stored in pieces of so many.
         """
@@ -183,7 +185,7 @@ class Decoder:
             draft, probs = self._sample(self.model.logits(h[last]), rows, count + 1 + k, DRAFT, mode)
             self._keep_draft(rows, k, draft, probs)
             following = following.roll(-1).index_copy(0, last, draft)
-        return new.masked_fill(~logits.isfinite().all(-1), NO_TOKEN)
+        return new.masked_fill(~logits.isfinite().all(-1), NO_TOKEN), _logprobs(logits, new)
 
     def _store_beginning(self, first: int, prompt: list[int]) -> int:
         """Stores tokens of row `first`'s prompt, for the model and its modules, until the rest is one piece. Returns how many.
@@ -201,27 +203,32 @@ class Decoder:
             begin += length
         return begin
 
-    def launch(self, batch: int, width: int, mode: int) -> Pending:
+    def launch(self, batch: int, width: int, mode: int, logprobs: bool) -> Pending:
         """Like `round`, without waiting for it."""
+        rows = slice(0, batch)
         if not self._fetched:
-            self.round(batch, width, mode)
-            return Pending(self.result[:batch], None)
+            self.round(batch, width, mode, logprobs)
+            return Pending(self.result[rows], self.logprobs[rows] if logprobs else None, None)
         with torch.cuda.device(self.device):  # captures and events are of the current one
             if self._graphs is None:
-                self.round(batch, width, mode)
+                self.round(batch, width, mode, logprobs)
             else:
-                self._graphs.run((batch, width, mode), lambda: self.round(batch, width, mode))
+                self._graphs.run((batch, width, mode, logprobs), lambda: self.round(batch, width, mode, logprobs))
             self._fetched.reverse()
-            fetched = self._fetched[0][:batch].copy_(self.result[:batch], non_blocking=True)
+            result, scores = self._fetched[0]
+            result[rows].copy_(self.result[rows], non_blocking=True)
+            if logprobs:
+                scores[rows].copy_(self.logprobs[rows], non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return Pending(fetched, done)
+        return Pending(result[rows], scores[rows] if logprobs else None, done)
 
-    def round(self, batch: int, width: int, mode: int) -> Tensor:
+    def round(self, batch: int, width: int, mode: int, logprobs: bool = False) -> Tensor:
         """One round of the first `batch` rows, looking at the first `width` pages of each.
 
         Returns `result` int64 [batch, D+2]: in each row D+1 tokens, then how many drafts were accepted, a; a + 1 tokens
-        count, and are NO_TOKEN where their logits are not finite. The next round overwrites it.
+        count, and are NO_TOKEN where their logits are not finite. With `logprobs` the tokens' log-probabilities are in
+        `self.logprobs` fp32 [batch, D+1]. The next round overwrites both.
         """
         rows = slice(0, batch)
         n, result = self.lengths[rows], self.result[rows]
@@ -236,6 +243,8 @@ class Decoder:
             torch.cat([new, accepted[:, None]], 1, out=result)
             self.tokens[rows, 0] = new.gather(1, accepted[:, None]).squeeze(1)
             n += (accepted + 1) * self.active[rows]
+        if logprobs:
+            self.logprobs[rows] = _logprobs(logits, result[:, :-1])
         if self.depth:
             h = h.view(batch, 1 + self.depth, -1)
             self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
@@ -322,3 +331,10 @@ class Decoder:
         self.tokens[rows, 1 + k] = draft
         if probs is not None:
             self.draft_probs[rows, k] = probs
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """fp32 log softmax(logits)[token] of logits [..., V] and tokens int64 [...]: as the model gives them, without temperature
+    or filters."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)

@@ -39,6 +39,7 @@ class Completion:
     )
     num_drafted: int
     num_accepted: int
+    logprobs: list[float] | None = None  # of each new token under the model's own distribution, in nats, if asked for
 
 
 @dataclass
@@ -239,7 +240,9 @@ class Engine:
     def _completion(self, request: Request) -> Completion:
         assert request.finish_reason is not None
         text = request.text.text if request.text else ""
-        return Completion(request.output, text, request.finish_reason, request.num_drafted, request.num_accepted)
+        drafts = request.num_drafted, request.num_accepted
+        logprobs = request.logprobs if request.params.logprobs else None
+        return Completion(request.output, text, request.finish_reason, *drafts, logprobs)
 
     # ---- steps ----
     def _step(self, on_token: OnToken | None) -> None:
@@ -271,11 +274,12 @@ class Engine:
         self._decoder.assign(
             first, [r.pages for r in requests], [r.params for r in requests], [r.key for r in requests]
         )
-        new = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests)).tolist()
+        new, logprobs = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests))
         self.stats.prefills += 1
         self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
-        for request, token in zip(requests, new, strict=True):
-            self._take(request, [token], on_token)
+        scores = logprobs.tolist() if _wants_logprobs(requests) else [None] * len(requests)
+        for request, token, score in zip(requests, new.tolist(), scores, strict=True):
+            self._take(request, [token], None if score is None else [score], on_token)
         self._retire()
 
     def _launch(self) -> _Round:
@@ -286,21 +290,19 @@ class Engine:
         if self._ahead:  # few distinct shapes, so that graphs of rounds can be kept
             rows = min(1 << (rows - 1).bit_length(), self._max_batch)
             width = min(max(1 << (width - 1).bit_length(), self._min_width), self._decoder.block_table.shape[1])
-        return _Round(requests, self._decoder.launch(rows, width, _mode(requests)))
+        return _Round(requests, self._decoder.launch(rows, width, _mode(requests), _wants_logprobs(requests)))
 
     def _settle(self, on_token: OnToken | None) -> None:
         """Takes the tokens of the round under way, if there is one."""
         if self._under_way is None:
             return
         done, self._under_way = self._under_way, None
-        live = [
-            (request, tokens)
-            for request, tokens in zip(done.requests, done.pending.tolist(), strict=False)
-            if request.finish_reason is None
-        ]
+        rows, scores = done.pending.wait()
+        live = [r for r, request in enumerate(done.requests) if request.finish_reason is None]
         self.stats.steps += bool(live)
-        for request, (*tokens, accepted) in live:
-            taken = self._take(request, tokens[: accepted + 1], on_token)
+        for r in live:
+            request, (*tokens, accepted) = done.requests[r], rows[r]
+            taken = self._take(request, tokens[: accepted + 1], scores and scores[r], on_token)
             kept = min(accepted, taken)  # where the completion ended among them
             request.num_drafted += self._depth
             request.num_accepted += kept
@@ -315,7 +317,7 @@ class Engine:
         if len(self._scheduler.running) < before:
             self._decoder.release(len(self._scheduler.running), before)
 
-    def _take(self, request: Request, tokens: list[int], on_token: OnToken | None) -> int:
+    def _take(self, request: Request, tokens: list[int], logprobs: list[float] | None, on_token: OnToken | None) -> int:
         """Adds a step's tokens to a completion up to where it ends, and passes them on; returns how many."""
         stream = request.text if on_token is not None or request.params.stop else None
         taken = 0
@@ -338,6 +340,7 @@ class Engine:
             if request.finish_reason is not None:
                 break
         self.stats.generated_tokens += taken
+        request.logprobs += (logprobs or [])[:taken]
         finished = request.finish_reason is not None
         if finished and stream is None and request.text is not None:
             request.text.push(request.output)
@@ -376,6 +379,10 @@ def _mode(requests: list[Request]) -> int:
     if all(r.params.greedy for r in requests):
         return GREEDY
     return FILTERED if any(r.params.filtered for r in requests) else PLAIN
+
+
+def _wants_logprobs(requests: list[Request]) -> bool:
+    return any(r.params.logprobs for r in requests)
 
 
 def _no_prompt(index: int, prompt: object) -> ValueError:

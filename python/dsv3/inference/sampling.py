@@ -31,6 +31,7 @@ class SamplingParams:
         stop: strings that end the completion, or None; its text ends before them. They need a tokenizer.
         stop_token_ids: tokens that end the completion as the end of a sequence does, or None; the last is one of its tokens.
         min_p: only tokens at least min_p times as likely as the likeliest, of those that top_k and top_p leave; 0 keeps all.
+        logprobs: whether the completion has the log-probability of each of its tokens.
 
     Raises:
         ValueError: a value outside its range.
@@ -45,6 +46,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     min_p: float = 0.0
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
@@ -59,6 +61,7 @@ class SamplingParams:
             ("stop", "non-empty strings", all(isinstance(s, str) and s for s in self.stop)),
             ("stop_token_ids", "token ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids)),
             ("min_p", "a number in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1),
+            ("logprobs", "True or False", isinstance(self.logprobs, bool)),
         ]
         for name, expected, good in checks:
             if not good:

@@ -23,6 +23,7 @@ class Request:
     text: TextStream | None
     pages: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of the output, where they are asked for
     finish_reason: str | None = None
     num_drafted: int = 0
     num_accepted: int = 0
