@@ -1,7 +1,6 @@
 // The kernel for groups of any number of rows, weights read once where a group has at most 256: tiles of 128 weights by
 // up to 256 tokens, with as many columns of the tensor core as the tile has tokens. The blocks of a cluster of two take
-// neighbouring weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md,
-// section gemm.
+// neighbouring weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

@@ -1,4 +1,4 @@
-// Which output tiles a persistent cluster works on, in which order. Every warp of a cluster walks the same sequence;
+// Which output tiles a persistent cluster works on, in which order. Whatever warp walks the sequence finds the same;
 // offsets and counts are read on the device.
 #pragma once
 

@@ -9,9 +9,10 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90.hpp>
+#include <type_traits>
 
 #include "../common/launch.cuh"
-#include "../hopper/tensor_map.h"
+#include "../hopper/pipeline.cuh"
 #include "../hopper/wgmma.cuh"
 #include "wide_tiles.cuh"
 
@@ -20,34 +21,44 @@ namespace dsv3 {
 // The place of the next tile.
 template <class C>
 __device__ __forceinline__ int next_place(int place) {
-  return place == C::kStages ? 0 : place + 1;
+  return place == C::kStages + 1 ? 0 : place + 1;
 }
 
-// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is stands in
-// shared memory when its first stage is full: finding it takes two divisions, for which the consumers need not wait.
+// Between the wait for the last stage and the arrival at the next, of which the compiler does not know that they order
+// memory.
+__device__ __forceinline__ void put_tile(Tile& place, const Tile& tile) {
+  asm volatile("" ::: "memory");
+  place = tile;
+  asm volatile("" ::: "memory");
+}
+
+// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is
+// stands in shared memory when its first stage is full: finding it takes two divisions, for which consumers need not
+// wait. A tile without K blocks is the end.
 template <class C>
 __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int rank = rank_in_cluster<C::kCluster>();
   constexpr int kPart = C::kTileColumns / C::kCluster;  // columns of B that this block loads, for the whole cluster
   constexpr int kBytes = (C::kTileRows + C::kTileColumns) * kBlockK;
-  WideSchedule<C> schedule(p, blockIdx.x == 0 && p.error != nullptr);
+  WideSchedule<C> schedule(p);
   RingState<C::kStages> at;
   Tile tile;
   int place = 0;
   for (; schedule.next(tile); place = next_place<C>(place)) {
+    if (lane == 0) put_tile(shared.tiles[place], tile);
     const int scale_rows = ceil_div(p.columns, kBlockK);
     const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
     const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
     const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column + rank * kPart;
     const int a_sf_bytes = p.a_sf.bytes(tile.row, C::kTileRows);
     const int b_sf_bytes = C::kRowScaleB ? p.b_row_sf.bytes(tile.column, C::kTileColumns) : 0;
+#pragma unroll 1  // the producer of two halves has 24 registers
     for (int i = 0; i < tile.depth_blocks; ++i, at.advance()) {
       shared.ring.wait_empty(at);
       uint64_t& full = shared.ring.full[at.stage];
       const int block = tile.depth + i, k = block * kBlockK;
       if (lane == 0) {
-        if (i == 0) shared.tiles[place] = tile;
         shared.ring.expect(at.stage, kBytes + a_sf_bytes + b_sf_bytes);
         tma_load(shared.a[at.stage], p.a, full, k, tile.row);
         if constexpr (C::kCluster > 1) {
@@ -66,10 +77,10 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
       }
     }
   }
-  // A tile without K blocks, the end.
+  tile.depth_blocks = 0;
+  if (lane == 0) put_tile(shared.tiles[place], tile);
   shared.ring.wait_empty(at);
   if (lane == 0) {
-    shared.tiles[place].depth_blocks = 0;
     shared.ring.expect(at.stage, 0);
   } else if (lane <= C::kScales) {
     arrive_when_copied(shared.ring.full[at.stage]);
@@ -126,8 +137,9 @@ __device__ __forceinline__ void promote(float (&sum)[C::kTileColumns / 2], const
   }
 }
 
-// The warp's 16 rows of a chunk of 128 bytes of columns to shared memory, under the 128-byte swizzle.
-__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, int groups, __nv_bfloat16) {
+// The warp's 16 rows of a chunk of 128 bytes of columns to shared memory, under the 128-byte swizzle: `groups` of 8
+// columns in bf16, or 32 columns in fp32.
+__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, int groups) {
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
@@ -144,11 +156,10 @@ __device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, i
     cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], target);
   }
 }
-__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, int groups, float) {
+__device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (j >= groups) break;
     const int unit = 2 * j + lane % 4 / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -159,105 +170,105 @@ __device__ __forceinline__ void stage_chunk(uint8_t* buffer, const float* sum, i
   }
 }
 
-__device__ __forceinline__ void write_unit(float* out, float4 value, bool accumulate) {
-  if (accumulate) {
-    const float4 old = __ldcg(reinterpret_cast<const float4*>(out));  // maybe another block's, of this kernel
-    value = make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
+// A chunk of 128 bytes of columns in fp32, or as many as the matrix has, written by the warp.
+__device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* buffer, int64_t row, int rows,
+                                            int column, bool adds) {
+  constexpr int kUnit = 4;
+  const int lane = threadIdx.x % kWarpSize, unit = lane % 8;
+  if (column + unit * kUnit >= p.columns) return;
+  for (int r = lane / 8; r < rows; r += 4) {
+    float4 value = *reinterpret_cast<const float4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
+    auto* const out =
+        reinterpret_cast<float4*>(static_cast<float*>(p.out) + (row + r) * p.columns + column + unit * kUnit);
+    if (adds) {
+      const float4 old = __ldcg(out);  // maybe another block's, of this kernel
+      value = make_float4(old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
+    }
+    *out = value;
   }
-  *reinterpret_cast<float4*>(out) = value;
 }
 
-// The warp's rows of a tile in bf16, 128 bytes of columns at a time, by the warp itself: with TMA it would wait for the copies of
-// two chunks to have been read before it could stage the next two.
+// The warp's rows of a tile in bf16, 128 bytes of columns at a time, by the warp itself: with TMA it would wait until
+// the copies of two chunks have been read, before it could stage the next two.
 template <class C>
 __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
                                            uint8_t (&buffers)[C::kBuffers][kStoreBytes],
                                            const float (&sum)[C::kTileColumns / 2], int warp_row, __nv_bfloat16) {
+  static_assert(C::kLayout != Layout::kDepth && !C::kSplits && C::kBuffers > 1);
   constexpr int kChunk = 64, kChunks = ceil_div(C::kTileColumns, kChunk), kUnit = 8;
-  const int lane = threadIdx.x % kWarpSize, unit = lane % 8, first = lane / 8;
   const int row = tile.row + warp_row, rows = tile.row_end - row;
-  const int columns = min(C::kTileColumns, p.columns - tile.column) - unit * kUnit;  // from this lane's first on
+  const int column = tile.column, columns = min(C::kTileColumns, p.columns - column);
+  if (rows <= 0) return;
+  const int lane = threadIdx.x % kWarpSize, unit = lane % 8, first = lane / 8;
   auto* const out =
-      static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(row + first) * p.columns + tile.column + unit * kUnit;
+      static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(row + first) * p.columns + column + unit * kUnit;
+  __syncwarp();
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    uint8_t* const buffer = buffers[c % C::kBuffers];
-    __syncwarp();
-    stage_chunk(buffer, &sum[c * kChunk / 2], min(8, C::kTileColumns / 8 - c * 8), __nv_bfloat16{});
+    if (c * kChunk >= columns) break;
+    uint8_t* const buffer = buffers[c % C::kBuffers];  // in turn: the last one is read while this one is written
+    stage_chunk(buffer, &sum[c * kChunk / 2], min(8, C::kTileColumns / 8 - c * 8));
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < 16; r += 4) {
-      if (first + r >= rows || c * kChunk >= columns) continue;
+      if (first + r >= rows || c * kChunk + unit * kUnit >= columns) continue;
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * p.columns + c * kChunk) =
           *reinterpret_cast<const uint4*>(buffer + (first + r) * 128 + (unit ^ (first + r) % 8) * 16);
     }
   }
 }
 
-// A chunk of 128 bytes of columns, or as many as the tile and the matrix have, written by the warp.
-template <class C>
-__device__ __forceinline__ void write_chunk(const WideParams& p, const uint8_t* buffer, int64_t row, int rows,
-                                            int column, int columns, bool adds) {
-  constexpr int kUnit = 4;
-  const int lane = threadIdx.x % kWarpSize, unit = lane % 8;
-  if (unit * kUnit >= min(columns, p.columns - column)) return;
-  for (int r = lane / 8; r < rows; r += 4) {
-    const float4 value = *reinterpret_cast<const float4*>(buffer + r * 128 + (unit ^ r % 8) * 16);
-    write_unit(static_cast<float*>(p.out) + (row + r) * p.columns + column + unit * kUnit, value, adds);
-  }
-}
-
-// The same in fp32: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element and part,
-// in turns, so the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which one is not
-// whole, by the warp itself.
+// In fp32: whole boxes by TMA (or by its reduction, which adds to what is there: one addition an element and part, in
+// turns, so the order of sums stays fixed), kBuffers chunks at a time; rows at the end of a group, and chunks of which
+// one is not whole, by the warp itself.
 template <class C>
 __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile,
                                            uint8_t (&buffers)[C::kBuffers][kStoreBytes],
                                            const float (&sum)[C::kTileColumns / 2], int warp_row, float) {
-  constexpr int kChunk = 32, kChunks = C::kTileColumns / kChunk, kGroups = kChunk / 8;
+  constexpr int kChunk = 32, kChunks = C::kTileColumns / kChunk;
+  static_assert(C::kTileColumns % (kChunk * C::kBuffers) == 0);
   const int row = tile.row + warp_row, rows = min(16, tile.row_end - row);
   if (rows <= 0) return;
+  const int column = uniform(tile.column);
   const int64_t out_row = (C::kLayout == Layout::kDepth ? static_cast<int64_t>(tile.group) * p.rows : 0) + row;
   const bool adds = p.accumulate || tile.part > 0;
 #pragma unroll
-  for (int first = 0; first < kChunks; first += C::kBuffers) {
-    const int end = min(first + C::kBuffers, kChunks);
-    if (tile.column + first * kChunk >= p.columns) break;
+  for (int c = 0; c < kChunks; c += C::kBuffers) {
+    const int begin = column + c * kChunk;
+    if (begin >= p.columns) break;
     if (cute::elect_one_sync()) cute::tma_store_wait<0>();
     __syncwarp();
 #pragma unroll
-    for (int c = first; c < end; ++c) {
-      stage_chunk(buffers[c - first], &sum[c * kGroups * 4], kGroups, 0.0f);
-    }
-    if (rows == 16 && end * kChunk <= min(C::kTileColumns, p.columns - tile.column)) {
+    for (int i = 0; i < C::kBuffers; ++i) stage_chunk(buffers[i], &sum[(c + i) * kChunk / 2]);
+    if (rows == 16 && begin + C::kBuffers * kChunk <= p.columns) {
       cute::tma_store_fence();
       __syncwarp();
       if (cute::elect_one_sync()) {
+        const int first_row = static_cast<int>(out_row);
+        if (adds) {
 #pragma unroll
-        for (int c = first; c < end; ++c) {
-          const int column = tile.column + c * kChunk;
-          if (adds) {
-            cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
-          } else {
-            cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffers[c - first], column, static_cast<int>(out_row));
+          for (int i = 0; i < C::kBuffers; ++i) {
+            cute::SM90_TMA_REDUCE_ADD_2D::copy(&p.out_map, buffers[i], begin + i * kChunk, first_row);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < C::kBuffers; ++i) {
+            cute::SM90_TMA_STORE_2D::copy(&p.out_map, buffers[i], begin + i * kChunk, first_row);
           }
         }
         cute::tma_store_arrive();
       }
     } else {
       __syncwarp();
-      for (int c = first; c < end; ++c) {
-        write_chunk<C>(p, buffers[c - first], out_row, rows, tile.column + c * kChunk, C::kTileColumns - c * kChunk,
-                       adds);
-      }
+      for (int i = 0; i < C::kBuffers; ++i) write_chunk(p, buffers[i], out_row, rows, begin + i * kChunk, adds);
     }
     __syncwarp();
   }
 }
 
-// The parts of a tile are added in the order of K, a warp's rows at a time: part i waits until i - 1 has been added. Each
-// part has a block of its own, and waits for one of a lower number, which the device starts first: so there is always one
-// that does not wait, however few run at once.
+// The parts of a tile are added in the order of K, a warp's rows at a time: part i waits until i - 1 has been added.
+// Each part has a block of its own, and waits for one of a lower number, which the device starts first: so there is
+// always one that does not wait, however few run at once.
 template <class C>
 __device__ __forceinline__ void wait_turn(const WideParams& p, const Tile& tile, uint32_t warp) {
   if (tile.part == 0) return;
@@ -289,10 +300,11 @@ __device__ __forceinline__ void end_turn(const WideParams& p, const Tile& tile, 
 template <class C>
 using Sums = float[C::kHalves][C::kTileColumns / 2];
 
-// The tile's sums over its K blocks, of which there is at least one. From the end of a product to the start of the next lies what the tensor cores can
-// wait for, so little is done there: addresses are kept, and the scales are read before the product starts, since a
-// load after it queues behind its operands; two halves, whose scales are many, read those of the next stage while the
-// last product of this one is promoted. Unrolled, the question whether the next stage is full is asked in that time too.
+// The tile's sums over its K blocks, of which there is at least one. From the end of a product to the start of the next
+// lies what the tensor cores can wait for, so little is done there: addresses are kept, and the scales are read before
+// the product starts, since a load after it queues behind its operands; two halves, whose scales are many, read those
+// of the next stage while the last product of this one is promoted. In a row of four K blocks the compiler also asks
+// during that time whether the next stage is full. (By hand: a loop that it unrolls itself zeroes the sums twice.)
 template <class C, int kEdge>
 __device__ __forceinline__ void multiply(WideShared<C>& shared, RingState<C::kStages>& at, int blocks, int row,
                                          uint32_t warp, Sums<C>& sums) {
@@ -401,7 +413,7 @@ __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shar
     if constexpr (C::kSplits) end_turn<C>(p, tile, warp);
   }
   Ring::release(shared.ring.empty_address(), at.stage);
-  cute::tma_store_wait<0>();
+  if constexpr (std::is_same_v<typename C::Out, float>) cute::tma_store_wait<0>();
 }
 
 template <class C>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "operands.h"
 #include "wide.cuh"
@@ -25,16 +26,16 @@ Launch wide_shape() {
   return {dim3(), dim3(C::kThreads), sizeof(WideShared<C>), C::kCluster};
 }
 
-// The tiles of a product, how many clusters can work on them at once, and for a weight gradient into how many parts K is cut
-// and the time that it should take.
+// The tiles of a product, how many clusters can work on them at once, and for a weight gradient into how many parts K
+// is cut and the time that it should take.
 struct WidePlan {
   int64_t tiles, resident;
   int splits = 1;
   int64_t time = 0;  // in tenths of what a K block of a tile of 128 x 128 takes
 };
 
-// K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing them too often, which
-// takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200 (README.md).
+// K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing them too often,
+// which takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200 (README.md).
 template <class C>
 WidePlan plan_wide(const char* name, const WideProblem& x) {
   // Rows that groups leave unused at their ends can add a span each.
@@ -101,7 +102,8 @@ void launch_wide(const char* name, const WideProblem& x, cudaStream_t stream) {
 // which ties two blocks to each other's pace (README.md).
 template <Layout kLayout>
 using Wgrad = WideConfig<kLayout, float, true, 128, 1, 1, 4, 4>;
-// The same in tiles of 256 rows, for large outputs: a warpgroup reads its columns and their scales once for two products.
+// The same in tiles of 256 rows, for large outputs: a warpgroup reads its columns and their scales once for two
+// products.
 template <Layout kLayout>
 using TallWgrad = WideConfig<kLayout, float, true, 128, 1, 2, 3, 4, 2>;
 

@@ -20,7 +20,7 @@ struct WideConfig {
   using Out = Out_;
   static constexpr bool kRowScaleB = kRowScaleB_;
   static constexpr int kN = kN_, kParts = kParts_, kCluster = kCluster_, kStages = kStages_;
-  static constexpr int kBuffers = kBuffers_;  // of 128 bytes of columns: what a warp writes out at a time
+  static constexpr int kBuffers = kBuffers_;  // of a warp, for 128 bytes of columns each
   static constexpr bool kByRows = kLayout == Layout::kRows || kLayout == Layout::kMasked;
   static constexpr int kHalves = kHalves_;  // products of 64 rows that a warpgroup has one below the other
   static constexpr int kTileRows = 2 * 64 * kHalves, kTileColumns = kN * kParts;
@@ -33,6 +33,7 @@ struct WideConfig {
   static constexpr int kProducerRegisters = kHalves == 1 ? 40 : 24, kConsumerRegisters = kHalves == 1 ? 232 : 240;
   static constexpr int kThreads = 3 * kWarpgroup;
   static_assert(!kRowScaleB || kParts == 1);  // StageScales holds the columns of one product
+  static_assert(kHalves == 1 || kRowScaleB);  // two halves load the scales of columns ahead
 };
 
 constexpr int kStoreBytes = 2048;  // 16 rows of 128 bytes
@@ -44,12 +45,14 @@ struct WideShared {
   alignas(1024) uint8_t store[C::kConsumerWarps][C::kBuffers][kStoreBytes];
   alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
   alignas(16) float a_sf[C::kStages][RowScales::size(C::kTileRows)];
-  Tile tiles[C::kStages + 1];  // in turn: those with a stage in the ring, and the one that is being written out
+  // In turn. A tile is put down when all warps have released the last stage but kStages, which is one of the tile
+  // kStages + 1 before it or of a later one: so the tile before that has been written out.
+  Tile tiles[C::kStages + 2];
   RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
 };
 
 struct WideParams {
-  CUtensorMap a, b, out_map;  // out_map: of fp32
+  CUtensorMap a, b, out_map;  // out_map: only where Out is float
   void* out;
   RowScales a_sf, b_row_sf;
   const float* b_sf;   // [G, ceil(N / 128), depth_blocks]
@@ -66,35 +69,35 @@ struct WideParams {
 template <class C>
 class WideSchedule {
  public:
-  // By a whole warp. The first tile is that of the cluster's own number.
-  __device__ __forceinline__ WideSchedule(const WideParams& p, bool reports) : p_(p) {
+  // By a whole warp. The first tile is that of the cluster's own number. The first block reports wrong offsets.
+  __device__ __forceinline__ explicit WideSchedule(const WideParams& p) : p_(p) {
     index_ = blockIdx.x / C::kCluster;
-    step_ = gridDim.x / C::kCluster;
-    columns_ = ceil_div(p.columns, C::kTileColumns);
     valid_ = true;
     if constexpr (C::kLayout != Layout::kDense) {
-      valid_ = check_groups<C::kLayout>(p.offsets, p.groups, p.limit, p.error, reports);
+      valid_ = check_groups<C::kLayout>(p.offsets, p.groups, p.limit, p.error, blockIdx.x == 0 && p.error != nullptr);
     }
   }
 
   __device__ __forceinline__ bool next(Tile& tile) {
     constexpr int kSpan = C::kTileRows * C::kCluster;
     if (!valid_) return false;
+    // Not kept: registers are few.
+    const int columns = ceil_div(p_.columns, C::kTileColumns), step = gridDim.x / C::kCluster;
     int span, column;
     if constexpr (C::kByRows) {
       int first, length, before;
-      const auto tiles = [this](int rows) { return rows < p_.fewest_rows ? 0 : ceil_div(rows, kSpan) * columns_; };
+      const auto tiles = [&](int rows) { return rows < p_.fewest_rows ? 0 : ceil_div(rows, kSpan) * columns; };
       if (!window_.template seek<C::kLayout>(p_.offsets, p_.groups, p_.limit, index_, tiles, tile.group, first, length,
                                              before)) {
         return false;
       }
-      Grid{ceil_div(length, kSpan), columns_}.place(index_ - before, span, column);
+      Grid{ceil_div(length, kSpan), columns}.place(index_ - before, span, column);
       tile.row = first;
       tile.row_end = first + length;
       tile.depth = 0;
       tile.depth_blocks = p_.depth_blocks;
     } else {
-      const Grid grid{ceil_div(p_.rows, kSpan), columns_};
+      const Grid grid{ceil_div(p_.rows, kSpan), columns};
       tile.group = 0;
       tile.depth = 0;
       tile.depth_blocks = p_.depth_blocks;
@@ -102,10 +105,11 @@ class WideSchedule {
         do {
           if (index_ >= grid.size() * p_.groups) return false;
           tile.group = index_ / grid.size();
+#pragma unroll 1  // few registers
           for (; group_ < tile.group; ++group_) depth_ += blocks_of(group_);
           tile.depth = depth_;
           tile.depth_blocks = blocks_of(tile.group);
-          if (tile.depth_blocks == 0) index_ += step_;
+          if (tile.depth_blocks == 0) index_ += step;
         } while (tile.depth_blocks == 0);
       } else if (index_ >= grid.size() * (C::kSplits ? p_.splits : 1)) {
         return false;
@@ -123,7 +127,7 @@ class WideSchedule {
     }
     tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * C::kTileRows;
     tile.column = column * C::kTileColumns;
-    index_ += step_;
+    index_ += step;
     return true;
   }
 
@@ -135,7 +139,7 @@ class WideSchedule {
 
   const WideParams& p_;
   GroupWindow window_;
-  int index_, step_, columns_;
+  int index_;
   int group_ = 0, depth_ = 0;
   bool valid_;
 };
