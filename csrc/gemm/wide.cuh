@@ -21,14 +21,14 @@ namespace dsv3 {
 // The place of the next tile.
 template <class C>
 __device__ __forceinline__ int next_place(int place) {
-  return place == C::kStages + 1 ? 0 : place + 1;
+  return place == C::kStages ? 0 : place + 1;
 }
 
-// Between the wait for the last stage and the arrival at the next, of which the compiler does not know that they order
-// memory.
-__device__ __forceinline__ void put_tile(Tile& place, const Tile& tile) {
+// Between the wait for a stage and the arrival at it, of which the compiler does not know that they order memory.
+template <class T>
+__device__ __forceinline__ void put(T& place, const T& value) {
   asm volatile("" ::: "memory");
-  place = tile;
+  place = value;
   asm volatile("" ::: "memory");
 }
 
@@ -46,19 +46,18 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
   Tile tile;
   int place = 0;
   for (; schedule.next(tile); place = next_place<C>(place)) {
-    if (lane == 0) put_tile(shared.tiles[place], tile);
     const int scale_rows = ceil_div(p.columns, kBlockK);
     const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
     const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
     const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column + rank * kPart;
     const int a_sf_bytes = p.a_sf.bytes(tile.row, C::kTileRows);
     const int b_sf_bytes = C::kRowScaleB ? p.b_row_sf.bytes(tile.column, C::kTileColumns) : 0;
-#pragma unroll 1  // the producer of two halves has 24 registers
     for (int i = 0; i < tile.depth_blocks; ++i, at.advance()) {
       shared.ring.wait_empty(at);
       uint64_t& full = shared.ring.full[at.stage];
       const int block = tile.depth + i, k = block * kBlockK;
       if (lane == 0) {
+        if (i == 0) put(shared.tiles[place], tile);
         shared.ring.expect(at.stage, kBytes + a_sf_bytes + b_sf_bytes);
         tma_load(shared.a[at.stage], p.a, full, k, tile.row);
         if constexpr (C::kCluster > 1) {
@@ -77,10 +76,9 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
       }
     }
   }
-  tile.depth_blocks = 0;
-  if (lane == 0) put_tile(shared.tiles[place], tile);
   shared.ring.wait_empty(at);
   if (lane == 0) {
+    put(shared.tiles[place].depth_blocks, 0);  // NOTE: the whole tile would make the loop above spill
     shared.ring.expect(at.stage, 0);
   } else if (lane <= C::kScales) {
     arrive_when_copied(shared.ring.full[at.stage]);

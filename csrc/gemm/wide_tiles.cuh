@@ -45,9 +45,9 @@ struct WideShared {
   alignas(1024) uint8_t store[C::kConsumerWarps][C::kBuffers][kStoreBytes];
   alignas(16) float b_sf[C::kStages][C::kRowScaleB ? C::kTileColumns : 4];
   alignas(16) float a_sf[C::kStages][RowScales::size(C::kTileRows)];
-  // In turn. A tile is put down when all warps have released the last stage but kStages, which is one of the tile
-  // kStages + 1 before it or of a later one: so the tile before that has been written out.
-  Tile tiles[C::kStages + 2];
+  // In turn. A tile is put down when all warps have released the last stage but kStages, which is one of the tile kStages
+  // before it or of a later one: so the tile before that has been written out.
+  Tile tiles[C::kStages + 1];
   RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, C::kScales> ring;
 };
 
