@@ -278,6 +278,7 @@ def test_prompt_outside_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_p
     ("options", "message"),
     [
         (["--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
+        (["--min-p", "2"], "min_p must be a number in [0, 1], got 2.0"),
         (["--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["--dtype", "int4"], "dtype must be bfloat16, float32 or fp8, found 'int4'"),
@@ -294,6 +295,16 @@ def test_prompt_outside_the_vocabulary(capsys: pytest.CaptureFixture[str], tmp_p
 )
 def test_bad_options(capsys: pytest.CaptureFixture[str], model: Path, options: list[str], message: str) -> None:
     assert message in refused(capsys, model, "generate", model, "Text", "--device", "cpu", *options)
+
+
+def test_min_p_reaches_the_model(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """With 1 only the likeliest token is left."""
+    texts = []
+    for options in (["--temperature", "0"], ["--temperature", "2", "--top-p", "1", "--min-p", "1"]):
+        arguments = ["generate", str(model), "Text", "--device", "cpu", "--max-tokens", "12", "--ignore-eos"]
+        assert cli._run([*arguments, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_speculation_without_mtp(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokens: Path) -> None:

@@ -10,14 +10,17 @@ from dsv3 import DeepSeekV3, SamplingParams
 from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder
 from tests.inference.small import random_model, random_prompts, small_config
 
-PARAMS = SamplingParams(temperature=0.8, top_p=0.9)
+# Of as many rows; no two alike, so that what a row does not take with it when it moves is seen.
+PARAMS = [
+    SamplingParams(temperature=0.8 + 0.1 * i, top_p=0.9 - 0.1 * i, top_k=40 - i, min_p=0.01 * i) for i in range(8)
+]
 SIZES = {"max_batch": 8, "num_pages": 40, "max_pages": 5, "max_prefill_tokens": 1000}
 
 
 def _decoder(model: DeepSeekV3, prompts: list[list[int]], mode: int) -> Decoder:
     decoder = Decoder(model, depth=len(model.mtp), **SIZES)
     pages = [[1 + 2 * i, 2 + 2 * i] for i in range(len(prompts))]
-    decoder.assign(0, pages, [PARAMS] * len(prompts), list(range(len(prompts))))
+    decoder.assign(0, pages, PARAMS[: len(prompts)], list(range(len(prompts))))
     decoder.prefill(0, prompts, mode)
     return decoder
 

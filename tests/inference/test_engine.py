@@ -234,6 +234,25 @@ def test_training_goes_on_after_generating():
     assert float(model.embed.weight.grad.abs().sum()) > 0
 
 
+# ---- what is drawn ----
+@pytest.mark.parametrize("speculative", [False, True])
+def test_min_p_alone_leaves_out_what_is_too_unlikely(model, speculative):
+    prompts = random_prompts(6)
+    each = [
+        SamplingParams(max_tokens=24, seed=i, temperature=2.0, min_p=0.45 * (i % 3), ignore_eos=True) for i in range(6)
+    ]
+    least = []
+    for prompt, params, completion in zip(
+        prompts, each, dsv3.generate(model, prompts, each, speculative=speculative), strict=True
+    ):
+        logits = full_logits(model, prompt + completion.token_ids)[len(prompt) - 1 : -1].double()
+        p = (logits / params.temperature).softmax(-1)
+        share = p.gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1) / p.amax(-1)
+        assert share.min() >= params.min_p * (1 - 1e-4)
+        least.append(float(share.min()))
+    assert min(least[::3]) < 0.45  # what is left out of the others
+
+
 # ---- ends, text ----
 @pytest.mark.parametrize("speculative", [False, True])
 def test_end_of_sequence_stops_unless_ignored(speculative):

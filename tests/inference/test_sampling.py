@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from tests.inference.chi_square import chi_square
         ("max_tokens", 0), ("max_tokens", 2.0), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.nan),
         ("temperature", math.inf), ("temperature", "1"), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", 1.5),
         ("stop", ("",)), ("stop", (3,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("a",)), ("stop_token_ids", (True,)),
+        ("stop_token_ids", False), ("stop_token_ids", 0.0), ("stop_token_ids", "<eos>"), ("stop_token_ids", (1.0,)),
         ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("logprobs", 1),
     ],
 )  # fmt: skip
@@ -31,6 +33,9 @@ def test_stop_may_be_one_string_or_a_list():
     assert SamplingParams(stop_token_ids=3).stop_token_ids == (3,)
     assert SamplingParams(stop_token_ids=[0, 3]).stop_token_ids == (0, 3)
     assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
+    for zero in (0, (0,), np.int64(0), np.array([0]), torch.tensor(0), torch.tensor([0])):
+        assert SamplingParams(stop_token_ids=zero).stop_token_ids == (0,)
+    assert SamplingParams(stop_token_ids=np.array([1, 2])).stop_token_ids == (1, 2)
 
 
 def _plain(logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:

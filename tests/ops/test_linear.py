@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3 import ops
+from dsv3.ops.linear import _chunk
 from dsv3.testing import check_compile, check_op, check_registration
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -211,6 +213,19 @@ def test_all_logits_never_exist():
     with Sizes():
         ops.linear_cross_entropy(h, weight, targets, chunk=64).backward()
     assert 64 * 1000 * 4 <= max(sizes) < 512 * 1000 * 4 / 4
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "dtype", "tokens"),
+    [
+        ("cuda", 32000, torch.bfloat16, 4096), ("cuda", 129280, torch.bfloat16, 1024), ("cuda", 129280, torch.float32, 512),
+        ("cuda", 2**22, torch.float32, 128), ("cpu", 32000, torch.bfloat16, 1024),
+    ],
+)  # fmt: skip
+def test_tokens_whose_logits_exist_at_a_time(device, vocab, dtype, tokens):
+    weight = torch.empty(vocab, 1, device="meta", dtype=dtype)
+    stub = SimpleNamespace(device=torch.device(device), shape=weight.shape, element_size=weight.element_size)
+    assert _chunk(stub) == tokens
 
 
 # ---- registration, compilation, errors ----

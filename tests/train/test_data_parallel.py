@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dsv3 import train
-from dsv3.parallel.data import ranks_share_gpus
-from dsv3.train import checkpoint
+from dsv3.parallel.data import DataParallel, ranks_share_gpus
+from dsv3.train import checkpoint, launch
 from tests.train.common import Recorder, same_losses
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +58,31 @@ def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path)
     assert alone.losses[0] == pytest.approx(single.losses[-1], rel=0.2)
 
 
-@pytest.mark.parametrize(("ranks", "gpus", "share"), [("1", 1, False), ("8", 8, False), ("4", 1, True)])
-def test_ranks_share_gpus(ranks: str, gpus: int, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which they do over gloo, without CUDA graphs of their steps."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+@pytest.mark.parametrize(
+    ("ranks", "world", "gpus", "share"),
+    [("1", 1, 1, False), ("8", 8, 8, False), ("4", 4, 1, True), (None, 1, 1, False), (None, 2, 8, True)],
+)
+def test_ranks_share_gpus(
+    ranks: str | None, world: int, gpus: int, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: a process group that torchrun has not made."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
     assert ranks_share_gpus() == share
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_steps_are_captured_unless_ranks_share_a_gpu(
+    share: bool, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsv3.train.trainer.why_no_graphs", lambda *args: None)
+    monkeypatch.setattr("dsv3.train.trainer.ranks_share_gpus", lambda: share)
+    trainer = launch._trainer(same_losses(token_folder, tmp_path / "run"), DataParallel(), [])
+    assert (trainer.gradients._graphs is None) == share
 
 
 @pytest.mark.cuda

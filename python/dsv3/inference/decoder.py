@@ -9,9 +9,9 @@ With D MTP modules, a round of a row whose cache holds n tokens (the newest toke
              from drafts or not at all; so every module runs over the 2D positions n-D+1 to n+D. Entries past n+a are wrong,
              and the next round overwrites them before it reads them, as it does in the main cache.
 
-All shapes depend only on the number of rows and the width of the block table, and the steps only on `mode`: on a GPU a
-round of each becomes a CUDA graph. Its result is copied to the host by the side, so that the next round can be launched
-before the host has seen it.
+All shapes depend only on the number of rows and the width of the block table, and the steps only on `mode` and
+`logprobs`: on a GPU a round of each becomes a CUDA graph. Its result is copied to the host by the side, so that the next
+round can be launched before the host has seen it.
 """
 
 from __future__ import annotations
@@ -158,9 +158,11 @@ class Decoder:
                 self._graphs.clear()
             self._addresses = now
 
-    def prefill(self, first: int, prompts: Sequence[list[int]], mode: int) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, first: int, prompts: Sequence[list[int]], mode: int, logprobs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Runs prompts, packed, in the assigned rows from `first` on, and drafts. Returns the next tokens int64 [n], NO_TOKEN
-        where a logit is not finite, and their log-probabilities fp32 [n].
+        where a logit is not finite, and with `logprobs` their log-probabilities fp32 [n].
 
         They have at most max_prefill_tokens together, or it is one prompt, whose beginning is stored in pieces of so many.
         """
@@ -185,7 +187,8 @@ class Decoder:
             draft, probs = self._sample(self.model.logits(h[last]), rows, count + 1 + k, DRAFT, mode)
             self._keep_draft(rows, k, draft, probs)
             following = following.roll(-1).index_copy(0, last, draft)
-        return new.masked_fill(~logits.isfinite().all(-1), NO_TOKEN), _logprobs(logits, new)
+        scores = _logprobs(logits, new) if logprobs else None
+        return new.masked_fill(~logits.isfinite().all(-1), NO_TOKEN), scores
 
     def _store_beginning(self, first: int, prompt: list[int]) -> int:
         """Stores tokens of row `first`'s prompt, for the model and its modules, until the rest is one piece. Returns how many.

@@ -32,11 +32,9 @@ MIN_WIDTH = 64
 class Completion:
     """What was generated for one prompt."""
 
-    token_ids: list[int]  # new tokens; the end-of-sequence token included where it came
+    token_ids: list[int]  # new tokens, with the end-of-sequence or stop token where it came
     text: str  # "" without a tokenizer; no special tokens; ends before a stop string
-    finish_reason: (
-        str  # "stop": end of sequence, a stop token or string; "length": max_tokens or the context is used up
-    )
+    finish_reason: str  # "stop": end of sequence, stop token or string; "length": max_tokens or the context is used up
     num_drafted: int
     num_accepted: int
     logprobs: list[float] | None = None  # of each new token under the model's own distribution, in nats, if asked for
@@ -178,8 +176,8 @@ class Engine:
                 hold whole characters and joined give the completion's text ("" without a tokenizer).
 
         Raises:
-            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary, and
-                where the engine is generating already; and later, when logits are not finite.
+            ValueError: before anything runs, for a prompt that is empty, does not fit or has tokens outside the vocabulary, for
+                stop_token_ids outside it, and where the engine is generating already; and later, when logits are not finite.
         """
         requests = self._requests(prompts, params)
         if not self._busy.acquire(blocking=False):
@@ -274,12 +272,13 @@ class Engine:
         self._decoder.assign(
             first, [r.pages for r in requests], [r.params for r in requests], [r.key for r in requests]
         )
-        new, logprobs = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests))
+        wanted = _wants_logprobs(requests)
+        new, logprobs = self._decoder.prefill(first, [r.prompt for r in requests], _mode(requests), wanted)
         self.stats.prefills += 1
         self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
-        scores = logprobs.tolist() if _wants_logprobs(requests) else [None] * len(requests)
+        scores = [None] * len(requests) if logprobs is None else logprobs[:, None].tolist()
         for request, token, score in zip(requests, new.tolist(), scores, strict=True):
-            self._take(request, [token], None if score is None else [score], on_token)
+            self._take(request, [token], score, on_token)
         self._retire()
 
     def _launch(self) -> _Round:
@@ -340,7 +339,8 @@ class Engine:
             if request.finish_reason is not None:
                 break
         self.stats.generated_tokens += taken
-        request.logprobs += (logprobs or [])[:taken]
+        if request.params.logprobs:
+            request.logprobs += logprobs[:taken]
         finished = request.finish_reason is not None
         if finished and stream is None and request.text is not None:
             request.text.push(request.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from dataclasses import dataclass
 
@@ -29,9 +30,11 @@ class SamplingParams:
             from the operating system for each prompt.
         ignore_eos: go on past the end-of-sequence token.
         stop: strings that end the completion, or None; its text ends before them. They need a tokenizer.
-        stop_token_ids: tokens that end the completion as the end of a sequence does, or None; the last is one of its tokens.
+        stop_token_ids: tokens that end the completion, whatever ignore_eos says, or None. It keeps the token, and its text too
+            unless it is a special one.
         min_p: only tokens at least min_p times as likely as the likeliest, of those that top_k and top_p leave; 0 keeps all.
-        logprobs: whether the completion has the log-probability of each of its tokens.
+        logprobs: whether the completion has the logarithm of each token's probability in the model's own distribution, before
+            temperature and filters.
 
     Raises:
         ValueError: a value outside its range.
@@ -50,8 +53,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        ids = self.stop_token_ids
-        object.__setattr__(self, "stop_token_ids", (ids,) if _is_int(ids) else tuple(ids or ()))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         checks = [
             ("max_tokens", "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens >= 1),
             ("temperature", "a finite number of at least 0", _is_number(self.temperature) and self.temperature >= 0),
@@ -59,7 +61,7 @@ class SamplingParams:
             ("top_k", "an integer from 0 to 2^63 - 1", _is_int(self.top_k) and 0 <= self.top_k < 2**63),
             ("seed", "an integer or None", self.seed is None or _is_int(self.seed)),
             ("stop", "non-empty strings", all(isinstance(s, str) and s for s in self.stop)),
-            ("stop_token_ids", "token ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids)),
+            ("stop_token_ids", "token ids of at least 0", all(t >= 0 for t in self.stop_token_ids)),
             ("min_p", "a number in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1),
             ("logprobs", "True or False", isinstance(self.logprobs, bool)),
         ]
@@ -82,6 +84,27 @@ def _is_int(x: object) -> bool:
 
 def _is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e308
+
+
+def _token_ids(ids: object) -> tuple[int, ...]:
+    """Of one id, several or None; an id is whatever can be an index, as in prompts, but no bool."""
+
+    def index(x: object) -> int:
+        if isinstance(x, bool):
+            raise TypeError
+        return operator.index(x)
+
+    if ids is None:
+        return ()
+    try:
+        return (index(ids),)
+    except TypeError:
+        pass
+    try:
+        return tuple(index(t) for t in ids)
+    except TypeError:
+        expected = "a token id, several or None"
+        raise ValueError(f"SamplingParams: stop_token_ids must be {expected}, got {ids!r}") from None
 
 
 def _signed(x: int) -> int:

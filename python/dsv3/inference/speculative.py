@@ -15,7 +15,7 @@ def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u_accept: Tensor, u_dra
     token is drawn from max(p - q, 0), normalised; after the last draft, one from p.
 
     Args:
-        p: fp32 [B, D+1, V], the model's distributions (after temperature and top-p) at the drafts' places and behind them.
+        p: fp32 [B, D+1, V], the model's distributions (after temperature and filters) at the drafts' places and behind them.
         q: fp32 [B, D, V], those that the drafts were drawn from.
         drafts: int64 [B, D], D >= 1.
         u_accept: fp64 [B, D], uniform noise.

@@ -265,13 +265,13 @@ class _LinearCrossEntropy(Function):
 def _chunk(weight: Tensor) -> int:
     """Tokens at a time. On a GPU as many as 256 MiB of logits hold: every chunk adds to the whole of dW once. On a CPU fewer,
     whose logits stay in its caches."""
-    if not weight.is_cuda:
+    if weight.device.type != "cuda":
         return 1024
     return max(128, 2**28 // (weight.shape[0] * weight.element_size()) // 128 * 128)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Sum over the targets of -log softmax(h W^T)[target] in nats, without ever holding all logits.
+    """Sum over the targets of -log softmax(h W^T)[target] in nats, without holding more logits than of a chunk of tokens.
 
     Works on `chunk` tokens at a time: logits, fp32 softmax, then (where a gradient is wanted) dh and an fp32 dW, which
     backward only scales; dW is added to `weight.main_grad` where the parameter has one. Backward runs once.
@@ -280,7 +280,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: i
         h: [T, H] bf16 or fp32.
         weight: [V, H] of h's dtype.
         targets: int64 [T]; -100 is ignored.
-        chunk: tokens whose logits exist at a time. None: as many as 256 MiB of logits hold, on a CPU 1024.
+        chunk: tokens whose logits exist at a time. None: as many as 256 MiB of logits hold, at least 128; on a CPU 1024.
 
     Returns:
         fp32 [] (fp64 for fp64 inputs).

@@ -44,7 +44,9 @@ def ranks_here() -> int:
 
 
 def ranks_share_gpus() -> bool:
-    """Whether torchrun has started more ranks on this machine than it has GPUs."""
+    """Whether torchrun has started more ranks on this machine than GPUs are visible; True of ranks of which it says nothing."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return dist.is_initialized() and dist.get_world_size() > 1
     return ranks_here() > torch.cuda.device_count()
 
 
