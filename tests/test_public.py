@@ -59,8 +59,9 @@ def test_nothing_is_read_from_the_environment() -> None:
                 touched.append(path.name)
             if isinstance(node, ast.ImportFrom) and node.module == "os":
                 touched += [path.name for name in node.names if name.name in ("environ", "getenv")]
-    assert sorted(touched) == ["data.py", "launch.py"]
-    assert 'os.environ.get("LOCAL_WORLD_SIZE", ' in (ROOT / "python/dsv3/parallel/data.py").read_text()
+    assert set(touched) == {"data.py", "launch.py"}
+    lines = (ROOT / "python/dsv3/parallel/data.py").read_text().splitlines()
+    assert {"LOCAL_WORLD_SIZE" in line for line in lines if "environ" in line} == {True}
     assert 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ' in (ROOT / "python/dsv3/train/launch.py").read_text()
     native = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
     assert len(native) > 10
