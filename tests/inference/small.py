@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3 import Config, DeepSeekV3, SamplingParams
+from dsv3.inference import Completion
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
 
@@ -64,3 +65,7 @@ def random_prompts(count: int, *, longest: int = 70, vocab: int = 64) -> list[li
 def full_logits(model: DeepSeekV3, tokens: list[int]) -> Tensor:
     """[T, V] of one pass over all tokens, without a cache."""
     return model(torch.tensor([tokens], device=model.embed.weight.device))[0]
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [c.token_ids for c in completions]

@@ -11,7 +11,7 @@ from torch import nn
 
 import dsv3
 from dsv3 import DeepSeekV3, Engine, SamplingParams
-from tests.inference.small import random_model, random_prompts, small_config
+from tests.inference.small import random_model, random_prompts, small_config, tokens_of
 
 # Sizes that all native kernels of a decoding step take.
 NATIVE = {
@@ -29,10 +29,6 @@ def make_model(device: torch.device, **changes: object) -> DeepSeekV3:
 
 def graphed(model: DeepSeekV3, **options: object) -> Engine:
     return Engine(model, cuda_graphs=True if model.embed.weight.is_cuda else None, **options)
-
-
-def tokens_of(completions: list[dsv3.inference.Completion]) -> list[list[int]]:
-    return [c.token_ids for c in completions]
 
 
 def uneven(params: SamplingParams, count: int) -> list[SamplingParams]:
