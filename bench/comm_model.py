@@ -190,8 +190,11 @@ def copy_bandwidth(rows: list[dict[str, Any]]) -> float | None:
 
 def compared(path: Path) -> list[list[str]]:
     """Expected beside measured for the rows of a results file; its own copy gives the memory's GB/s."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    copy = copy_bandwidth(rows)
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        copy = copy_bandwidth(rows)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is no results file: expected a row in JSON on every line") from None
     if copy is None:
         raise ValueError(f"{path} has no copy bandwidth")
     head = ["op", "case", "floor us", "expected us", "limit", "measured us", "measured / expected"]

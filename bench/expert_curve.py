@@ -5,8 +5,8 @@ sums between ranks are then bf16), and as the control four times more whole, fro
 four gloo processes with `tiny`; on a Hopper GPU four that share it, with `tiny`; on several one a GPU, with `mini`.
 
 Runs from nearly the same start drift apart, so the bound takes the largest of the ten distances between five whole runs: of
-twelve whole runs of `mini` on two GPUs, drawn at random, one in 40 would then be called another model. With the two distances
-of two controls, as it was, one in 8.
+twelve whole runs of `mini` on two GPUs, drawn at random with replacement, one in 40 would then be called another model. With
+the two distances of two controls, as it was, one in 8.
 """
 
 from __future__ import annotations

@@ -301,6 +301,10 @@ def test_expected_beside_measured(tmp_path: Path) -> None:
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ValueError, match="no rows of comm"):
         compared(path)
+    for text in ("# a README", "[1]", "{}"):
+        path.write_text(text + "\n")
+        with pytest.raises(ValueError, match=r"\.jsonl is no results file: expected a row in JSON on every line"):
+            compared(path)
 
 
 @pytest.mark.parametrize(
