@@ -88,6 +88,47 @@ def baseline_binder(baseline: Baseline, backend: str = "inductor") -> Callable[.
     return function if baseline.binds else binder(function)
 
 
+class Captured:
+    """A graph of calls. All its results stay alive as long as it does, so that every call writes memory of its own."""
+
+    def __init__(
+        self,
+        bind: Callable[..., Callable[[], Any]],
+        sets: Sequence[tuple[Any, ...]],
+        *,
+        calls: int,
+        reset: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.calls, self.reset = calls, reset
+        self.stream = torch.cuda.Stream()  # autograd runs a backward on the stream of its forward: all share this one
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.bound = [bind(*inputs) for inputs in sets]
+            for call in self.bound:
+                call()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = [self.bound[i % len(self.bound)]() for i in range(calls)]
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay(self) -> float:
+        """Microseconds a call."""
+        with torch.cuda.stream(self.stream):
+            self.reset()
+            self.start.record()
+            self.graph.replay()
+            self.end.record()
+            self.end.synchronize()
+        return self.start.elapsed_time(self.end) * 1e3 / self.calls
+
+
+def in_turn_us(captured: Sequence[Captured], replays: int) -> list[float]:
+    """The median of each one's replays. They take turns: what a card does as it warms up then happens to all of them. The
+    first round, which uploads the graphs, does not count."""
+    rounds = [[one.replay() for one in captured] for _ in range(replays + 1)]
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+
+
 def graph_us(
     bind: Callable[..., Callable[[], Any]],
     sets: Sequence[tuple[Any, ...]],
@@ -96,28 +137,10 @@ def graph_us(
     replays: int,
     reset: Callable[[], None] = lambda: None,
 ) -> float:
-    """Microseconds a call. All results of a graph stay alive, so that every call writes memory of its own."""
-    stream = torch.cuda.Stream()  # autograd runs a backward on the stream of its forward: bind and capture share one
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        bound = [bind(*inputs) for inputs in sets]
-        for call in bound:
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            results = [bound[i % len(bound)]() for i in range(calls)]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for _ in range(replays + 1):
-            reset()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    del results, graph, bound
+    """Microseconds a call, of one thing alone."""
+    [time] = in_turn_us([Captured(bind, sets, calls=calls, reset=reset)], replays)
     release()
-    return statistics.median(times[1:])  # the first replay uploads the graph
+    return time
 
 
 def stream_us(call: Callable[[], Any], *, calls: int, replays: int) -> float:
@@ -176,7 +199,8 @@ def measure_ceilings(protocol: Protocol) -> tuple[Ceilings, list[tuple[Case, Tim
 
 
 def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
-    """Times the op, then every baseline, on the same input sets."""
+    """Times the op and every baseline in turn on the same input sets; a baseline whose graph does not fit beside the others
+    alone, after them."""
     device = torch.device("cuda", torch.cuda.current_device())
     if case.measure is not None:
         return case.measure(device, protocol is QUICK)
@@ -192,18 +216,30 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
             for target, source in zip(tensors(arguments), tensors(pristine), strict=True):
                 target.copy_(source)
 
-    def time(bind: Callable[..., Callable[[], Any]]) -> float:
+    def capture(bind: Callable[..., Callable[[], Any]]) -> Captured:
         reset()
-        return graph_us(bind, sets, calls=calls, replays=protocol.replays, reset=reset)
+        return Captured(bind, sets, calls=calls, reset=reset)
 
-    op_us = time(binder(case.run))
-    baselines, errors = {}, []
+    op, together, alone, errors = capture(binder(case.run)), {}, [], []
     for name, baseline in case.baselines.items():
         try:
-            baselines[name] = time(baseline_binder(baseline))
+            together[name] = capture(baseline_binder(baseline))
+        except torch.OutOfMemoryError:
+            alone.append(name)
+            release()
         except Exception as error:  # a peer that fails must not hide the others
             errors.append(f"{name}: {one_line(error)}")
             release()
+    op_us, *times = in_turn_us([op, *together.values()], protocol.replays)
+    baselines = dict(zip(together, times, strict=True))
+    del op, together
+    release()
+    for name in alone:
+        try:
+            [baselines[name]] = in_turn_us([capture(baseline_binder(case.baselines[name]))], protocol.replays)
+        except Exception as error:
+            errors.append(f"{name}: {one_line(error)}")
+        release()
     return Timing(op_us, {**baselines, **case.published}, errors=errors)
 
 

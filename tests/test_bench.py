@@ -450,6 +450,51 @@ def test_a_quick_run_measures_natively(tmp_path):
     assert all(r["gbs"] < 10_000 and r["tflops"] < 4000 for r in rows)
 
 
+class Clocked:
+    """Takes as long as it is told; notes when it ran."""
+
+    def __init__(self, name: str, times: list[float], ran: list[str]) -> None:
+        self.name, self.times, self.ran = name, iter(times), ran
+
+    def replay(self) -> float:
+        self.ran.append(self.name)
+        return next(self.times)
+
+
+def test_what_is_compared_runs_in_turn() -> None:
+    ran: list[str] = []
+    timed = [Clocked("op", [9.0, 1.0, 3.0, 2.0], ran), Clocked("peer", [9.0, 6.0, 4.0, 5.0], ran)]
+    assert timing.in_turn_us(timed, replays=3) == [2.0, 5.0]  # without the first of each
+    assert ran == ["op", "peer"] * 4
+
+
+@pytest.mark.parametrize("alone_fits", [True, False])
+def test_a_peer_that_does_not_fit_beside_the_others_is_timed_alone(monkeypatch, alone_fits):
+    """And is an error where it does not fit alone either; one that fails otherwise is an error at once."""
+    events: list[str] = []
+
+    def capture(bind, sets, **_):
+        name = bind(*sets[0])()
+        events.append(name)
+        if name == "broken" or (name == "large" and (events.count(name) == 1 or not alone_fits)):
+            raise torch.OutOfMemoryError(name) if name == "large" else ValueError(name)
+        return Clocked(name, [7.0 if name == "large" else 2.0] * 9, events)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(timing, "release", lambda: events.append("release"))
+    monkeypatch.setattr(timing, "Captured", capture)
+    peers = {name: Baseline(lambda x, name=name: name) for name in ("large", "broken", "small")}
+    case = Case(
+        op="x", case={}, flops=1, bytes=1, inputs=lambda _: (torch.ones(3),), run=lambda _: "op", baselines=peers
+    )
+    timed = timing.measure_case(case, CEILINGS, timing.QUICK)
+    assert timed.time_us == 2.0
+    assert timed.baselines == {"small": 2.0} | ({"large": 7.0} if alone_fits else {})
+    assert [line.split(":")[0] for line in timed.errors] == ["broken"] + ([] if alone_fits else ["large"])
+    second = [i for i, event in enumerate(events) if event == "large"][1]
+    assert events[second - 1] == "release"  # of what the others held
+
+
 @pytest.mark.cuda
 def test_spoiled_inputs_are_restored():
     x = torch.zeros(1024, device="cuda")

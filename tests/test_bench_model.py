@@ -129,7 +129,8 @@ def test_the_expert_layer_does_all_of_its_work() -> None:
 def test_what_is_published_stands_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the row, but never as the best peer."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(timing, "graph_us", lambda *args, **options: 50.0)
+    monkeypatch.setattr(timing, "Captured", lambda *args, **options: None)
+    monkeypatch.setattr(timing, "in_turn_us", lambda captured, replays: [50.0 for _ in captured])
     published = {"published elsewhere": 10.0}
     case = Case(op="x", case={}, flops=1, bytes=1, inputs=lambda device: (torch.ones(3),), published=published)
     timed = timing.measure_case(case, timing.Ceilings(1.0, 1.0, 1.0, 1.0), timing.QUICK)

@@ -78,6 +78,7 @@ def _has_deep_gemm() -> bool:
 def _deep_gemm(name: str) -> Callable[..., None]:
     import deep_gemm
 
+    deep_gemm.set_pdl(True)  # as our kernels are launched
     return getattr(deep_gemm, name)
 
 

@@ -1,31 +1,29 @@
-// The kernel for up to 128 rows, bound by reading B once: a block takes 64 or 128 rows of B and a part of K; the blocks
-// of a cluster hold the parts, and add their partial sums through distributed shared memory in the order of K. A
-// producer warp fills a ring by TMA, deep enough for the latency of device memory; one warpgroup for every 64 rows
-// multiplies. Roofline: README.md.
+// The kernel for up to 128 rows, bound by reading B once: a block takes 64 rows of B and a part of K; the blocks of a
+// cluster hold the parts, and add their partial sums through distributed shared memory in the order of K. Two producer
+// warps, one for B and one for A and its scales, fill a ring by TMA, deep enough for the latency of device memory; a
+// warpgroup multiplies by up to 64 rows of A. Roofline: README.md.
 #pragma once
 
 #include "transposed.cuh"
 
 namespace dsv3 {
 
-template <class Out_, int kTokens_, int kGroups_, bool kDeep_>
+template <class Out_, int kTokens_, bool kDeep_>
 struct FewRowsConfig {
   using Out = Out_;
-  static constexpr int kTokens = kTokens_;  // 16, 32, 64 or 128: rows of A, columns of the tensor core
-  static constexpr int kGroups = kGroups_;  // warpgroups that multiply, 64 rows of B each
-  static constexpr int kRows = kGroups * 64;
-  static constexpr int kWarps = kGroups * kWarpgroupWarps;
-  static constexpr int kThreads = (kWarps + 1) * kWarpSize;
+  static constexpr int kTokens = kTokens_;          // 16, 32, 64 or 128: rows of A
+  static constexpr int kN = std::min(kTokens, 64);  // of a warpgroup: columns of the tensor core
+  static constexpr int kRows = 64;                  // of B
+  static constexpr int kWarps = kTokens / kN * kWarpgroupWarps;
+  static constexpr int kProducers = 2;  // NOTE: one warp takes 0.22 us for the copies of a K block
+  static constexpr int kThreads = (kWarps + kProducers) * kWarpSize;
   // A whole multiprocessor's memory in flight, or half of it, so that the next kernel's blocks can move in early.
-  static constexpr int kBlocks = kDeep_ || kRows + kTokens > 192 ? 1 : 2;
+  static constexpr int kBlocks = kDeep_ ? 1 : 2;
   static constexpr int kStageBytes = (kRows + kTokens) * kBlockK + kTokens * 4 + 32;
   static constexpr int kStages = (kBlocks == 1 ? 216 : 104) * 1024 / kStageBytes;
-  // K blocks whose products are under way at once: as many as registers hold.
-  static constexpr int kRegisters = kGroups == 2 ? (kBlocks == 2 ? 96 : 168) : kBlocks == 2 ? 168 : 240;
-  static constexpr bool fits(int products) { return kTokens / 2 * (1 + products) + 46 <= kRegisters; }
-  static constexpr int kAtOnce = kTokens <= 32 && fits(4) ? 4 : fits(2) ? 2 : 1;
+  static constexpr int kAtOnce = kN <= 32 ? 4 : 2;  // K blocks whose products are under way: as many as registers hold
   // Sums travel in units of 16 tokens of a warp's 16 weights.
-  static constexpr int kUnitsAWarp = kTokens / 16, kUnits = kWarps * kUnitsAWarp;
+  static constexpr int kUnitsAWarp = kN / 16, kUnits = kWarps * kUnitsAWarp;
 };
 
 // Eight fp32 a lane, as two vectors.
@@ -40,12 +38,11 @@ struct FewRowsShared {
       alignas(1024) uint8_t b[C::kStages][C::kRows * kBlockK];
       alignas(1024) uint8_t a[C::kStages][C::kTokens * kBlockK];
       alignas(16) float a_sf[C::kStages][C::kTokens];
-      float b_sf[C::kStages];
     };
     Unit received[C::kUnits + 8];  // once no ring of the cluster is in use: of every block's units that this one adds
   };
   alignas(16) uint8_t scratch[C::kWarps][kScratchBytes];
-  RingBarriers<C::kStages, C::kWarps, 1, 1> ring;
+  RingBarriers<C::kStages, C::kWarps, 1, C::kProducers - 1> ring;
   uint64_t arrived;  // the units of all blocks
 };
 
@@ -55,64 +52,68 @@ struct FewRowsParams {
   RowScales a_sf;
   const float* b_sf;  // [ceil(N / 128), depth_blocks]
   int rows, columns, depth_blocks;
+  int tokens;  // of a tile, a multiple of 8. NOTE: a copy of rows that do not exist takes longer than one of others
   int splits;  // of K, the blocks of a cluster
   bool accumulate, static_weights;
 };
 
-// The tiles of a block, and its part of K.
+// The tiles of a block, and its part of K. Tiles of the same weights follow each other. By a whole warp.
 template <class C>
 struct FewRowsWork {
-  int tile, step, tiles, begin, end;
+  int tile, step, tiles, token_tiles, begin, end;
   __device__ __forceinline__ explicit FewRowsWork(const FewRowsParams& p) {
-    const int split = blockIdx.x % p.splits;
-    tile = blockIdx.x / p.splits;
-    step = gridDim.x / p.splits;
-    tiles = ceil_div(p.columns, C::kRows);
-    begin = p.depth_blocks * split / p.splits;
-    end = p.depth_blocks * (split + 1) / p.splits;
+    const int split = uniform(blockIdx.x % p.splits);  // of a division the compiler does not know that it is uniform
+    tile = uniform(blockIdx.x / p.splits);
+    step = uniform(gridDim.x / p.splits);
+    token_tiles = ceil_div(p.rows, p.tokens);
+    tiles = ceil_div(p.columns, C::kRows) * token_tiles;
+    begin = uniform(p.depth_blocks * split / p.splits);
+    end = uniform(p.depth_blocks * (split + 1) / p.splits);
   }
+  // The first of a tile's weights, and its number among those of the same weights.
+  __device__ __forceinline__ int weight(int of_tile) const { return uniform(of_tile / token_tiles) * C::kRows; }
+  __device__ __forceinline__ int token_tile() const { return uniform(tile % token_tiles); }
 };
 
+// NOTE: by an elected lane, not by lane 0: around each copy of a lane that it does not know to be the only one the
+// compiler puts a loop over lanes.
 template <class C>
-__device__ __forceinline__ void produce(const FewRowsParams& p, FewRowsShared<C>& shared) {
-  constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST, kOften = cute::TMA::CacheHintSm90::EVICT_LAST;
-  const int lane = threadIdx.x % kWarpSize;
-  const int sf_bytes = p.a_sf.bytes(0, C::kTokens);
-  const int bytes = (C::kRows + C::kTokens) * kBlockK + sf_bytes;
-  FewRowsWork<C> work(p);
-  if (lane == 0) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.a));
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.b));
-  }
+__device__ __forceinline__ void produce_weights(const FewRowsParams& p, FewRowsShared<C>& shared) {
+  constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
   // Weights that nobody writes need not wait for the kernel ahead. NOTE: asking the L2 cache for the others meanwhile
   // (cp.async.bulk.prefetch) made every shape slower, by 0.7 to 2 us, and by half where they exceed the cache.
-  const int early = p.static_weights ? min(work.end - work.begin, C::kStages) : 0;
-  if (lane == 0) {
-    for (int i = 0; i < early; ++i) {
-      shared.ring.expect(i, bytes);
-      tma_load(shared.b[i], p.b, shared.ring.full[i], (work.begin + i) * kBlockK, work.tile * C::kRows, kOnce);
+  FewRowsWork<C> work(p);
+  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.b));
+  if (!p.static_weights) wait_for_inputs();
+  RingState<C::kStages> at;
+  for (; work.tile < work.tiles; work.tile += work.step) {
+    const int weight = work.weight(work.tile);
+    for (int block = work.begin; block < work.end; ++block, at.advance()) {
+      shared.ring.wait_empty(at);
+      if (!cute::elect_one_sync()) continue;
+      shared.ring.expect(at.stage, sizeof(shared.b[0]));
+      tma_load(shared.b[at.stage], p.b, shared.ring.full[at.stage], block * kBlockK, weight, kOnce);
     }
   }
+}
+
+template <class C>
+__device__ __forceinline__ void produce_tokens(const FewRowsParams& p, FewRowsShared<C>& shared) {
+  constexpr auto kOften = cute::TMA::CacheHintSm90::EVICT_LAST;
+  FewRowsWork<C> work(p);
+  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&p.a));
   wait_for_inputs();
   release_dependents();
   RingState<C::kStages> at;
-  int loaded = early;
   for (; work.tile < work.tiles; work.tile += work.step) {
-    const float* const b_sf = p.b_sf + static_cast<int64_t>(work.tile * C::kRows / kBlockK) * p.depth_blocks;
-    for (int block = work.begin; block < work.end; ++block, at.advance(), --loaded) {
+    const int token = work.token_tile() * p.tokens, sf_bytes = p.a_sf.bytes(token, p.tokens);
+    for (int block = work.begin; block < work.end; ++block, at.advance()) {
       shared.ring.wait_empty(at);
+      if (!cute::elect_one_sync()) continue;
       uint64_t& full = shared.ring.full[at.stage];
-      if (lane == 0) {
-        if (loaded <= 0) {
-          shared.ring.expect(at.stage, bytes);
-          tma_load(shared.b[at.stage], p.b, full, block * kBlockK, work.tile * C::kRows, kOnce);
-        }
-        tma_load(shared.a[at.stage], p.a, full, block * kBlockK, 0, kOften);
-        load_scales(shared.a_sf[at.stage], p.a_sf.at(0, block), sf_bytes, full);
-      } else if (lane == 1) {
-        copy_float_async(&shared.b_sf[at.stage], b_sf + block);
-        arrive_when_copied(full);
-      }
+      shared.ring.expect(at.stage, p.tokens * kBlockK + sf_bytes);
+      tma_load(shared.a[at.stage], p.a, full, block * kBlockK, token, kOften);
+      load_scales(shared.a_sf[at.stage], p.a_sf.at(token, block), sf_bytes, full);
     }
   }
 }
@@ -120,58 +121,59 @@ __device__ __forceinline__ void produce(const FewRowsParams& p, FewRowsShared<C>
 // Where a warp finds a stage's operands and scales, as addresses that are computed once.
 template <class C>
 struct FewRowsStages {
-  uint32_t full, empty, a, b, a_sf, b_sf;
+  uint32_t full, empty, a, b, a_sf;
   __device__ __forceinline__ explicit FewRowsStages(const FewRowsShared<C>& shared)
-      : full(shared_address(shared.ring.full)),
-        empty(shared.ring.empty_address()),
-        a(uniform(matrix_descriptor(shared_address(shared.a)))),
-        b(uniform(matrix_descriptor(shared_address(shared.b)) +
-                  uniform_warp() / kWarpgroupWarps * (64 * kBlockK / 16))),
-        a_sf(shared_address(shared.a_sf)),
-        b_sf(shared_address(shared.b_sf)) {}
+      : full(shared_address(shared.ring.full)), empty(shared.ring.empty_address()) {
+    const uint32_t part = uniform_warp() / kWarpgroupWarps;  // of the tokens
+    a = uniform(matrix_descriptor(shared_address(shared.a)) + part * (C::kN * kBlockK / 16));
+    b = uniform(matrix_descriptor(shared_address(shared.b)));
+    a_sf = shared_address(shared.a_sf) + part * C::kN * 4;
+  }
 };
 
-// kCount K blocks at once: a block's chain of waits is longer than its product, so several products are under way
-// before the first is promoted.
+// kCount K blocks at once, from `first` on; lane l of weight_sf has the weights' scale of K block l. A block's chain of
+// waits is longer than its product, so several products are under way before the first is promoted. Scales are loaded
+// before a product begins: a load after it, also one of another warpgroup, queues behind its operands.
 template <class C, int... kIndex>
-__device__ __forceinline__ void multiply_blocks(const FewRowsStages<C>& stages, float (&sum)[C::kTokens / 2],
-                                                RingState<C::kStages>& at, std::integer_sequence<int, kIndex...>) {
+__device__ __forceinline__ void multiply_blocks(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2],
+                                                float weight_sf, int first, RingState<C::kStages>& at,
+                                                std::integer_sequence<int, kIndex...>) {
   using Shared = FewRowsShared<C>;
   using Ring = decltype(Shared::ring);
-  constexpr int kCount = sizeof...(kIndex), kTokens = C::kTokens;
-  float product[kCount][kTokens / 2];
+  constexpr int kCount = sizeof...(kIndex), kN = C::kN;
+  float product[kCount][kN / 2], weight[kCount];
+  TokenScales<kN> tokens[kCount];
   int stage[kCount];
   const auto start = [&](int i) {
     stage[i] = at.stage;
+    weight[i] = __shfl_sync(0xffffffffu, weight_sf, first + i);
     Ring::wait_full(stages.full, at);
-    start_product<kTokens>(stages.b + at.stage * (sizeof(Shared::b[0]) / 16),
-                           stages.a + at.stage * (sizeof(Shared::a[0]) / 16), product[i]);
+    tokens[i].template load<true>(stages.a_sf + at.stage * sizeof(Shared::a_sf[0]));
+    start_product<kN>(stages.b + at.stage * (sizeof(Shared::b[0]) / 16),
+                      stages.a + at.stage * (sizeof(Shared::a[0]) / 16), product[i]);
     at.advance();
   };
   const auto finish = [&](auto i) {
-    finish_product<kTokens, kCount - 1 - i>(product[i]);
-    promote_transposed<kTokens, true>(sum, product[i],
-                                      load_shared_float(stages.b_sf + stage[i] * sizeof(Shared::b_sf[0])),
-                                      stages.a_sf + stage[i] * sizeof(Shared::a_sf[0]));
+    finish_product<kN, kCount - 1 - i>(product[i]);
     Ring::release(stages.empty, stage[i]);
+    promote_transposed<kN>(sum, product[i], weight[i], tokens[i]);
   };
   (start(kIndex), ...);
   (finish(std::integral_constant<int, kIndex>{}), ...);
 }
 
+// Up to 32 K blocks.
 template <class C>
-__device__ __forceinline__ void multiply(const FewRowsShared<C>& shared, float (&sum)[C::kTokens / 2], int blocks,
-                                         RingState<C::kStages>& at) {
-  constexpr int kCount = C::kAtOnce;
-  const FewRowsStages<C> stages(shared);
-  int i = 0;
+__device__ __forceinline__ void multiply(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2], float weight_sf,
+                                         int blocks, RingState<C::kStages>& at) {
+  int first = 0;
 #pragma unroll 1
-  for (; i + kCount <= blocks; i += kCount) {
-    multiply_blocks<C>(stages, sum, at, std::make_integer_sequence<int, kCount>{});
+  for (; first + C::kAtOnce <= blocks; first += C::kAtOnce) {
+    multiply_blocks<C>(stages, sum, weight_sf, first, at, std::make_integer_sequence<int, C::kAtOnce>{});
   }
 #pragma unroll 1
-  for (; i < blocks; ++i) {
-    multiply_blocks<C>(stages, sum, at, std::make_integer_sequence<int, 1>{});
+  for (; first < blocks; ++first) {
+    multiply_blocks<C>(stages, sum, weight_sf, first, at, std::make_integer_sequence<int, 1>{});
   }
 }
 
@@ -183,7 +185,7 @@ __device__ __forceinline__ void sync_splits() {
 // Unit u of the tile is added by block u % splits of the cluster, there as number u / splits. Every block sends its
 // sums.
 template <class C>
-__device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float (&sum)[C::kTokens / 2], int split,
+__device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float (&sum)[C::kN / 2], int split,
                                            int splits) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -225,16 +227,40 @@ __device__ __forceinline__ void add_unit(const FewRowsShared<C>& shared, int slo
 template <class C>
 __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>& shared) {
   using Out = typename C::Out;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = uniform_warp();
+  const FewRowsStages<C> stages(shared);
   FewRowsWork<C> work(p);
   RingState<C::kStages> at;
-  const auto target = [&](int tile, int of_warp) {
-    return Target<Out>{static_cast<Out*>(p.out),       p.columns, p.rows,
-                       tile * C::kRows + of_warp * 16, p.columns, p.accumulate};
+  // The scales of the warp's weights, those of 32 K blocks one a lane, loaded ahead.
+  const auto load_weights = [&](int tile, int base) {
+    const int row = min(work.weight(tile), p.columns - 1) / kBlockK;
+    const int block = min(work.begin + base + static_cast<int>(threadIdx.x) % kWarpSize, p.depth_blocks - 1);
+    return __ldg(p.b_sf + static_cast<int64_t>(row) * p.depth_blocks + block);
   };
+  const auto write_unit = [&](int unit, const float* sum) {
+    const int of_warp = unit / C::kUnitsAWarp;
+    const int begin = work.token_tile() * p.tokens;
+    const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(begin) * p.columns,
+                             p.columns,
+                             min(p.tokens, p.rows - begin),
+                             work.weight(work.tile) + of_warp % kWarpgroupWarps * 16,
+                             p.columns,
+                             p.accumulate};
+    const int token = of_warp / kWarpgroupWarps * C::kN + unit % C::kUnitsAWarp * 16;
+    write_tokens(target, token, sum, shared.scratch[warp]);
+  };
+  wait_for_inputs();
+  release_dependents();
+  float next_weights = load_weights(work.tile, 0);
   for (; work.tile < work.tiles; work.tile += work.step) {
-    float sum[C::kTokens / 2] = {};
-    multiply<C>(shared, sum, work.end - work.begin, at);
+    float sum[C::kN / 2] = {};
+    const int blocks = work.end - work.begin;
+    for (int base = 0; base < blocks; base += kWarpSize) {
+      const float weights = next_weights;
+      const int next = base + kWarpSize;
+      next_weights = next < blocks ? load_weights(work.tile, next) : load_weights(work.tile + work.step, 0);
+      multiply<C>(stages, sum, weights, min(kWarpSize, blocks - base), at);
+    }
     if (p.splits > 1) {
       // One tile a block. All rings of the cluster must be done before sums may land in their place.
       const int split = blockIdx.x % p.splits;
@@ -244,16 +270,13 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
       cutlass::arch::ClusterBarrier::wait(&shared.arrived, 0);
       asm volatile("" ::: "memory");  // the loads of what arrived stay below
       for (int slot = warp; slot * p.splits + split < C::kUnits; slot += C::kWarps) {
-        const int unit = slot * p.splits + split;
         float total[8];
         add_unit<C>(shared, slot, p.splits, total);
-        write_tokens(target(work.tile, unit / C::kUnitsAWarp), unit % C::kUnitsAWarp * 16, total, shared.scratch[warp]);
+        write_unit(slot * p.splits + split, total);
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < C::kUnitsAWarp; ++j) {
-        write_tokens(target(work.tile, warp), 16 * j, &sum[8 * j], shared.scratch[warp]);
-      }
+      for (int j = 0; j < C::kUnitsAWarp; ++j) write_unit(warp * C::kUnitsAWarp + j, &sum[8 * j]);
     }
   }
 }
@@ -262,6 +285,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks) few_rows_kernel(const __grid_constant__ FewRowsParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<FewRowsShared<C>*>(raw);
+  const int warp = uniform_warp();  // NOTE: else the compiler keeps nothing in uniform registers
   if (threadIdx.x == C::kWarps * kWarpSize) {
     shared.ring.init();
     const int split = blockIdx.x % p.splits, mine = ceil_div(C::kUnits - split, p.splits);
@@ -270,14 +294,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) few_rows_kernel(const
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared.arrived, mine * p.splits * sizeof(Unit));
   }
   __syncthreads();
-  if (threadIdx.x < C::kWarps * kWarpSize) {
-    wait_for_inputs();
-    release_dependents();
+  if (warp < C::kWarps) {
     consume<C>(p, shared);
-  } else {
-    produce<C>(p, shared);
-    if (p.splits > 1) sync_splits();
+    return;
   }
+  warp == C::kWarps ? produce_weights<C>(p, shared) : produce_tokens<C>(p, shared);
+  if (p.splits > 1) sync_splits();
 }
 
 }  // namespace dsv3

@@ -47,33 +47,37 @@ Launch few_rows_shape(int splits) {
 
 // How few_rows.cuh cuts a product, and the time in us that it should take.
 struct FewRowsPlan {
-  int groups = 0, splits = 0;
+  bool deep = false, half = false;  // a whole multiprocessor a block; tiles of half of the tokens
+  int splits = 0;
   double us = 1e30;
 };
-
-// The time of a cut: a block's way through its part of K or what all take from device memory, whichever is longer, and
-// the exchange of sums. The numbers were fitted to times on an H100 (README.md). Where two blocks fit on a
-// multiprocessor, those of a cluster share some even though others are idle.
-template <class C>
-void consider(FewRowsPlan& best, int64_t columns, int64_t depth_blocks, int splits) {
-  constexpr double kBytes = 128.0 * (C::kRows + C::kTokens);
-  const int tiles = static_cast<int>(ceil_div(columns, C::kRows));
-  const int resident = resident_clusters(kName, few_rows_kernel<C>, few_rows_shape<C>(splits));
-  if (resident == 0) return;
-  const double sharing = splits == 1 || C::kBlocks == 1 ? 1.0 : 1.5;
-  const double wide = C::kRows + C::kTokens > 192 ? 0.15 : 0.0;
-  const double block = std::max(0.22 + wide + 6.5e-6 * kBytes, sharing * kBytes / 85e3);
-  const double loads = ceil_div(tiles, resident) * ceil_div(depth_blocks, splits) * block;
-  const double all = 128.0 * C::kRows * tiles * depth_blocks / 2.9e6;
-  const double sums = splits > 1 ? 0.6 + 0.3 * splits + 4.0 * C::kRows * C::kTokens / 50e3 : 0.0;
-  const double us = std::max(loads, all) + sums;
-  if (us < best.us) best = {C::kGroups, splits, us};
+template <class Out, int kTokens, class F>
+void with_config(const FewRowsPlan& plan, F&& f) {
+  if constexpr (kTokens == 128) {
+    if (!plan.half) return f(FewRowsConfig<Out, 128, true>{});
+    plan.deep ? f(FewRowsConfig<Out, 64, true>{}) : f(FewRowsConfig<Out, 64, false>{});
+  } else {
+    plan.deep ? f(FewRowsConfig<Out, kTokens, true>{}) : f(FewRowsConfig<Out, kTokens, false>{});
+  }
 }
 
-template <class Out, int kTokens, int kGroups>
-using FewRowsWhole = FewRowsConfig<Out, kTokens, kGroups, true>;
-template <class Out, int kTokens, int kGroups>
-using FewRowsSplit = FewRowsConfig<Out, kTokens, kGroups, false>;
+// The time of a cut: a block's way through its part of K or what all take from device memory, whichever is longer, the
+// ends of tiles, and the exchange of sums. The numbers were fitted to times on an H200 (README.md). NOTE: of a cluster,
+// several blocks share a multiprocessor even though others are idle.
+template <class C>
+double few_rows_us(int tokens, int64_t columns, int64_t depth_blocks, int splits) {
+  const int64_t weights = ceil_div(columns, C::kRows), tiles = weights * ceil_div(tokens, C::kTokens);
+  const int64_t resident = resident_clusters(kName, few_rows_kernel<C>, few_rows_shape<C>(splits));
+  if (resident == 0 || (splits > 1 && tiles > resident)) return 1e30;
+  constexpr double kStage = kBlockK * (C::kRows + C::kTokens);
+  const double waves = ceil_div(tiles, resident);
+  const double load = static_cast<double>(std::min(tiles, resident) * splits) / sm_count();
+  const double block = std::max(0.16, std::max(load, 1.0) * kStage / 85e3);
+  const double loads = waves * ceil_div(depth_blocks, splits) * block + (waves - 1) * 1.2;
+  const double all = static_cast<double>(weights * C::kRows * depth_blocks * kBlockK) / 4e6;
+  const double sums = splits > 1 ? 0.3 + 0.1 * splits + 2.2 * load * C::kTokens / 64 : 0.0;
+  return std::max(loads, all) + sums + 0.03 * C::kTokens + (C::kBlocks == 1 ? 0.2 : 0.0);
+}
 
 // Kept a device and size of the weights: weighing up the cuts takes as long as a launch.
 template <class Out, int kTokens>
@@ -84,12 +88,21 @@ FewRowsPlan plan_few_rows(int64_t columns, int64_t depth_blocks, bool batch_inva
   const std::tuple key{device, columns, depth_blocks, batch_invariant};
   if (const auto found = known.find(key); found != known.end()) return found->second;
   FewRowsPlan best;
-  consider<FewRowsWhole<Out, kTokens, 1>>(best, columns, depth_blocks, 1);
-  consider<FewRowsWhole<Out, kTokens, 2>>(best, columns, depth_blocks, 1);
   const int most = batch_invariant ? 1 : static_cast<int>(std::min<int64_t>(8, depth_blocks));
-  for (int splits = 2; splits <= most; ++splits) {
-    consider<FewRowsSplit<Out, kTokens, 1>>(best, columns, depth_blocks, splits);
-    consider<FewRowsSplit<Out, kTokens, 2>>(best, columns, depth_blocks, splits);
+  const auto consider = [&](FewRowsPlan plan) {
+    for (plan.splits = 1; plan.splits <= most; ++plan.splits) {
+      with_config<Out, kTokens>(plan, [&](auto config) {
+        plan.us = few_rows_us<decltype(config)>(kTokens, columns, depth_blocks, plan.splits);
+      });
+      if (plan.us < best.us) best = plan;
+    }
+  };
+  consider({.deep = true});
+  if (kTokens == 128) {
+    consider({.deep = true, .half = true});
+    consider({.half = true});
+  } else {
+    consider({});
   }
   if (best.splits == 0) throw std::runtime_error("fp8_gemm: no cluster of this kernel fits on the device");
   return known[key] = best;
@@ -98,9 +111,11 @@ FewRowsPlan plan_few_rows(int64_t columns, int64_t depth_blocks, bool batch_inva
 template <class C>
 void launch_few_rows(const WideProblem& x, int splits, bool static_weights, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
-  const int tiles = ceil_div(x.columns, C::kRows);
+  const int token_tiles = ceil_div(x.rows, C::kTokens);
+  const int tiles = ceil_div(x.columns, C::kRows) * token_tiles;
   FewRowsParams p;
-  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kTokens, kBlockK, true);
+  p.tokens = ceil_div(ceil_div(x.rows, token_tiles), 8) * 8;
+  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), p.tokens, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kRows, kBlockK, true);
   p.out = x.out.data<void>();
@@ -117,21 +132,12 @@ void launch_few_rows(const WideProblem& x, int splits, bool static_weights, cuda
   launch(kName, few_rows_kernel<C>, shape, stream, p);
 }
 
-template <class Out, int kTokens>
-void launch_plan(const WideProblem& x, const FewRowsPlan& plan, bool static_weights, cudaStream_t stream) {
-  const auto run = [&](auto config) { launch_few_rows<decltype(config)>(x, plan.splits, static_weights, stream); };
-  if (plan.splits == 1) {
-    plan.groups == 1 ? run(FewRowsWhole<Out, kTokens, 1>{}) : run(FewRowsWhole<Out, kTokens, 2>{});
-  } else {
-    plan.groups == 1 ? run(FewRowsSplit<Out, kTokens, 1>{}) : run(FewRowsSplit<Out, kTokens, 2>{});
-  }
-}
-
 template <class Out>
 void launch_few_rows(const WideProblem& x, bool batch_invariant, bool static_weights, cudaStream_t stream) {
   const auto run = [&](auto tokens) {
     const auto plan = plan_few_rows<Out, tokens>(x.columns, ceil_div(x.k, kBlockK), batch_invariant);
-    launch_plan<Out, tokens>(x, plan, static_weights, stream);
+    with_config<Out, tokens>(
+        plan, [&](auto config) { launch_few_rows<decltype(config)>(x, plan.splits, static_weights, stream); });
   };
   if (x.rows <= 16) return run(std::integral_constant<int, 16>{});
   if (x.rows <= 32) return run(std::integral_constant<int, 32>{});

@@ -1,7 +1,7 @@
 // out[r] = A[r, K] B[g, N, K]^T for the rows r of each group, offsets[g] <= r < offsets[g + 1], and the same with a
 // number of rows a group instead of offsets (the masked layout of decoding). Groups of any size, no padding; the
-// offsets are read on the device alone. 2 R N K operations; bytes R K + G N K + out. Many rows a group take wide.cuh,
-// bound by the tensor cores; few take narrow.cuh, which reads the weights once.
+// offsets are read on the device alone. 2 R N K operations; bytes R K + G N K + out. Groups of many rows take wide.cuh,
+// bound by the tensor cores; those of few narrow.cuh, which reads the weights once.
 #include "../ops.h"
 #include "narrow.cuh"
 #include "wide_launch.cuh"
@@ -9,14 +9,13 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kFewRowsAGroup = 128;    // on average; the host knows no more
-constexpr int kFewRowsOfCounts = 128;  // of one group of the masked layout, as the device finds it
+constexpr int kFewRows = 128;  // a group on average; the host knows no more
 
 template <Layout kLayout, class Out>
 using Wide = WideConfig<kLayout, Out, false, 128, 2, 2, 4, 2>;
 
 template <Layout kLayout, class Out>
-void launch_narrow(const char* name, const WideProblem& x, int most_rows, cudaStream_t stream) {
+void launch_narrow(const char* name, const WideProblem& x, cudaStream_t stream) {
   using C = NarrowConfig<kLayout, Out>;
   static_assert(sizeof(NarrowShared<C>) <= 227 * 1024, "the stages do not fit");
   const int64_t blocks = ceil_div(x.k, kBlockK);
@@ -32,13 +31,21 @@ void launch_narrow(const char* name, const WideProblem& x, int most_rows, cudaSt
   p.columns = x.columns;
   p.depth_blocks = static_cast<int>(blocks);
   p.groups = x.groups;
-  p.most_rows = most_rows;
   Launch shape{dim3(), dim3(C::kThreads), sizeof(NarrowShared<C>), C::kCluster};
   const int64_t pairs = ceil_div(x.columns, kTileRows * C::kCluster);
-  const int64_t tiles = pairs * (ceil_div(x.a_rows, C::kTokens) + x.groups);
-  const int64_t clusters = std::min<int64_t>(tiles, some_clusters(name, narrow_kernel<C>, shape));
+  const int64_t clusters = std::min<int64_t>(pairs * x.groups, some_clusters(name, narrow_kernel<C>, shape));
   shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
   launch(name, narrow_kernel<C>, shape, stream, p);
+}
+
+// Groups of few rows and groups of many are two kernels, each of which passes over the other's: only the device knows
+// how many rows they have.
+template <Layout kLayout, class Out>
+void launch_both(const char* name, const WideProblem& x, cudaStream_t stream) {
+  launch_narrow<kLayout, Out>(name, x, stream);
+  WideProblem many = x;
+  many.fewest_rows = NarrowConfig<kLayout, Out>::kTokens + 1;
+  if (x.limit >= many.fewest_rows) launch_wide<Wide<kLayout, Out>>(name, many, stream);
 }
 
 // Checks b and its scales against a's K and returns (G, N).
@@ -94,21 +101,12 @@ void grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, 
                       false};
   // Every sum runs over K in order, whatever the kernel: batch_invariant changes nothing here.
   (void)batch_invariant;
-  if (r <= kFewRowsAGroup * groups) {
-    return wide_out ? launch_narrow<Layout::kRows, float>(kName, x, rows, stream)
-                    : launch_narrow<Layout::kRows, __nv_bfloat16>(kName, x, rows, stream);
+  if (r <= kFewRows * groups) {
+    return wide_out ? launch_both<Layout::kRows, float>(kName, x, stream)
+                    : launch_both<Layout::kRows, __nv_bfloat16>(kName, x, stream);
   }
   return wide_out ? launch_wide<Wide<Layout::kRows, float>>(kName, x, stream)
                   : launch_wide<Wide<Layout::kRows, __nv_bfloat16>>(kName, x, stream);
-}
-
-// Groups of few rows and groups of many are two kernels, each of which passes over the other's.
-template <class Out>
-void launch_masked(const char* name, const WideProblem& x, cudaStream_t stream) {
-  launch_narrow<Layout::kMasked, Out>(name, x, kFewRowsOfCounts, stream);
-  WideProblem many = x;
-  many.fewest_rows = kFewRowsOfCounts + 1;
-  if (x.limit > kFewRowsOfCounts) launch_wide<Wide<Layout::kMasked, Out>>(name, many, stream);
 }
 
 void masked_grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, Tensor counts,
@@ -149,7 +147,8 @@ void masked_grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor
                       static_cast<int>(r),
                       false};
   (void)batch_invariant;
-  wide_out ? launch_masked<float>(kName, x, stream) : launch_masked<__nv_bfloat16>(kName, x, stream);
+  wide_out ? launch_both<Layout::kMasked, float>(kName, x, stream)
+           : launch_both<Layout::kMasked, __nv_bfloat16>(kName, x, stream);
 }
 
 }  // namespace dsv3

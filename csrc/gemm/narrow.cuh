@@ -1,6 +1,6 @@
-// The kernel for groups of any number of rows, weights read once where a group has at most 256: tiles of 128 weights by
-// up to 256 tokens, with as many columns of the tensor core as the tile has tokens. The blocks of a cluster of two take
-// neighbouring weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md.
+// The kernel for groups of at most 128 rows, which reads their weights once: tiles of 128 weights by up to 128 tokens,
+// with as many columns of the tensor core as the tile has tokens. The blocks of a cluster of two take neighbouring
+// weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -13,8 +13,8 @@ template <Layout kLayout_, class Out_>
 struct NarrowConfig {
   static constexpr Layout kLayout = kLayout_;
   using Out = Out_;
-  static constexpr int kStages = 4, kCluster = 2, kConsumerWarps = 8, kThreads = 3 * kWarpgroup;
-  static constexpr int kTokens = 256, kBox = 16;  // of a tile at most, and of a TMA copy
+  static constexpr int kStages = 6, kCluster = 2, kConsumerWarps = 8, kThreads = 3 * kWarpgroup;
+  static constexpr int kTokens = 128, kBox = 16;  // of a group at most, and of a TMA copy
 };
 
 template <class C>
@@ -24,7 +24,8 @@ struct NarrowShared {
   alignas(16) float a_sf[C::kStages][RowScales::size(C::kTokens)];
   float b_sf[C::kStages];
   alignas(16) uint8_t scratch[C::kConsumerWarps][kScratchBytes];
-  RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, 1> ring;
+  Tile tiles[C::kStages + 1];  // in turn
+  RingBarriers<C::kStages, C::kConsumerWarps, C::kCluster, 2> ring;
 };
 
 struct NarrowParams {
@@ -36,7 +37,6 @@ struct NarrowParams {
   DeviceError* error;
   int rows;  // of all groups (offsets) or of one (counts)
   int columns, depth_blocks, groups;
-  int most_rows;  // of a group that this kernel takes; others are another's
 };
 
 // Columns of the tensor core for a number of tokens.
@@ -44,8 +44,7 @@ __device__ __forceinline__ int padded_tokens(int tokens) {
   if (tokens <= 16) return 16;
   if (tokens <= 32) return 32;
   if (tokens <= 64) return 64;
-  if (tokens <= 96) return 96;
-  return tokens <= 128 ? 128 : tokens <= 192 ? 192 : 256;
+  return tokens <= 96 ? 96 : 128;
 }
 
 template <class C>
@@ -61,16 +60,15 @@ class NarrowSchedule {
   // row and row_end are tokens, column is the block's first weight.
   __device__ __forceinline__ bool next(Tile& tile) {
     int first, length, before;
-    const auto tiles = [this](int rows) { return rows > p_.most_rows ? 0 : ceil_div(rows, C::kTokens) * pairs_; };
+    const auto tiles = [this](int rows) { return rows == 0 || rows > C::kTokens ? 0 : pairs_; };
     if (!valid_ || !window_.template seek<C::kLayout>(p_.numbers, p_.groups, p_.rows, index_, tiles, tile.group, first,
                                                       length, before)) {
       return false;
     }
-    int tokens, pair;
-    Grid{ceil_div(length, C::kTokens), pairs_}.place(index_ - before, tokens, pair);
-    tile.row = first + tokens * C::kTokens;
-    tile.row_end = min(first + length, tile.row + C::kTokens);
-    tile.column = (pair * C::kCluster + static_cast<int>(rank_in_cluster<C::kCluster>())) * kTileRows;
+    tile.row = first;
+    tile.row_end = first + length;
+    tile.depth_blocks = p_.depth_blocks;
+    tile.column = ((index_ - before) * C::kCluster + static_cast<int>(rank_in_cluster<C::kCluster>())) * kTileRows;
     index_ += step_;
     return true;
   }
@@ -82,44 +80,53 @@ class NarrowSchedule {
   bool valid_;
 };
 
-template <class C>
+// One warp brings the weights and finds the tiles, which stand in shared memory when their first stage is full (as in
+// wide.cuh), another the tokens: one for both would take longer for a K block's copies than the product of few tokens.
+// A tile without K blocks is the end. NOTE: by an elected lane, see few_rows.cuh.
+template <class C, bool kWeights>
 __device__ __forceinline__ void produce(const NarrowParams& p, NarrowShared<C>& shared) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int rank = rank_in_cluster<C::kCluster>();
-  constexpr uint16_t kAll = (1 << C::kCluster) - 1;
-  NarrowSchedule<C> schedule(p, blockIdx.x == 0);
+  const int lane = threadIdx.x % kWarpSize, rank = rank_in_cluster<C::kCluster>();
+  const int scale_rows = ceil_div(p.columns, kBlockK);
+  NarrowSchedule<C> schedule(p, kWeights && blockIdx.x == 0);
   RingState<C::kStages> at;
-  Tile tile;
-  while (schedule.next(tile)) {
-    const int padded = padded_tokens(tile.row_end - tile.row);
-    const int sf_bytes = p.a_sf.bytes(tile.row, tile.row_end - tile.row);
-    const int bytes = (kTileRows + padded) * kBlockK + sf_bytes;
-    const int scale_rows = ceil_div(p.columns, kBlockK), scale_row = min(tile.column / kBlockK, scale_rows - 1);
-    const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
-    const int b_row = tile.group * p.columns + tile.column;
-    for (int block = 0; block < p.depth_blocks; ++block, at.advance()) {
+  int place = 0;
+  for (Tile tile{}; true; place = place == C::kStages ? 0 : place + 1) {
+    const bool more = uniform(schedule.next(tile));
+    for (int block = 0; block < (more ? p.depth_blocks : 1); ++block, at.advance()) {
       shared.ring.wait_empty(at);
       uint64_t& full = shared.ring.full[at.stage];
       const int k = block * kBlockK;
-      if (lane == 0) {
-        shared.ring.expect(at.stage, bytes);
-        tma_load(shared.b[at.stage], p.b, full, k, b_row);
+      if constexpr (kWeights) {
+        if (cute::elect_one_sync()) {
+          if (block == 0) put(shared.tiles[place], more ? tile : Tile{});
+          shared.ring.expect(at.stage, more ? kTileRows * kBlockK : 0);
+          if (more) tma_load(shared.b[at.stage], p.b, full, k, tile.group * p.columns + tile.column);
+        }
+        if (lane == 1) {
+          const int scale_row = min(tile.column / kBlockK, scale_rows - 1);
+          const int64_t row = static_cast<int64_t>(tile.group) * scale_rows + scale_row;
+          if (more) copy_float_async(&shared.b_sf[at.stage], p.b_sf + row * p.depth_blocks + block);
+          arrive_when_copied(full);
+        }
+      } else if (cute::elect_one_sync()) {
+        constexpr uint16_t kAll = (1 << C::kCluster) - 1;
+        const int padded = more ? padded_tokens(tile.row_end - tile.row) : 0;
+        const int sf_bytes = more ? p.a_sf.bytes(tile.row, tile.row_end - tile.row) : 0;
+        shared.ring.expect(at.stage, padded * kBlockK + sf_bytes);
         for (int i = rank * C::kBox; i < padded; i += C::kCluster * C::kBox) {
           tma_load_multicast(shared.a[at.stage] + i * kBlockK, p.a, full, k, tile.row + i, kAll);
         }
         load_scales(shared.a_sf[at.stage], p.a_sf.at(tile.row, block), sf_bytes, full);
-      } else if (lane == 1) {
-        copy_float_async(&shared.b_sf[at.stage], b_sf + block);
-        arrive_when_copied(full);
       }
     }
+    if (!more) break;
   }
   // A block must not end while another can arrive at its barriers.
   for (int i = 0; i < C::kStages; ++i, at.advance()) shared.ring.wait_empty(at);
 }
 
-// One tile of kHalves times kN tokens.
-template <class C, int kN, int kHalves>
+// One tile of kN tokens.
+template <class C, int kN>
 __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared<C>& shared, const Tile& tile,
                                              RingState<C::kStages>& at) {
   using Ring = decltype(shared.ring);
@@ -128,23 +135,22 @@ __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared
   const uint32_t b_first = uniform(matrix_descriptor(shared_address(shared.b)) + group * (64 * kBlockK / 16));
   const uint32_t a_first = uniform(matrix_descriptor(shared_address(shared.a)));
   const uint32_t b_sf = shared_address(shared.b_sf);
-  const uint32_t a_sf = shared_address(shared.a_sf) + (tile.row & RowScales::kEarly) * 4;
-  float sum[kHalves][kN / 2] = {};
+  const uint32_t a_sf = shared_address(shared.a_sf) + uniform(tile.row & RowScales::kEarly) * 4;
+  float sum[kN / 2] = {};
 #pragma unroll 1
-  for (int i = 0; i < p.depth_blocks; ++i, at.advance()) {
-    const uint32_t b = b_first + at.stage * (sizeof(shared.b[0]) / 16);
-    const uint32_t a = a_first + at.stage * (sizeof(shared.a[0]) / 16);
+  for (int i = 0; i < p.depth_blocks; ++i) {
     Ring::wait_full(full, at);
-    const float weight_sf = load_shared_float(b_sf + at.stage * 4);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      float product[kN / 2];
-      start_product<kN>(b, a + half * (kN * kBlockK / 16), product);
-      finish_product<kN>(product);
-      promote_transposed<kN, false>(sum[half], product, weight_sf,
-                                    a_sf + at.stage * sizeof(shared.a_sf[0]) + half * kN * 4);
-    }
-    Ring::release(empty, at.stage);
+    const int stage = at.stage;
+    const float weight_sf = load_shared_float(b_sf + stage * 4);
+    TokenScales<kN> tokens;
+    tokens.template load<false>(a_sf + stage * sizeof(shared.a_sf[0]));
+    float product[kN / 2];
+    start_product<kN>(b_first + stage * (sizeof(shared.b[0]) / 16), a_first + stage * (sizeof(shared.a[0]) / 16),
+                      product);
+    at.advance();
+    finish_product<kN>(product);
+    Ring::release(empty, stage);
+    promote_transposed<kN>(sum, product, weight_sf, tokens);
   }
   using Out = typename C::Out;
   const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(tile.row) * p.columns,
@@ -154,43 +160,35 @@ __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared
                            p.columns,
                            false};
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-    for (int j = 0; j < kN / 16; ++j) {
-      write_tokens(target, half * kN + 16 * j, &sum[half][8 * j], shared.scratch[warp]);
-    }
-  }
+  for (int j = 0; j < kN / 16; ++j) write_tokens(target, 16 * j, &sum[8 * j], shared.scratch[warp]);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const NarrowParams& p, NarrowShared<C>& shared) {
-  NarrowSchedule<C> schedule(p, false);
+  using Ring = decltype(shared.ring);
   RingState<C::kStages> at;
-  Tile tile;
-  while (schedule.next(tile)) {
-    switch (padded_tokens(tile.row_end - tile.row)) {
+  for (int place = 0;; place = place == C::kStages ? 0 : place + 1) {
+    Ring::wait_full(shared_address(shared.ring.full), at);
+    const Tile tile = shared.tiles[place];
+    if (uniform(tile.depth_blocks) == 0) break;
+    switch (uniform(padded_tokens(tile.row_end - tile.row))) {
       case 16:
-        consume_tile<C, 16, 1>(p, shared, tile, at);
+        consume_tile<C, 16>(p, shared, tile, at);
         break;
       case 32:
-        consume_tile<C, 32, 1>(p, shared, tile, at);
+        consume_tile<C, 32>(p, shared, tile, at);
         break;
       case 64:
-        consume_tile<C, 64, 1>(p, shared, tile, at);
+        consume_tile<C, 64>(p, shared, tile, at);
         break;
       case 96:
-        consume_tile<C, 96, 1>(p, shared, tile, at);
-        break;
-      case 128:
-        consume_tile<C, 128, 1>(p, shared, tile, at);
-        break;
-      case 192:
-        consume_tile<C, 96, 2>(p, shared, tile, at);
+        consume_tile<C, 96>(p, shared, tile, at);
         break;
       default:
-        consume_tile<C, 128, 2>(p, shared, tile, at);
+        consume_tile<C, 128>(p, shared, tile, at);
     }
   }
+  Ring::release(shared.ring.empty_address(), at.stage);
 }
 
 template <class C>
@@ -201,9 +199,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) narrow_kernel(const __grid_con
   sync_cluster<C::kCluster>();
   wait_for_inputs();
   release_dependents();
-  if (threadIdx.x < kWarpgroup) {
+  const uint32_t warp = uniform_warp();  // NOTE: else the compiler keeps nothing in uniform registers
+  if (warp < kWarpgroupWarps) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x < kWarpSize) produce<C>(p, shared);
+    if (warp == 0) produce<C, true>(p, shared);
+    if (warp == 1) produce<C, false>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
     consume<C>(p, shared);

@@ -24,7 +24,16 @@ struct Tile {
   int group, row, row_end, column;
   int depth, depth_blocks;   // first block of K, and their number
   int part = 0, number = 0;  // of the parts that K is cut into, and of the output's tiles
+  bool same_rows = false;    // the blocks of the cluster have the same rows and neighbouring columns, not the reverse
 };
+
+// Between the wait for a stage and the arrival at it, of which the compiler does not know that they order memory.
+template <class T>
+__device__ __forceinline__ void put(T& place, const T& value) {
+  asm volatile("" ::: "memory");
+  place = value;
+  asm volatile("" ::: "memory");
+}
 
 // Spans of rows by columns of tiles, a panel of kPanel spans at a time, spans fastest.
 struct Grid {

@@ -15,27 +15,38 @@ namespace dsv3 {
 
 constexpr int kScratchBytes = 512;  // of a warp: 16 tokens of 16 bf16 outputs
 
-// Scales the tensor core's sum of one K block and adds it. token_sf is the address of the scales of kN tokens; kPairs:
-// a multiple of 8. Where groups begin at odd rows a thread's two neighbours are no vector.
-template <int kN, bool kPairs>
-__device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const float (&product)[kN / 2],
-                                                   float weight_sf, uint32_t token_sf) {
-  const uint32_t mine = token_sf + threadIdx.x % 4 * 8;
-  const auto add = [&](auto load_pair) {
+// The scales of kN tokens of one K block that a thread needs, from the address of the first. kPairs: a multiple of 8.
+// Where groups begin at odd rows a thread's two neighbours are no vector.
+template <int kN>
+struct TokenScales {
+  float2 pairs[kN / 8];
+
+  template <bool kPairs>
+  __device__ __forceinline__ void load(uint32_t address) {
+    const uint32_t mine = address + threadIdx.x % 4 * 8;
+    if (kPairs || address % 8 == 0) {
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const float2 tokens = load_pair(mine + j * 32);
-      const float first = tokens.x * weight_sf, second = tokens.y * weight_sf;
-      sum[4 * j] = fmaf(first, product[4 * j], sum[4 * j]);
-      sum[4 * j + 1] = fmaf(second, product[4 * j + 1], sum[4 * j + 1]);
-      sum[4 * j + 2] = fmaf(first, product[4 * j + 2], sum[4 * j + 2]);
-      sum[4 * j + 3] = fmaf(second, product[4 * j + 3], sum[4 * j + 3]);
+      for (int j = 0; j < kN / 8; ++j) pairs[j] = load_shared_float2(mine + j * 32);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        pairs[j] = make_float2(load_shared_float(mine + j * 32), load_shared_float(mine + j * 32 + 4));
+      }
     }
-  };
-  if (kPairs || token_sf % 8 == 0) {
-    add([](uint32_t pair) { return load_shared_float2(pair); });
-  } else {
-    add([](uint32_t pair) { return make_float2(load_shared_float(pair), load_shared_float(pair + 4)); });
+  }
+};
+
+// Scales the tensor core's sum of one K block and adds it.
+template <int kN>
+__device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const float (&product)[kN / 2],
+                                                   float weight_sf, const TokenScales<kN>& tokens) {
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    const float first = tokens.pairs[j].x * weight_sf, second = tokens.pairs[j].y * weight_sf;
+    sum[4 * j] = fmaf(first, product[4 * j], sum[4 * j]);
+    sum[4 * j + 1] = fmaf(second, product[4 * j + 1], sum[4 * j + 1]);
+    sum[4 * j + 2] = fmaf(first, product[4 * j + 2], sum[4 * j + 2]);
+    sum[4 * j + 3] = fmaf(second, product[4 * j + 3], sum[4 * j + 3]);
   }
 }
 

@@ -3,7 +3,8 @@
 // TMA, two warpgroups of half the rows each multiply and promote: the tensor core's sum of 128 products is scaled and
 // added to fp32 registers. While one warpgroup promotes, the other keeps the tensor cores busy, if the way from the end
 // of one product to the start of the next is short: see `multiply`. In a cluster of two, blocks of neighbouring rows
-// share the columns: each loads half of B and multicasts it. Roofline: README.md.
+// share the columns: each loads half of B and multicasts it. Where a group's last rows are too few for both, blocks of
+// neighbouring columns share the rows. Roofline: README.md.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -24,15 +25,7 @@ __device__ __forceinline__ int next_place(int place) {
   return place == C::kStages ? 0 : place + 1;
 }
 
-// Between the wait for a stage and the arrival at it, of which the compiler does not know that they order memory.
-template <class T>
-__device__ __forceinline__ void put(T& place, const T& value) {
-  asm volatile("" ::: "memory");
-  place = value;
-  asm volatile("" ::: "memory");
-}
-
-// Lane 0 of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is
+// A lane of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is
 // stands in shared memory when its first stage is full: finding it takes two divisions, for which consumers need not
 // wait. A tile without K blocks is the end.
 template <class C>
@@ -45,32 +38,44 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
   RingState<C::kStages> at;
   Tile tile;
   int place = 0;
-  for (; schedule.next(tile); place = next_place<C>(place)) {
+  for (; uniform(schedule.next(tile)); place = next_place<C>(place)) {
     const int scale_rows = ceil_div(p.columns, kBlockK);
     const int scale_row = min(tile.column / kBlockK + lane - 1, scale_rows - 1);
     const float* const b_sf = p.b_sf + (static_cast<int64_t>(tile.group) * scale_rows + scale_row) * p.depth_blocks;
-    const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column + rank * kPart;
+    const int b_row = (C::kByRows ? tile.group * p.columns : 0) + tile.column;
     const int a_sf_bytes = p.a_sf.bytes(tile.row, C::kTileRows);
     const int b_sf_bytes = C::kRowScaleB ? p.b_row_sf.bytes(tile.column, C::kTileColumns) : 0;
     for (int i = 0; i < tile.depth_blocks; ++i, at.advance()) {
       shared.ring.wait_empty(at);
       uint64_t& full = shared.ring.full[at.stage];
       const int block = tile.depth + i, k = block * kBlockK;
-      if (lane == 0) {
+      if (cute::elect_one_sync()) {
         if (i == 0) put(shared.tiles[place], tile);
         shared.ring.expect(at.stage, kBytes + a_sf_bytes + b_sf_bytes);
-        tma_load(shared.a[at.stage], p.a, full, k, tile.row);
-        if constexpr (C::kCluster > 1) {
-          constexpr uint16_t kAll = (1 << C::kCluster) - 1;
-          tma_load_multicast(shared.b[at.stage] + rank * kPart * kBlockK, p.b, full, k, b_row, kAll);
+        constexpr uint16_t kAll = (1 << C::kCluster) - 1;
+        uint8_t* const a = shared.a[at.stage];
+        uint8_t* const b = shared.b[at.stage];
+        if (C::kSameRows && tile.same_rows) {
+          constexpr int kHalf = C::kCopyRows * kBlockK;
+          tma_load_multicast(a + rank * kHalf, p.a, full, k, tile.row + rank * C::kCopyRows, kAll);
+          for (int i = 0; i < C::kCluster; ++i) tma_load(b + i * kPart * kBlockK, p.b, full, k, b_row + i * kPart);
         } else {
-          tma_load(shared.b[at.stage], p.b, full, k, b_row);
+#pragma unroll
+          for (int i = 0; i < C::kTileRows; i += C::kCopyRows) {
+            tma_load(a + i * kBlockK, p.a, full, k, tile.row + i);
+          }
+          if constexpr (C::kCluster > 1) {
+            tma_load_multicast(b + rank * kPart * kBlockK, p.b, full, k, b_row + rank * kPart, kAll);
+          } else {
+            tma_load(b, p.b, full, k, b_row);
+          }
         }
         load_scales(shared.a_sf[at.stage], p.a_sf.at(tile.row, block), a_sf_bytes, full);
         if constexpr (C::kRowScaleB) {
           load_scales(shared.b_sf[at.stage], p.b_row_sf.at(tile.column, block), b_sf_bytes, full);
         }
-      } else if (lane <= C::kScales) {
+      }
+      if (lane > 0 && lane <= C::kScales) {
         copy_float_async(&shared.b_sf[at.stage][lane - 1], b_sf + block);
         arrive_when_copied(full);
       }
@@ -422,9 +427,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) wide_kernel(const __grid_const
   sync_cluster<C::kCluster>();
   wait_for_inputs();
   release_dependents();
-  if (threadIdx.x < kWarpgroup) {
+  const uint32_t warp = uniform_warp();  // NOTE: else the compiler keeps little in uniform registers
+  if (warp < kWarpgroupWarps) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) produce<C>(p, shared);
+    if (warp == 0) produce<C>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
     consume<C>(p, shared);

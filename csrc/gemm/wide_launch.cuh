@@ -61,7 +61,7 @@ template <class C>
 void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
   WideParams p;
-  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kTileRows, kBlockK, true);
+  p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kCopyRows, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kTileColumns / C::kCluster, kBlockK, true);
   p.b_row_sf = C::kRowScaleB ? row_scales(x.b_sf, x.b_rows) : RowScales{};
@@ -72,8 +72,8 @@ void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, c
   p.out = x.out.data<void>();
   p.b_sf = C::kRowScaleB ? nullptr : x.b_sf.data<float>();
   p.offsets = x.offsets;
-  // The narrow kernel, which takes the other groups of the masked layout, reports what is wrong with the counts.
-  p.error = C::kLayout == Layout::kDense || C::kLayout == Layout::kMasked ? nullptr : device_error();
+  // The narrow kernel, where it takes the other groups, reports what is wrong with the offsets or counts.
+  p.error = C::kLayout == Layout::kDense || x.fewest_rows > 0 ? nullptr : device_error();
   p.rows = x.rows;
   p.columns = x.columns;
   p.depth_blocks = static_cast<int>(blocks);

@@ -25,6 +25,9 @@ struct WideConfig {
   static constexpr int kHalves = kHalves_;  // products of 64 rows that a warpgroup has one below the other
   static constexpr int kTileRows = 2 * 64 * kHalves, kTileColumns = kN * kParts;
   static constexpr int kEdgeStep = std::gcd(kTileColumns, kBlockK);  // of a tile's distance to the next block of scales
+  // Where at most half of the rows of a cluster's last tiles of a group exist, its blocks take the same rows.
+  static constexpr bool kSameRows = kByRows && kCluster == 2;
+  static constexpr int kCopyRows = kSameRows ? kTileRows / 2 : kTileRows;  // of A, of a TMA copy
   // Blocks of B's scales that a tile can meet.
   static constexpr int kScales = kRowScaleB ? 0 : (2 * kBlockK - kEdgeStep + kTileColumns - 1) / kBlockK;
   static constexpr bool kSplits = kLayout == Layout::kDense && kRowScaleB && kHalves == 1;  // K may be cut into parts
@@ -79,19 +82,33 @@ class WideSchedule {
   }
 
   __device__ __forceinline__ bool next(Tile& tile) {
-    constexpr int kSpan = C::kTileRows * C::kCluster;
     if (!valid_) return false;
     // Not kept: registers are few.
     const int columns = ceil_div(p_.columns, C::kTileColumns), step = gridDim.x / C::kCluster;
     int span, column;
     if constexpr (C::kByRows) {
       int first, length, before;
-      const auto tiles = [&](int rows) { return rows < p_.fewest_rows ? 0 : ceil_div(rows, kSpan) * columns; };
+      const auto tiles = [&](int rows) {
+        if (rows < p_.fewest_rows) return 0;
+        return spans_of(rows) * columns + (ends_in_half(rows) ? ceil_div(columns, 2) : 0);
+      };
       if (!window_.template seek<C::kLayout>(p_.offsets, p_.groups, p_.limit, index_, tiles, tile.group, first, length,
                                              before)) {
         return false;
       }
-      Grid{ceil_div(length, kSpan), columns}.place(index_ - before, span, column);
+      tile.same_rows = false;
+      const int spans = spans_of(length), within = index_ - before;
+      const int last_panel = max(spans - 1, 0) / kPanel * kPanel;
+      if (ends_in_half(length) && within >= last_panel * columns) {
+        // With every two columns of the last panel come those of the rows that are left: B is read once for all.
+        const int height = spans - last_panel, pair = (within - last_panel * columns) / (2 * height + 1);
+        const int at = within - last_panel * columns - pair * (2 * height + 1);
+        tile.same_rows = at >= height * min(2, columns - 2 * pair);
+        column = 2 * pair + (tile.same_rows ? static_cast<int>(rank_in_cluster<C::kCluster>()) : at / height);
+        span = tile.same_rows ? spans : last_panel + at % height;
+      } else {
+        Grid{spans, columns}.place(within, span, column);
+      }
       tile.row = first;
       tile.row_end = first + length;
       tile.depth = 0;
@@ -125,13 +142,22 @@ class WideSchedule {
       tile.row = 0;
       tile.row_end = p_.rows;
     }
-    tile.row += span * kSpan + static_cast<int>(rank_in_cluster<C::kCluster>()) * C::kTileRows;
+    tile.row += span * kSpan;
+    if (!tile.same_rows) tile.row += static_cast<int>(rank_in_cluster<C::kCluster>()) * C::kTileRows;
     tile.column = column * C::kTileColumns;
     index_ += step;
     return true;
   }
 
  private:
+  static constexpr int kSpan = C::kTileRows * C::kCluster;
+  // Of a group with so many rows: whether its last rows are so few, and the spans of those before them.
+  static __device__ __forceinline__ bool ends_in_half(int rows) {
+    return C::kSameRows && rows % kSpan > 0 && rows % kSpan <= C::kTileRows;
+  }
+  static __device__ __forceinline__ int spans_of(int rows) {
+    return ceil_div(rows, kSpan) - (ends_in_half(rows) ? 1 : 0);
+  }
   __device__ __forceinline__ int part_begin(int part) const { return part * p_.depth_blocks / p_.splits; }
   __device__ __forceinline__ int blocks_of(int group) const {
     return ceil_div(__ldg(p_.offsets + group + 1) - __ldg(p_.offsets + group), kBlockK);

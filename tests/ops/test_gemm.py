@@ -204,7 +204,9 @@ TILE_SHAPES = [(2048, 1152, 272), (4096, 2176, 272)]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("m", "n", "k"), [*((m, *nk) for m in (1, 64, 128, 4096) for nk in V3_SHAPES), *TILE_SHAPES])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [*((m, *nk) for m in (1, 24, 64, 72, 100, 128, 4096) for nk in V3_SHAPES), *TILE_SHAPES]
+)
 def test_v3_shapes(m, n, k, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     a, b = operands(m, n, k, "cuda")

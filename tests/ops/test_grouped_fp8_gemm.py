@@ -64,6 +64,27 @@ def test_grouped_fp8_gemm(lengths, trailing, dtype, device):
         assert same(ops.grouped_fp8_gemm(a, a_sf, b, b_sf, offsets, out_dtype=dtype)[:end], out[:end])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("n", [200, 520, 776])
+def test_ends_of_large_groups(n, dtype):
+    """Spans of 256 rows, eight of them a panel, the last ones whole, more than half or less; 1, 3 and 4 tiles of columns."""
+    lengths, k = [2148, 2048, 2177, 128, 129, 2432, 0, 300, 1], 272
+    room = max(lengths) + 3
+    a, b = cast_rows(draw(sum(lengths), k, device="cuda")), expert_weights(len(lengths), n, k, "cuda")
+    out = ops.grouped_fp8_gemm(*a, *b, offsets_of(lengths, "cuda"), out_dtype=dtype)
+    for g, (start, stop) in enumerate(spans(lengths)):
+        if stop > start:
+            check(out[start:stop], product(tuple(t[start:stop] for t in a), tuple(t[g] for t in b)))
+    x, x_sf, w, w_sf, counts = masked_operands(room, lengths, n, k, "cuda")
+    out = torch.full((len(lengths), room, n), SENTINEL, dtype=dtype, device="cuda")
+    ops.masked_grouped_fp8_gemm(x, x_sf, w, w_sf, counts, out=out)
+    for g, count in enumerate(lengths):
+        if count:
+            check(out[g, :count], product((x[g, :count], x_sf[g, :count]), (w[g], w_sf[g])))
+        assert (out[g, count:] == SENTINEL).all()
+
+
 # ---- room for R rows an expert ----
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize(("room", "counts"), COUNTS)
