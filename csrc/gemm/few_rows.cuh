@@ -53,26 +53,29 @@ struct FewRowsParams {
   const float* b_sf;  // [ceil(N / 128), depth_blocks]
   int rows, columns, depth_blocks;
   int tokens;  // of a tile, a multiple of 8. NOTE: a copy of rows that do not exist takes longer than one of others
-  int splits;  // of K, the blocks of a cluster
+  int tiles, token_shift;  // 1 << token_shift tiles have the same weights
+  int splits;              // of K, the blocks of a cluster
   bool accumulate, static_weights;
 };
 
 // The tiles of a block, and its part of K. Tiles of the same weights follow each other. By a whole warp.
 template <class C>
 struct FewRowsWork {
-  int tile, step, tiles, token_tiles, begin, end;
+  int split, tile, step, tiles, token_shift, begin, end;
   __device__ __forceinline__ explicit FewRowsWork(const FewRowsParams& p) {
-    const int split = uniform(blockIdx.x % p.splits);  // of a division the compiler does not know that it is uniform
-    tile = uniform(blockIdx.x / p.splits);
-    step = uniform(gridDim.x / p.splits);
-    token_tiles = ceil_div(p.rows, p.tokens);
-    tiles = ceil_div(p.columns, C::kRows) * token_tiles;
-    begin = uniform(p.depth_blocks * split / p.splits);
-    end = uniform(p.depth_blocks * (split + 1) / p.splits);
+    // NOTE: no divisions where K is whole: a launch would wait for each.
+    const bool whole = p.splits == 1;
+    split = whole ? 0 : uniform(cute::block_rank_in_cluster());
+    tile = uniform(whole ? blockIdx.x : cute::cluster_id_in_grid().x);
+    step = uniform(whole ? gridDim.x : cute::cluster_grid_dims().x);
+    tiles = p.tiles;
+    token_shift = p.token_shift;
+    begin = whole ? 0 : uniform(p.depth_blocks * split / p.splits);
+    end = whole ? p.depth_blocks : uniform(p.depth_blocks * (split + 1) / p.splits);
   }
   // The first of a tile's weights, and its number among those of the same weights.
-  __device__ __forceinline__ int weight(int of_tile) const { return uniform(of_tile / token_tiles) * C::kRows; }
-  __device__ __forceinline__ int token_tile() const { return uniform(tile % token_tiles); }
+  __device__ __forceinline__ int weight(int of_tile) const { return (of_tile >> token_shift) * C::kRows; }
+  __device__ __forceinline__ int token_tile() const { return tile & ((1 << token_shift) - 1); }
 };
 
 // NOTE: by an elected lane, not by lane 0: around each copy of a lane that it does not know to be the only one the
@@ -263,16 +266,15 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
     }
     if (p.splits > 1) {
       // One tile a block. All rings of the cluster must be done before sums may land in their place.
-      const int split = blockIdx.x % p.splits;
       // Nothing is read that others wrote before, so their arrival need not release memory, which takes a microsecond.
       sync_splits();
-      send_units<C>(shared, sum, split, p.splits);
+      send_units<C>(shared, sum, work.split, p.splits);
       cutlass::arch::ClusterBarrier::wait(&shared.arrived, 0);
       asm volatile("" ::: "memory");  // the loads of what arrived stay below
-      for (int slot = warp; slot * p.splits + split < C::kUnits; slot += C::kWarps) {
+      for (int slot = warp; slot * p.splits + work.split < C::kUnits; slot += C::kWarps) {
         float total[8];
         add_unit<C>(shared, slot, p.splits, total);
-        write_unit(slot * p.splits + split, total);
+        write_unit(slot * p.splits + work.split, total);
       }
     } else {
 #pragma unroll
@@ -288,10 +290,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) few_rows_kernel(const
   const int warp = uniform_warp();  // NOTE: else the compiler keeps nothing in uniform registers
   if (threadIdx.x == C::kWarps * kWarpSize) {
     shared.ring.init();
-    const int split = blockIdx.x % p.splits, mine = ceil_div(C::kUnits - split, p.splits);
-    cutlass::arch::ClusterBarrier::init(&shared.arrived, 1);
-    cutlass::arch::fence_barrier_init();
-    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared.arrived, mine * p.splits * sizeof(Unit));
+    if (p.splits > 1) {
+      const int split = cute::block_rank_in_cluster(), mine = ceil_div(C::kUnits - split, p.splits);
+      cutlass::arch::ClusterBarrier::init(&shared.arrived, 1);
+      cutlass::arch::fence_barrier_init();
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared.arrived, mine * p.splits * sizeof(Unit));
+    }
   }
   __syncthreads();
   if (warp < C::kWarps) {

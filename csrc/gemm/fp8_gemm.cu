@@ -111,10 +111,11 @@ FewRowsPlan plan_few_rows(int64_t columns, int64_t depth_blocks, bool batch_inva
 template <class C>
 void launch_few_rows(const WideProblem& x, int splits, bool static_weights, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.k, kBlockK);
-  const int token_tiles = ceil_div(x.rows, C::kTokens);
-  const int tiles = ceil_div(x.columns, C::kRows) * token_tiles;
+  const int token_tiles = ceil_div(x.rows, C::kTokens);  // one or two
   FewRowsParams p;
   p.tokens = ceil_div(ceil_div(x.rows, token_tiles), 8) * 8;
+  p.tiles = ceil_div(x.columns, C::kRows) * token_tiles;
+  p.token_shift = token_tiles - 1;
   p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), p.tokens, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kRows, kBlockK, true);
@@ -127,7 +128,7 @@ void launch_few_rows(const WideProblem& x, int splits, bool static_weights, cuda
   p.accumulate = x.accumulate;
   p.static_weights = static_weights;
   Launch shape = few_rows_shape<C>(splits);
-  const int clusters = splits > 1 ? tiles : std::min(tiles, some_clusters(kName, few_rows_kernel<C>, shape));
+  const int clusters = splits > 1 ? p.tiles : std::min(p.tiles, some_clusters(kName, few_rows_kernel<C>, shape));
   shape.grid = dim3(static_cast<unsigned>(clusters * splits));
   launch(kName, few_rows_kernel<C>, shape, stream, p);
 }

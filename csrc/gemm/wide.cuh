@@ -399,6 +399,11 @@ __device__ __forceinline__ void consume(const WideParams& p, WideShared<C>& shar
   const int warp_row = warp / kWarpgroupWarps * (C::kHalves * 64) + warp % kWarpgroupWarps * 16;
   const uint32_t full = shared_address(shared.ring.full);
   RingState<C::kStages> at;
+  if (!C::kRowScaleB && p.late_clocks > 0 && warp >= kWarpgroupWarps) {
+    Ring::wait_full(full, at);
+    for (const int64_t start = clock64(); clock64() - start < p.late_clocks;) {
+    }
+  }
   for (int place = 0;; place = next_place<C>(place)) {
     Ring::wait_full(full, at);
     const Tile& tile = shared.tiles[place];  // read again when it is written out: registers are few until then

@@ -83,6 +83,8 @@ void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, c
   p.accumulate = x.accumulate;
   Launch shape = wide_shape<C>();
   int64_t clusters = std::min<int64_t>(plan.tiles, plan.resident);
+  // Where tiles are short and many; elsewhere the delay costs more than it saves (README.md).
+  p.late_clocks = blocks <= 8 && plan.tiles >= 8 * clusters ? 1200 : 0;
   p.splits = plan.splits;
   p.turns = x.turns;
   if (p.splits > 1) {

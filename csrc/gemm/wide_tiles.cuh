@@ -65,6 +65,8 @@ struct WideParams {
   int limit;        // of the offsets or counts
   int fewest_rows;  // of a group that this kernel takes; others are another's
   bool accumulate;
+  // By which the second warpgroup begins later, so that one writes its part of a tile while the other multiplies.
+  int late_clocks;
   int splits;  // parts that K is cut into (kSplits)
   int* turns;  // [tiles, kConsumerWarps], zeros: the part of a tile whose turn it is to be added
 };
