@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ class Captured:
         reset: Callable[[], None] = lambda: None,
     ) -> None:
         self.calls, self.reset = calls, reset
-        self.stream = torch.cuda.Stream()  # autograd runs a backward on the stream of its forward: all share this one
+        # Autograd runs a backward on the stream of its forward: bind, calls and capture share one.
+        self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.bound = [bind(*inputs) for inputs in sets]
@@ -122,11 +123,19 @@ class Captured:
         return self.start.elapsed_time(self.end) * 1e3 / self.calls
 
 
-def in_turn_us(captured: Sequence[Captured], replays: int) -> list[float]:
-    """The median of each one's replays. They take turns: what a card does as it warms up then happens to all of them. The
-    first round, which uploads the graphs, does not count."""
-    rounds = [[one.replay() for one in captured] for _ in range(replays + 1)]
-    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+def in_turn_us(captured: Mapping[str, Captured], replays: int) -> tuple[dict[str, float], dict[str, Exception]]:
+    """The median of each one's replays, and the error of each that failed. They take turns, forwards and backwards: what a
+    card does as it warms up then happens to all of them. The first round, which uploads the graphs, does not count."""
+    times: dict[str, list[float]] = {name: [] for name in captured}
+    failed: dict[str, Exception] = {}
+    for turn in range(replays + 1):
+        for name in list(times) if turn % 2 else reversed(list(times)):
+            try:
+                times[name].append(captured[name].replay())
+            except Exception as error:
+                failed[name] = error
+                del times[name]
+    return {name: statistics.median(spans[1:]) for name, spans in times.items()}, failed
 
 
 def graph_us(
@@ -138,9 +147,11 @@ def graph_us(
     reset: Callable[[], None] = lambda: None,
 ) -> float:
     """Microseconds a call, of one thing alone."""
-    [time] = in_turn_us([Captured(bind, sets, calls=calls, reset=reset)], replays)
+    times, failed = in_turn_us({"": Captured(bind, sets, calls=calls, reset=reset)}, replays)
     release()
-    return time
+    for error in failed.values():
+        raise error
+    return times[""]
 
 
 def stream_us(call: Callable[[], Any], *, calls: int, replays: int) -> float:
@@ -199,8 +210,8 @@ def measure_ceilings(protocol: Protocol) -> tuple[Ceilings, list[tuple[Case, Tim
 
 
 def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
-    """Times the op and every baseline in turn on the same input sets; a baseline whose graph does not fit beside the others
-    alone, after them."""
+    """Times the op and its baselines in turn on the same input sets. A baseline whose graph does not fit in memory beside
+    the others is timed alone, afterwards; one that fails is an error and hides no other."""
     device = torch.device("cuda", torch.cuda.current_device())
     if case.measure is not None:
         return case.measure(device, protocol is QUICK)
@@ -220,27 +231,31 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
         reset()
         return Captured(bind, sets, calls=calls, reset=reset)
 
-    op, together, alone, errors = capture(binder(case.run)), {}, [], []
+    op = "the op itself"
+    together, alone, failed = {op: capture(binder(case.run))}, [], {}
     for name, baseline in case.baselines.items():
         try:
             together[name] = capture(baseline_binder(baseline))
         except torch.OutOfMemoryError:
             alone.append(name)
-            release()
-        except Exception as error:  # a peer that fails must not hide the others
-            errors.append(f"{name}: {one_line(error)}")
-            release()
-    op_us, *times = in_turn_us([op, *together.values()], protocol.replays)
-    baselines = dict(zip(together, times, strict=True))
-    del op, together
+        except Exception as error:
+            failed[name] = error
+    times, errors = in_turn_us(together, protocol.replays)
+    if op in errors:
+        raise errors[op]
+    del together
     release()
     for name in alone:
+        reset()
+        bind = baseline_binder(case.baselines[name])
         try:
-            [baselines[name]] = in_turn_us([capture(baseline_binder(case.baselines[name]))], protocol.replays)
+            times[name] = graph_us(bind, sets, calls=calls, replays=protocol.replays, reset=reset)
         except Exception as error:
-            errors.append(f"{name}: {one_line(error)}")
+            failed[name] = error
         release()
-    return Timing(op_us, {**baselines, **case.published}, errors=errors)
+    op_us = times.pop(op)
+    lines = [f"{name}: {one_line(error)}" for name, error in (failed | errors).items()]
+    return Timing(op_us, {**times, **case.published}, errors=lines)
 
 
 def one_line(error: BaseException) -> str:

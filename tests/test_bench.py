@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -451,48 +452,79 @@ def test_a_quick_run_measures_natively(tmp_path):
 
 
 class Clocked:
-    """Takes as long as it is told; notes when it ran."""
+    """Takes as long as it is told, or fails; notes when it ran."""
 
-    def __init__(self, name: str, times: list[float], ran: list[str]) -> None:
+    def __init__(self, name: str, times: list[float | Exception], ran: list[str]) -> None:
         self.name, self.times, self.ran = name, iter(times), ran
 
     def replay(self) -> float:
         self.ran.append(self.name)
-        return next(self.times)
+        time = next(self.times)
+        if isinstance(time, Exception):
+            raise time
+        return time
 
 
 def test_what_is_compared_runs_in_turn() -> None:
+    """Forwards and backwards, and one that fails leaves the others alone. Of each the median without its first time."""
     ran: list[str] = []
-    timed = [Clocked("op", [9.0, 1.0, 3.0, 2.0], ran), Clocked("peer", [9.0, 6.0, 4.0, 5.0], ran)]
-    assert timing.in_turn_us(timed, replays=3) == [2.0, 5.0]  # without the first of each
-    assert ran == ["op", "peer"] * 4
+    broken = RuntimeError("third time")
+    peers = {"op": [99.0, 1.0, 30.0, 2.0], "broken": [9.0, 9.0, broken], "peer": [99.0, 6.0, 4.0, 50.0]}
+    times, failed = timing.in_turn_us({name: Clocked(name, spans, ran) for name, spans in peers.items()}, replays=3)
+    assert times == {"op": 2.0, "peer": 6.0}
+    assert failed == {"broken": broken}
+    assert " ".join(ran) == "peer broken op op broken peer peer broken op op peer"
 
 
 @pytest.mark.parametrize("alone_fits", [True, False])
-def test_a_peer_that_does_not_fit_beside_the_others_is_timed_alone(monkeypatch, alone_fits):
-    """And is an error where it does not fit alone either; one that fails otherwise is an error at once."""
+def test_a_case_is_timed_with_its_peers(monkeypatch, alone_fits):
+    """All in turn; one that does not fit in memory beside the others alone, when these are gone; what fails is an error."""
     events: list[str] = []
+    alive: weakref.WeakSet[Clocked] = weakref.WeakSet()
+    spans = {"op": 2.0, "first": 3.0, "large": 7.0, "second": 5.0}
 
-    def capture(bind, sets, **_):
+    def capture(bind, sets, *, calls, reset):
         name = bind(*sets[0])()
-        events.append(name)
-        if name == "broken" or (name == "large" and (events.count(name) == 1 or not alone_fits)):
-            raise torch.OutOfMemoryError(name) if name == "large" else ValueError(name)
-        return Clocked(name, [7.0 if name == "large" else 2.0] * 9, events)
+        assert calls == timing.QUICK.calls
+        for restore in (lambda: None, reset):  # what the one before has spoiled is whole again, and by `reset` always
+            restore()
+            assert [float(s[0][0]) for s in sets] == [1.0] * calls
+            for s in sets:
+                s[0].zero_()
+        retry = f"capture {name}" in events
+        events.append(f"capture {name}")
+        if name == "broken":
+            raise ValueError(name)
+        if name == "large" and not (retry and alone_fits):
+            assert not (retry and alive), "the others still hold their memory"
+            raise torch.OutOfMemoryError(name)
+        assert not (retry and alive), "the others still hold their memory"
+        made = Clocked(name, [99.0, *[spans[name]] * 8], events)
+        alive.add(made)
+        return made
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(timing, "release", lambda: events.append("release"))
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
     monkeypatch.setattr(timing, "Captured", capture)
-    peers = {name: Baseline(lambda x, name=name: name) for name in ("large", "broken", "small")}
+    peers = {name: Baseline(lambda x, name=name: name) for name in ("first", "large", "broken", "second")}
     case = Case(
-        op="x", case={}, flops=1, bytes=1, inputs=lambda _: (torch.ones(3),), run=lambda _: "op", baselines=peers
+        op="x",
+        case={},
+        flops=1,
+        bytes=1,
+        inputs=lambda _: (torch.ones(3),),
+        run=lambda _: "op",
+        baselines=peers,
+        restore=(0,),
     )
     timed = timing.measure_case(case, CEILINGS, timing.QUICK)
     assert timed.time_us == 2.0
-    assert timed.baselines == {"small": 2.0} | ({"large": 7.0} if alone_fits else {})
-    assert [line.split(":")[0] for line in timed.errors] == ["broken"] + ([] if alone_fits else ["large"])
-    second = [i for i, event in enumerate(events) if event == "large"][1]
-    assert events[second - 1] == "release"  # of what the others held
+    assert timed.baselines == {"first": 3.0, "second": 5.0} | ({"large": 7.0} if alone_fits else {})
+    assert [line.split(":")[0] for line in timed.errors] == (["broken"] if alone_fits else ["broken", "large"])
+    there = ["second", "first", "op"]
+    turns = [*there, *reversed(there), *there]  # one more than the two that count
+    captured = [f"capture {name}" for name in ("op", "first", "large", "broken", "second")]
+    assert events == [*captured, *turns, "capture large", *(["large"] * 3 if alone_fits else [])]
 
 
 @pytest.mark.cuda
