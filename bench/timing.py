@@ -232,18 +232,19 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
         return Captured(bind, sets, calls=calls, reset=reset)
 
     op = "the op itself"
-    together, alone, failed = {op: capture(binder(case.run))}, [], {}
+    together, alone, lines = {op: capture(binder(case.run))}, [], []
     for name, baseline in case.baselines.items():
         try:
             together[name] = capture(baseline_binder(baseline))
         except torch.OutOfMemoryError:
             alone.append(name)
-        except Exception as error:
-            failed[name] = error
-    times, errors = in_turn_us(together, protocol.replays)
-    if op in errors:
-        raise errors[op]
-    del together
+        except Exception as error:  # not kept: it would keep the memory of its peer
+            lines.append(f"{name}: {one_line(error)}")
+    times, failed = in_turn_us(together, protocol.replays)
+    if op in failed:
+        raise failed[op]
+    lines += [f"{name}: {one_line(error)}" for name, error in failed.items()]
+    del together, failed
     release()
     for name in alone:
         reset()
@@ -251,10 +252,9 @@ def measure_case(case: Case, ceilings: Ceilings, protocol: Protocol) -> Timing:
         try:
             times[name] = graph_us(bind, sets, calls=calls, replays=protocol.replays, reset=reset)
         except Exception as error:
-            failed[name] = error
+            lines.append(f"{name}: {one_line(error)}")
         release()
     op_us = times.pop(op)
-    lines = [f"{name}: {one_line(error)}" for name, error in (failed | errors).items()]
     return Timing(op_us, {**times, **case.published}, errors=lines)
 
 
