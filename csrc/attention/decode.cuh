@@ -36,6 +36,7 @@ struct DecodeConfig {
 
 struct DecodeParams {
   CUtensorMap queries, keys;  // [batch * steps * heads, 576], [pages * page, 576], of a bf16 cache
+  CUtensorMap key_subs;       // the keys again, several sub-blocks at once, where a tile's are rows of one page
   const __nv_bfloat16* q;     // the same queries
   const uint8_t* cache;       // where it is FP8
   const int* block_table;     // [batch, table_width], rows table_stride apart

@@ -22,7 +22,7 @@ struct TileRows {
   __device__ __forceinline__ bool used(int tile) const {
     return key < kTileKeys && tile < end && tile * kTileKeys + key < length;
   }
-  // The table's entry, asked for a tile ahead of its use, where a key of the part is attended to.
+  // The table's entry, asked for ahead of its use, where a key of the part is attended to.
   __device__ __forceinline__ int entry(int tile) const {
     if (!used(tile)) return 0;
     const int index = (tile * kTileKeys + key) >> page_shift;
@@ -55,7 +55,12 @@ __device__ __forceinline__ void produce_queries(const DecodeParams& p, DecodeSha
   }
 }
 
-// One thread: a half of a tile as soon as its place is free; where a cluster shares it, every second sub-block, for both.
+// Sub-blocks of values that a block loads of a half.
+template <class C>
+constexpr int kSubsAtOnce = kValueSubs / 2 / C::kCluster;
+
+// One thread: a half of a tile as soon as its place is free; where a cluster shares it, half of that, for both. NOTE: each
+// request takes the thread some 150 clocks, so a tile of one page is asked for in as few as can be.
 template <class C>
 __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s, int buffer, int half, uint32_t phase,
                                           const int (&rows)[4], int parts, uint32_t rank) {
@@ -66,6 +71,22 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
   uint64_t& full = s.full[slot];
   wait_barrier(static_cast<uint32_t>(__cvta_generic_to_shared(&s.empty[slot])), phase ^ 1);
   expect_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(&full)), half_subs(buffer, half) * kSubBytes);
+  if (parts == 1) {
+    const int sub = half * 4 + static_cast<int>(rank) * kSubsAtOnce<C>;
+    uint8_t* const target = s.keys[buffer][sub];
+    uint8_t* const rotated = s.keys[buffer][kSubs - 1];
+    const auto policy = static_cast<uint64_t>(hint);
+    if constexpr (C::kCluster == 1) {
+      if (buffer != half) tma_load(rotated, p.keys, full, (kSubs - 1) * kSubColumns, rows[0], hint);
+      cute::SM90_TMA_LOAD_3D::copy(&p.key_subs, &full, policy, target, 0, rows[0], sub);
+    } else {
+      if (buffer != half && rank == 0) {
+        tma_load_multicast(rotated, p.keys, full, (kSubs - 1) * kSubColumns, rows[0], 3, hint);
+      }
+      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&p.key_subs, &full, 3, policy, target, 0, rows[0], sub);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 4; i >= 0; --i) {
     const int sub = i == 4 ? kSubs - 1 : half * 4 + i;
@@ -84,6 +105,17 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
   }
 }
 
+// Of the lane's part of a tile, this block's half, into the L2 cache.
+__device__ __forceinline__ void prefetch_rows(const DecodeParams& p, const TileRows& lookup, int tile, int entry,
+                                              int part_rows, uint32_t rank) {
+  bool bad;
+  const int row = lookup.row(tile, entry, bad);
+  if (row >= p.pages * p.page) return;
+  const uint32_t bytes = part_rows / 2 * (kKeyColumns * 2);
+  const uint8_t* const from = p.cache + (static_cast<int64_t>(row) * (kKeyColumns * 2) + rank * bytes);
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 template <class C>
 __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared& s, uint32_t rank, int half) {
   const int lane = threadIdx.x % kWarpSize;
@@ -96,9 +128,9 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
     if (piece.begin >= piece.end) continue;
     parity ^= 1;
     const TileRows lookup(p, piece, lane, part_rows);
-    int entry = lookup.entry(piece.begin);
+    int entry = lookup.entry(piece.begin), next = lookup.entry(piece.begin + 1);
     for (int tile = piece.begin; tile < piece.end; ++tile) {
-      const int buffer = (tile - piece.begin) & 1, next = lookup.entry(tile + 1);
+      const int buffer = (tile - piece.begin) & 1, after = lookup.entry(tile + 2);
       bool bad;
       const int row = lookup.row(tile, entry, bad);
       if (bad && half == 0) {
@@ -115,7 +147,14 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
       if (lane == 0) load_half<C>(p, s, buffer, half, phases >> buffer & 1, rows, parts, rank);
       __syncwarp();
       phases ^= 1u << buffer;
+      // The next two tiles, behind the loads of these two: for a while nothing else is asked for. Not behind the first two,
+      // which all blocks want at once.
+      if (C::kCluster == 2 && half == 1 && buffer == 1 && tile > piece.begin + 1) {
+        prefetch_rows(p, lookup, tile + 1, next, part_rows, rank);
+        prefetch_rows(p, lookup, tile + 2, after, part_rows, rank);
+      }
       entry = next;
+      next = after;
     }
   }
   // A block must not end while another can arrive at its barriers.
