@@ -176,7 +176,9 @@ def test_table_and_plot(tmp_path):
     assert "80.0%" in text
     assert "1.20x" in text
     assert "torch.compile 60.0" in text
-    results.write_rows(tmp_path / "h100" / "norm.jsonl", [row("copy", 700.0, {}), *rows])
+    few_bytes = row() | {"floor_us": 0.0}
+    results.write_rows(tmp_path / "h100" / "norm.jsonl", [row("copy", 700.0, {}), *rows, few_bytes])
+    results.write_rows(tmp_path / "h100" / "decode.jsonl", [few_bytes])
     assert plot_all(tmp_path) == [tmp_path / "h100" / "norm.png"]
     assert (tmp_path / "h100" / "norm.png").read_bytes().startswith(b"\x89PNG")
 
