@@ -234,7 +234,7 @@ struct Consumer {
       const float sum = quad_sum(state.sum[r]);
       if (lane % 4 == 0) s.row_sum[parity][kHalf][local_row(r)] = sum;
     }
-    named_sync(kEnd, 2 * kWarpgroup);
+    named_sync_apart(kEnd, 2 * kWarpgroup);
     const int64_t cluster_row = static_cast<int64_t>(piece.partial) * (C::kCluster * kBlockRows) + rank * kBlockRows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

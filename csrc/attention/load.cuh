@@ -60,7 +60,7 @@ template <class C>
 constexpr int kSubsAtOnce = kValueSubs / 2 / C::kCluster;
 
 // One thread: a half of a tile as soon as its place is free; where a cluster shares it, half of that, for both. NOTE: each
-// request takes the thread some 150 clocks, so a tile of one page is asked for in as few as can be.
+// request takes the thread some 150 clocks, so a tile of one page is asked for in few.
 template <class C>
 __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s, int buffer, int half, uint32_t phase,
                                           const int (&rows)[4], int parts, uint32_t rank) {
@@ -147,8 +147,8 @@ __device__ __forceinline__ void produce_keys(const DecodeParams& p, DecodeShared
       if (lane == 0) load_half<C>(p, s, buffer, half, phases >> buffer & 1, rows, parts, rank);
       __syncwarp();
       phases ^= 1u << buffer;
-      // The next two tiles, behind the loads of these two: for a while nothing else is asked for. Not behind the first two,
-      // which all blocks want at once.
+      // The next two tiles, behind this warp's loads of these two: for a while it asks for nothing else. Not behind the first
+      // two, which all blocks want at once.
       if (C::kCluster == 2 && half == 1 && buffer == 1 && tile > piece.begin + 1) {
         prefetch_rows(p, lookup, tile + 1, next, part_rows, rank);
         prefetch_rows(p, lookup, tile + 2, after, part_rows, rank);

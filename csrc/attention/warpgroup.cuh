@@ -15,6 +15,10 @@ constexpr float kLn2 = 0.693147180559945309f;
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// For threads of a warp that the compiler may have let come apart, which compute-sanitizer's synccheck sees.
+__device__ __forceinline__ void named_sync_apart(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

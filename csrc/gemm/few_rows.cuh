@@ -14,16 +14,16 @@ struct FewRowsConfig {
   static constexpr int kTokens = kTokens_;          // 16, 32, 64 or 128: rows of A
   static constexpr int kN = std::min(kTokens, 64);  // of a warpgroup: columns of the tensor core
   static constexpr int kRows = 64;                  // of B
-  static constexpr int kWarps = kTokens / kN * kWarpgroupWarps;
+  static constexpr int kGroups = kTokens / kN, kWarps = kGroups * kWarpgroupWarps;
   static constexpr int kProducers = 2;  // NOTE: one warp takes 0.22 us for the copies of a K block
   static constexpr int kThreads = (kWarps + kProducers) * kWarpSize;
   // A whole multiprocessor's memory in flight, or half of it, so that the next kernel's blocks can move in early.
   static constexpr int kBlocks = kDeep_ ? 1 : 2;
   static constexpr int kStageBytes = (kRows + kTokens) * kBlockK + kTokens * 4 + 32;
-  static constexpr int kStages = (kBlocks == 1 ? 216 : 104) * 1024 / kStageBytes;
-  static constexpr int kAtOnce = kN <= 32 ? 4 : 2;  // K blocks whose products are under way: as many as registers hold
   // Sums travel in units of 16 tokens of a warp's 16 weights.
   static constexpr int kUnitsAWarp = kN / 16, kUnits = kWarps * kUnitsAWarp;
+  static constexpr int kStages = ((kBlocks == 1 ? 225 : 111) * 1024 - kTokens * 128) / kStageBytes;
+  static constexpr int kAtOnce = kN <= 32 ? 4 : 2;  // K blocks whose products are under way: as many as registers hold
 };
 
 // Eight fp32 a lane, as two vectors.
@@ -41,7 +41,7 @@ struct FewRowsShared {
     };
     Unit received[C::kUnits + 8];  // once no ring of the cluster is in use: of every block's units that this one adds
   };
-  alignas(16) uint8_t scratch[C::kWarps][kScratchBytes];
+  alignas(16) uint8_t scratch[C::kGroups][C::kN * 128];
   RingBarriers<C::kStages, C::kWarps, 1, C::kProducers - 1> ring;
   uint64_t arrived;  // the units of all blocks
 };
@@ -127,73 +127,113 @@ struct FewRowsStages {
   uint32_t full, empty, a, b, a_sf;
   __device__ __forceinline__ explicit FewRowsStages(const FewRowsShared<C>& shared)
       : full(shared_address(shared.ring.full)), empty(shared.ring.empty_address()) {
-    const uint32_t part = uniform_warp() / kWarpgroupWarps;  // of the tokens
-    a = uniform(matrix_descriptor(shared_address(shared.a)) + part * (C::kN * kBlockK / 16));
+    const uint32_t token = uniform_warp() / kWarpgroupWarps * C::kN;  // the warpgroup's first
+    a = uniform(matrix_descriptor(shared_address(shared.a)) + token * (kBlockK / 16));
     b = uniform(matrix_descriptor(shared_address(shared.b)));
-    a_sf = shared_address(shared.a_sf) + part * C::kN * 4;
+    a_sf = shared_address(shared.a_sf) + token * 4;
   }
 };
 
-// kCount K blocks at once, from `first` on; lane l of weight_sf has the weights' scale of K block l. A block's chain of
-// waits is longer than its product, so several products are under way before the first is promoted. Scales are loaded
-// before a product begins: a load after it, also one of another warpgroup, queues behind its operands.
-template <class C, int... kIndex>
-__device__ __forceinline__ void multiply_blocks(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2],
-                                                float weight_sf, int first, RingState<C::kStages>& at,
-                                                std::integer_sequence<int, kIndex...>) {
+// A K block whose product is under way, with the scales that it will be multiplied by. Scales are loaded before a
+// product begins: a load after it, also one of another warpgroup, queues behind its operands.
+template <class C>
+struct FewRowsProduct {
   using Shared = FewRowsShared<C>;
   using Ring = decltype(Shared::ring);
-  constexpr int kCount = sizeof...(kIndex), kN = C::kN;
-  float product[kCount][kN / 2], weight[kCount];
-  TokenScales<kN> tokens[kCount];
-  int stage[kCount];
-  const auto start = [&](int i) {
-    stage[i] = at.stage;
-    weight[i] = __shfl_sync(0xffffffffu, weight_sf, first + i);
-    Ring::wait_full(stages.full, at);
-    tokens[i].template load<true>(stages.a_sf + at.stage * sizeof(Shared::a_sf[0]));
-    start_product<kN>(stages.b + at.stage * (sizeof(Shared::b[0]) / 16),
-                      stages.a + at.stage * (sizeof(Shared::a[0]) / 16), product[i]);
-    at.advance();
-  };
-  const auto finish = [&](auto i) {
-    finish_product<kN, kCount - 1 - i>(product[i]);
-    Ring::release(stages.empty, stage[i]);
-    promote_transposed<kN>(sum, product[i], weight[i], tokens[i]);
-  };
-  (start(kIndex), ...);
-  (finish(std::integral_constant<int, kIndex>{}), ...);
-}
+  float values[C::kN / 2], weight;
+  TokenScales<C::kN> tokens;
+  int stage;
 
-// Up to 32 K blocks.
+  __device__ __forceinline__ void start(const FewRowsStages<C>& stages, RingState<C::kStages>& at, float weight_sf) {
+    stage = at.stage;
+    weight = weight_sf;
+    Ring::wait_full(stages.full, at);
+    tokens.template load<true>(stages.a_sf + at.stage * sizeof(Shared::a_sf[0]));
+    start_product<C::kN>(stages.b + at.stage * (sizeof(Shared::b[0]) / 16),
+                         stages.a + at.stage * (sizeof(Shared::a[0]) / 16), values);
+    at.advance();
+  }
+  // The kPending products started last may go on.
+  template <int kPending>
+  __device__ __forceinline__ void finish(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2]) {
+    finish_product<C::kN, kPending>(values);
+    Ring::release(stages.empty, stage);
+    promote_transposed<C::kN>(sum, values, weight, tokens);
+  }
+};
+
+// Up to 32 K blocks; lane l of weight_sf has the weights' scale of K block l. A block's chain of waits is longer than its
+// product, so several products are under way before the first is promoted.
 template <class C>
 __device__ __forceinline__ void multiply(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2], float weight_sf,
                                          int blocks, RingState<C::kStages>& at) {
+  const auto weight = [&](int block) { return __shfl_sync(0xffffffffu, weight_sf, block); };
   int first = 0;
+  if constexpr (C::kAtOnce == 4) {
 #pragma unroll 1
-  for (; first + C::kAtOnce <= blocks; first += C::kAtOnce) {
-    multiply_blocks<C>(stages, sum, weight_sf, first, at, std::make_integer_sequence<int, C::kAtOnce>{});
-  }
+    for (; first + 4 <= blocks; first += 4) {
+      FewRowsProduct<C> a, b, c, d;
+      a.start(stages, at, weight(first));
+      b.start(stages, at, weight(first + 1));
+      c.start(stages, at, weight(first + 2));
+      d.start(stages, at, weight(first + 3));
+      a.template finish<3>(stages, sum);
+      b.template finish<2>(stages, sum);
+      c.template finish<1>(stages, sum);
+      d.template finish<0>(stages, sum);
+    }
 #pragma unroll 1
-  for (; first < blocks; ++first) {
-    multiply_blocks<C>(stages, sum, weight_sf, first, at, std::make_integer_sequence<int, 1>{});
+    for (; first < blocks; ++first) {
+      FewRowsProduct<C> a;
+      a.start(stages, at, weight(first));
+      a.template finish<0>(stages, sum);
+    }
+  } else {
+    FewRowsProduct<C> a, b;
+    a.start(stages, at, weight(0));
+#pragma unroll 1
+    for (; first + 2 < blocks; first += 2) {
+      b.start(stages, at, weight(first + 1));
+      a.template finish<1>(stages, sum);
+      a.start(stages, at, weight(first + 2));
+      b.template finish<1>(stages, sum);
+    }
+    if (first + 1 < blocks) {
+      b.start(stages, at, weight(first + 1));
+      a.template finish<1>(stages, sum);
+      b.template finish<0>(stages, sum);
+    } else {
+      a.template finish<0>(stages, sum);
+    }
   }
 }
 
 __device__ __forceinline__ void sync_splits() {
+  __syncwarp();  // a producer's lanes have gone different ways
   cute::cluster_arrive_relaxed();
   cute::cluster_wait();
 }
 
-// Unit u of the tile is added by block u % splits of the cluster, there as number u / splits. Every block sends its
-// sums.
+// Unit u of the tile is added by block u % splits of the cluster, whose warp has its own sums; the others send theirs.
+struct FewRowsUnit {
+  int splits, owner, number;  // the block that adds it, and how many units of that block are before
+  __device__ __forceinline__ FewRowsUnit(int unit, int of) : splits(of), owner(unit % of), number(unit / of) {}
+  __device__ __forceinline__ void advance() {
+    if (++owner == splits) owner = 0, ++number;
+  }
+  // Where the owner keeps what block `split` sends.
+  __device__ __forceinline__ int slot(int split) const { return number * (splits - 1) + split - (split > owner); }
+};
+
 template <class C>
 __device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float (&sum)[C::kN / 2], int split,
                                            int splits) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  FewRowsUnit unit(uniform_warp() * C::kUnitsAWarp, splits);
 #pragma unroll
-  for (int j = 0; j < C::kUnitsAWarp; ++j) {
-    const int unit = warp * C::kUnitsAWarp + j, target = unit % splits, slot = unit / splits * splits + split;
+  for (int j = 0; j < C::kUnitsAWarp; ++j, unit.advance()) {
+    if (unit.owner == split) continue;
+    const int slot = unit.slot(split);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* const v = &sum[8 * j + 4 * i];
@@ -203,22 +243,28 @@ __device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float
           "{ .reg .b32 data, done; mapa.shared::cluster.u32 data, %0, %2; mapa.shared::cluster.u32 done, %1, %2;"
           " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [data], {%3, %4, %5, %6}, [done]; }" ::"r"(
               local),
-          "r"(barrier), "r"(target), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+          "r"(barrier), "r"(unit.owner), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
           : "memory");
     }
   }
 }
 
-// The sum of a unit over the blocks, in the order of K.
+// The sum of a unit over the blocks in the order of K, this one's being `own`.
 template <class C>
-__device__ __forceinline__ void add_unit(const FewRowsShared<C>& shared, int slot, int splits, float (&sum)[8]) {
+__device__ __forceinline__ void add_unit(const FewRowsShared<C>& shared, const FewRowsUnit& unit, const float* own,
+                                         float (&sum)[8]) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] = 0.f;
-  for (int s = 0; s < splits; ++s) {
+  for (int s = 0; s < unit.splits; ++s) {
+    if (s == unit.owner) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += own[i];
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 v = shared.received[slot * splits + s].values[i][lane];
+      const float4 v = shared.received[unit.slot(s)].values[i][lane];
       sum[4 * i] += v.x;
       sum[4 * i + 1] += v.y;
       sum[4 * i + 2] += v.z;
@@ -238,23 +284,23 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
   const auto load_weights = [&](int tile, int base) {
     const int row = min(work.weight(tile), p.columns - 1) / kBlockK;
     const int block = min(work.begin + base + static_cast<int>(threadIdx.x) % kWarpSize, p.depth_blocks - 1);
-    return __ldg(p.b_sf + static_cast<int64_t>(row) * p.depth_blocks + block);
+    return p.b_sf[static_cast<int64_t>(row) * p.depth_blocks + block];
   };
-  const auto write_unit = [&](int unit, const float* sum) {
-    const int of_warp = unit / C::kUnitsAWarp;
+  const int group = warp / kWarpgroupWarps, token = group * C::kN;
+  uint8_t* const scratch = shared.scratch[group];
+  const auto target = [&] {  // of the warpgroup
     const int begin = work.token_tile() * p.tokens;
-    const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(begin) * p.columns,
-                             p.columns,
-                             min(p.tokens, p.rows - begin),
-                             work.weight(work.tile) + of_warp % kWarpgroupWarps * 16,
-                             p.columns,
-                             p.accumulate};
-    const int token = of_warp / kWarpgroupWarps * C::kN + unit % C::kUnitsAWarp * 16;
-    write_tokens(target, token, sum, shared.scratch[warp]);
+    return Target<Out>{static_cast<Out*>(p.out) + static_cast<int64_t>(begin) * p.columns,
+                       p.columns,
+                       min(p.tokens, p.rows - begin),
+                       work.weight(work.tile),
+                       p.columns,
+                       p.accumulate};
   };
-  wait_for_inputs();
-  release_dependents();
+  if (!p.static_weights) wait_for_inputs();
   float next_weights = load_weights(work.tile, 0);
+  if (p.static_weights) wait_for_inputs();  // before anything is written
+  release_dependents();
   for (; work.tile < work.tiles; work.tile += work.step) {
     float sum[C::kN / 2] = {};
     const int blocks = work.end - work.begin;
@@ -271,14 +317,18 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
       send_units<C>(shared, sum, work.split, p.splits);
       cutlass::arch::ClusterBarrier::wait(&shared.arrived, 0);
       asm volatile("" ::: "memory");  // the loads of what arrived stay below
-      for (int slot = warp; slot * p.splits + work.split < C::kUnits; slot += C::kWarps) {
+      FewRowsUnit unit(warp * C::kUnitsAWarp, p.splits);
+#pragma unroll
+      for (int j = 0; j < C::kUnitsAWarp; ++j, unit.advance()) {
+        if (unit.owner != work.split) continue;
         float total[8];
-        add_unit<C>(shared, slot, p.splits, total);
-        write_unit(slot * p.splits + work.split, total);
+        add_unit<C>(shared, unit, &sum[8 * j], total);
+        Target<Out> to = target();
+        to.column += warp % kWarpgroupWarps * 16;
+        write_tokens(to, token + 16 * j, total, scratch + warp % kWarpgroupWarps * kScratchBytes);
       }
     } else {
-#pragma unroll
-      for (int j = 0; j < C::kUnitsAWarp; ++j) write_unit(warp * C::kUnitsAWarp + j, &sum[8 * j]);
+      write_tile<C::kN>(target(), token, sum, scratch, 1 + group);
     }
   }
 }
@@ -294,7 +344,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) few_rows_kernel(const
       const int split = cute::block_rank_in_cluster(), mine = ceil_div(C::kUnits - split, p.splits);
       cutlass::arch::ClusterBarrier::init(&shared.arrived, 1);
       cutlass::arch::fence_barrier_init();
-      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared.arrived, mine * p.splits * sizeof(Unit));
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared.arrived,
+                                                                     mine * (p.splits - 1) * sizeof(Unit));
     }
   }
   __syncthreads();

@@ -69,14 +69,14 @@ double few_rows_us(int tokens, int64_t columns, int64_t depth_blocks, int splits
   const int64_t weights = ceil_div(columns, C::kRows), tiles = weights * ceil_div(tokens, C::kTokens);
   const int64_t resident = resident_clusters(kName, few_rows_kernel<C>, few_rows_shape<C>(splits));
   if (resident == 0 || (splits > 1 && tiles > resident)) return 1e30;
-  constexpr double kStage = kBlockK * (C::kRows + C::kTokens);
   const double waves = ceil_div(tiles, resident);
-  const double load = static_cast<double>(std::min(tiles, resident) * splits) / sm_count();
-  const double block = std::max(0.16, std::max(load, 1.0) * kStage / 85e3);
-  const double loads = waves * ceil_div(depth_blocks, splits) * block + (waves - 1) * 1.2;
+  const double load = static_cast<double>(std::min(tiles, resident) * splits) / sm_count();  // blocks a multiprocessor
+  const double block = std::max(load, 0.62) * (0.226 + 0.0008 * C::kTokens);
+  const double loads = waves * ceil_div(depth_blocks, splits) * block + (waves - 1) * (0.58 + 0.001 * C::kTokens);
   const double all = static_cast<double>(weights * C::kRows * depth_blocks * kBlockK) / 4e6;
-  const double sums = splits > 1 ? 0.3 + 0.1 * splits + 2.2 * load * C::kTokens / 64 : 0.0;
-  return std::max(loads, all) + sums + 0.03 * C::kTokens + (C::kBlocks == 1 ? 0.2 : 0.0);
+  const double sent = std::max(load, 0.53) * C::kTokens / 64 * (splits - 1) / splits;
+  const double sums = splits > 1 ? 0.53 + 0.15 * splits + sent : 0.0;
+  return 1.5 + std::max(loads, all) + sums + 0.007 * C::kTokens + (C::kBlocks == 1 ? 0.02 : 0.0);
 }
 
 // Kept a device and size of the weights: weighing up the cuts takes as long as a launch.

@@ -60,22 +60,25 @@ struct Target {
   bool accumulate;
 };
 
-// Writes tokens `token` to `token` + 15 from 8 accumulators. bf16 is turned through shared memory, so that a token's 16
-// outputs leave as one sector; in fp32 eight lanes hold a sector already.
-__device__ __forceinline__ void write_tokens(const Target<__nv_bfloat16>& to, int token, const float* sum,
-                                             uint8_t* scratch) {
-  const int lane = threadIdx.x % kWarpSize;
-  if (token >= to.tokens) return;
+// Rounded to bf16 and turned through shared memory: lane l's part of what `sum`, 16 tokens of a warp's 16 weights, makes.
+__device__ __forceinline__ void store_turned(uint8_t* target, const float* sum) {
   uint32_t words[4];  // tokens 0 to 7 of weights 0 to 7, of weights 8 to 15, then the other tokens
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
     words[i] = reinterpret_cast<const uint32_t&>(pair);
   }
+  cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3], *reinterpret_cast<cute::uint128_t*>(target));
+}
+
+// A warp writes tokens `token` to `token` + 15 from 8 accumulators. bf16 is turned through kScratchBytes, so that a token's
+// 16 outputs leave as one sector; in fp32 eight lanes hold a sector already.
+__device__ __forceinline__ void write_tokens(const Target<__nv_bfloat16>& to, int token, const float* sum,
+                                             uint8_t* scratch) {
+  const int lane = threadIdx.x % kWarpSize;
+  if (token >= to.tokens) return;
   __syncwarp();
-  const int row = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
-  auto& target = *reinterpret_cast<cute::uint128_t*>(scratch + row * 32 + half * 16);
-  cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3], target);
+  store_turned(scratch + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, sum);
   __syncwarp();
   const int mine = token + lane / 2, column = to.column + lane % 2 * 8;
   if (mine >= to.tokens || column >= to.columns) return;
@@ -90,6 +93,36 @@ __device__ __forceinline__ void write_tokens(const Target<float>& to, int token,
     float& value = to.out[mine * to.stride + column];
     value = to.accumulate ? value + sum[i] : sum[i];
   }
+}
+
+// A warpgroup writes kN tokens of its 64 weights, from `token` on; to.column is the warpgroup's first. bf16 takes kN rows
+// of 128 bytes of scratch, whose chunks of 16 bytes lie as in the 128-byte swizzle, so that whole lines leave. `barrier` is
+// the warpgroup's own.
+template <int kN>
+__device__ __forceinline__ void write_tile(const Target<__nv_bfloat16>& to, int token, const float (&sum)[kN / 2],
+                                           uint8_t* scratch, int barrier) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kWarpgroupWarps;
+  const auto at = [&](int row, int chunk) { return scratch + row * 128 + (chunk ^ row % 8) * 16; };
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier);
+#pragma unroll
+  for (int j = 0; j < kN / 16; ++j) {
+    store_turned(at(16 * j + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), &sum[8 * j]);
+  }
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier);
+  const int first = warp * (kN / 4) + lane / 8, column = to.column + lane % 8 * 8;
+  if (column >= to.columns) return;
+  __nv_bfloat16* out = to.out + (token + first) * to.stride + column;
+#pragma unroll
+  for (int i = 0; i < kN / 16; ++i, out += 4 * to.stride) {
+    if (token + first + 4 * i >= to.tokens) return;
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(at(first + 4 * i, lane % 8));
+  }
+}
+template <int kN>
+__device__ __forceinline__ void write_tile(Target<float> to, int token, const float (&sum)[kN / 2], uint8_t*, int) {
+  to.column += threadIdx.x / kWarpSize % kWarpgroupWarps * 16;
+#pragma unroll
+  for (int j = 0; j < kN / 16; ++j) write_tokens(to, token + 16 * j, &sum[8 * j], nullptr);
 }
 
 }  // namespace dsv3
