@@ -1,4 +1,4 @@
-"""`python -m bench FAMILY...|all`, `python -m bench plot`, `python -m bench tests [FAMILY...]`: see README.md."""
+"""`python -m bench FAMILY...|all`, `python -m bench plot`, `python -m bench tests|sanitize [FAMILY...]`: see README.md."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Times dsv3's ops beside their floor and peers."
     )
-    parser.add_argument("what", nargs="+", help=f"{', '.join(families())}, all; or plot; or tests [family...]")
+    parser.add_argument("what", nargs="+", help=f"{', '.join(families())}, all; plot; tests or sanitize [family...]")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few repeats; writes only with --out")
     parser.add_argument("--dry-run", action="store_true", help="any device: compare op and baselines at tiny sizes")
     parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<gpu>")
     parser.add_argument("--commit", help="commit to record where the tree is no git checkout")
     args = parser.parse_args(argv)
     known = {*families(), "all"}
-    unknown = [] if args.what[0] in ("plot", "tests") else [name for name in args.what if name not in known]
+    unknown = [] if args.what[0] in ("plot", "tests", "sanitize") else [name for name in args.what if name not in known]
     if unknown:
         parser.error(f"expected families among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     if args.what[0] == "plot" and args.what[1:]:
@@ -134,12 +134,16 @@ def measuring(commit: str | None) -> Environment:
 
 
 def measure(args: argparse.Namespace, console: Console, failures: Failures) -> int:
-    """What needs a Hopper GPU: `tests` or benchmarks. Raises ValueError where this machine or tree can not run them."""
+    """Tests, sanitizer or benchmarks: what needs a Hopper GPU. ValueError where this machine or tree can not run them."""
     env = measuring(args.commit)
     if args.what[0] == "tests":
         from bench.suite import run_tests
 
         return run_tests(args.what[1:], folder(args, env, args.what[1:]), env)
+    if args.what[0] == "sanitize":
+        from bench.sanitize import run_sanitizer
+
+        return run_sanitizer(args.what[1:], folder(args, env, args.what[1:]), env, console)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is worth writing
     run_benchmarks(args, env, console, failures)
     return 1 if failures.lines else 0
