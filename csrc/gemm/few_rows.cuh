@@ -153,10 +153,10 @@ struct FewRowsProduct {
                          stages.a + at.stage * (sizeof(Shared::a[0]) / 16), values);
     at.advance();
   }
-  // The kPending products started last may go on.
-  template <int kPending>
-  __device__ __forceinline__ void finish(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2]) {
-    finish_product<C::kN, kPending>(values);
+  // The `pending` products started last may go on.
+  template <class Pending>
+  __device__ __forceinline__ void finish(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2], Pending pending) {
+    finish_product<C::kN, pending>(values);
     Ring::release(stages.empty, stage);
     promote_transposed<C::kN>(sum, values, weight, tokens);
   }
@@ -167,43 +167,33 @@ struct FewRowsProduct {
 template <class C>
 __device__ __forceinline__ void multiply(const FewRowsStages<C>& stages, float (&sum)[C::kN / 2], float weight_sf,
                                          int blocks, RingState<C::kStages>& at) {
-  const auto weight = [&](int block) { return __shfl_sync(0xffffffffu, weight_sf, block); };
-  int first = 0;
-  if constexpr (C::kAtOnce == 4) {
-#pragma unroll 1
-    for (; first + 4 <= blocks; first += 4) {
-      FewRowsProduct<C> a, b, c, d;
-      a.start(stages, at, weight(first));
-      b.start(stages, at, weight(first + 1));
-      c.start(stages, at, weight(first + 2));
-      d.start(stages, at, weight(first + 3));
-      a.template finish<3>(stages, sum);
-      b.template finish<2>(stages, sum);
-      c.template finish<1>(stages, sum);
-      d.template finish<0>(stages, sum);
-    }
-#pragma unroll 1
-    for (; first < blocks; ++first) {
-      FewRowsProduct<C> a;
-      a.start(stages, at, weight(first));
-      a.template finish<0>(stages, sum);
-    }
+  using Product = FewRowsProduct<C>;
+  const auto start = [&](Product& product, int block) {
+    product.start(stages, at, __shfl_sync(0xffffffffu, weight_sf, block));
+  };
+  const auto finish = [&](Product& product, auto pending) { product.finish(stages, sum, pending); };
+  if constexpr (C::kAtOnce == 2) {
+    multiply_in_turn<Product>(blocks, start, finish);
   } else {
-    FewRowsProduct<C> a, b;
-    a.start(stages, at, weight(0));
+    static_assert(C::kAtOnce == 4);
+    int i = 0;
 #pragma unroll 1
-    for (; first + 2 < blocks; first += 2) {
-      b.start(stages, at, weight(first + 1));
-      a.template finish<1>(stages, sum);
-      a.start(stages, at, weight(first + 2));
-      b.template finish<1>(stages, sum);
+    for (; i + 4 <= blocks; i += 4) {
+      Product a, b, c, d;
+      start(a, i);
+      start(b, i + 1);
+      start(c, i + 2);
+      start(d, i + 3);
+      finish(a, std::integral_constant<int, 3>{});
+      finish(b, std::integral_constant<int, 2>{});
+      finish(c, std::integral_constant<int, 1>{});
+      finish(d, std::integral_constant<int, 0>{});
     }
-    if (first + 1 < blocks) {
-      b.start(stages, at, weight(first + 1));
-      a.template finish<1>(stages, sum);
-      b.template finish<0>(stages, sum);
-    } else {
-      a.template finish<0>(stages, sum);
+#pragma unroll 1
+    for (; i < blocks; ++i) {
+      Product a;
+      start(a, i);
+      finish(a, std::integral_constant<int, 0>{});
     }
   }
 }

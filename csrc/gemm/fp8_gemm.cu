@@ -75,7 +75,7 @@ double few_rows_us(int tokens, int64_t columns, int64_t depth_blocks, int splits
   const double loads = waves * ceil_div(depth_blocks, splits) * block + (waves - 1) * (0.58 + 0.001 * C::kTokens);
   const double all = static_cast<double>(weights * C::kRows * depth_blocks * kBlockK) / 4e6;
   const double sent = std::max(load, 0.53) * C::kTokens / 64 * (splits - 1) / splits;
-  const double sums = splits > 1 ? 0.53 + 0.15 * splits + sent : 0.0;
+  const double sums = splits > 1 ? 0.53 + 0.14 * splits + sent : 0.0;
   return 1.5 + std::max(loads, all) + sums + 0.007 * C::kTokens + (C::kBlocks == 1 ? 0.02 : 0.0);
 }
 

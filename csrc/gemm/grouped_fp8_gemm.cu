@@ -3,7 +3,7 @@
 // offsets are read on the device alone. 2 R N K operations; bytes R K + G N K + out. Groups of many rows take wide.cuh,
 // bound by the tensor cores; those of few narrow.cuh, which reads the weights once.
 #include "../ops.h"
-#include "narrow.cuh"
+#include "groups.cuh"
 #include "wide_launch.cuh"
 
 namespace dsv3 {
@@ -14,11 +14,8 @@ constexpr int kFewRows = 128;  // a group on average; the host knows no more
 template <Layout kLayout, class Out>
 using Wide = WideConfig<kLayout, Out, false, 128, 2, 2, 4, 2>;
 
-template <Layout kLayout, class Out>
-void launch_narrow(const char* name, const WideProblem& x, cudaStream_t stream) {
-  using C = NarrowConfig<kLayout, Out>;
-  static_assert(sizeof(NarrowShared<C>) <= 227 * 1024, "the stages do not fit");
-  const int64_t blocks = ceil_div(x.k, kBlockK);
+template <class C>
+NarrowParams narrow_params(const WideProblem& x) {
   NarrowParams p;
   p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kBox, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
@@ -29,23 +26,24 @@ void launch_narrow(const char* name, const WideProblem& x, cudaStream_t stream) 
   p.error = device_error();
   p.rows = x.limit;
   p.columns = x.columns;
-  p.depth_blocks = static_cast<int>(blocks);
+  p.depth_blocks = static_cast<int>(ceil_div(x.k, kBlockK));
   p.groups = x.groups;
-  Launch shape{dim3(), dim3(C::kThreads), sizeof(NarrowShared<C>), C::kCluster};
-  const int64_t pairs = ceil_div(x.columns, kTileRows * C::kCluster);
-  const int64_t clusters = std::min<int64_t>(pairs * x.groups, some_clusters(name, narrow_kernel<C>, shape));
-  shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
-  launch(name, narrow_kernel<C>, shape, stream, p);
+  return p;
 }
 
-// Groups of few rows and groups of many are two kernels, each of which passes over the other's: only the device knows
-// how many rows they have.
 template <Layout kLayout, class Out>
-void launch_both(const char* name, const WideProblem& x, cudaStream_t stream) {
-  launch_narrow<kLayout, Out>(name, x, stream);
-  WideProblem many = x;
-  many.fewest_rows = NarrowConfig<kLayout, Out>::kTokens + 1;
-  if (x.limit >= many.fewest_rows) launch_wide<Wide<kLayout, Out>>(name, many, stream);
+void launch_groups(const char* name, WideProblem x, cudaStream_t stream) {
+  using Few = NarrowConfig<kLayout, Out>;
+  using Many = Wide<kLayout, Out>;
+  using C = GroupsConfig<Few, Many>;
+  static_assert(C::kSharedBytes <= 227 * 1024, "the stages do not fit");
+  x.fewest_rows = Few::kTokens + 1;
+  Launch shape{dim3(), dim3(C::kThreads), C::kSharedBytes, C::kCluster};
+  const int64_t few = ceil_div(x.columns, kTileRows * C::kCluster) * x.groups;
+  const int64_t many = x.limit < x.fewest_rows ? 0 : wide_tiles<Many>(x);
+  const int64_t clusters = std::min<int64_t>(std::max(few, many), some_clusters(name, groups_kernel<Few, Many>, shape));
+  shape.grid = dim3(static_cast<unsigned>(clusters * C::kCluster));
+  launch(name, groups_kernel<Few, Many>, shape, stream, narrow_params<Few>(x), wide_params<Many>(x));
 }
 
 // Checks b and its scales against a's K and returns (G, N).
@@ -102,8 +100,8 @@ void grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor b_sf, 
   // Every sum runs over K in order, whatever the kernel: batch_invariant changes nothing here.
   (void)batch_invariant;
   if (r <= kFewRows * groups) {
-    return wide_out ? launch_both<Layout::kRows, float>(kName, x, stream)
-                    : launch_both<Layout::kRows, __nv_bfloat16>(kName, x, stream);
+    return wide_out ? launch_groups<Layout::kRows, float>(kName, x, stream)
+                    : launch_groups<Layout::kRows, __nv_bfloat16>(kName, x, stream);
   }
   return wide_out ? launch_wide<Wide<Layout::kRows, float>>(kName, x, stream)
                   : launch_wide<Wide<Layout::kRows, __nv_bfloat16>>(kName, x, stream);
@@ -147,8 +145,8 @@ void masked_grouped_fp8_gemm(Tensor out, Tensor a, Tensor a_sf, Tensor b, Tensor
                       static_cast<int>(r),
                       false};
   (void)batch_invariant;
-  wide_out ? launch_both<Layout::kMasked, float>(kName, x, stream)
-           : launch_both<Layout::kMasked, __nv_bfloat16>(kName, x, stream);
+  wide_out ? launch_groups<Layout::kMasked, float>(kName, x, stream)
+           : launch_groups<Layout::kMasked, __nv_bfloat16>(kName, x, stream);
 }
 
 }  // namespace dsv3

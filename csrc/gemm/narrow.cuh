@@ -1,9 +1,7 @@
-// The kernel for groups of at most 128 rows, which reads their weights once: tiles of 128 weights by up to 128 tokens,
-// with as many columns of the tensor core as the tile has tokens. The blocks of a cluster of two take neighbouring
-// weights and share the tokens: each loads every other 16 and multicasts them. Roofline: README.md.
+// Groups of at most 128 rows, whose weights are read once: tiles of 128 weights by up to 128 tokens, with as many columns
+// of the tensor core as the tile has tokens. The blocks of a cluster of two take neighbouring weights and share the
+// tokens: each loads every other 16 and multicasts them. The kernel is in groups.cuh. Roofline: README.md.
 #pragma once
-
-#include <cutlass/arch/reg_reconfig.h>
 
 #include "transposed.cuh"
 
@@ -13,7 +11,7 @@ template <Layout kLayout_, class Out_>
 struct NarrowConfig {
   static constexpr Layout kLayout = kLayout_;
   using Out = Out_;
-  static constexpr int kStages = 6, kCluster = 2, kConsumerWarps = 8, kThreads = 3 * kWarpgroup;
+  static constexpr int kStages = 6, kCluster = 2, kConsumerWarps = 8;
   static constexpr int kTokens = 128, kBox = 16;  // of a group at most, and of a TMA copy
 };
 
@@ -90,7 +88,7 @@ __device__ __forceinline__ void produce(const NarrowParams& p, NarrowShared<C>& 
   NarrowSchedule<C> schedule(p, kWeights && blockIdx.x == 0);
   RingState<C::kStages> at;
   int place = 0;
-  for (Tile tile{}; true; place = place == C::kStages ? 0 : place + 1) {
+  for (Tile tile{}; true; place = next_place<C>(place)) {
     const bool more = uniform(schedule.next(tile));
     for (int block = 0; block < (more ? p.depth_blocks : 1); ++block, at.advance()) {
       shared.ring.wait_empty(at);
@@ -137,20 +135,34 @@ __device__ __forceinline__ void consume_tile(const NarrowParams& p, NarrowShared
   const uint32_t b_sf = shared_address(shared.b_sf);
   const uint32_t a_sf = shared_address(shared.a_sf) + uniform(tile.row & RowScales::kEarly) * 4;
   float sum[kN / 2] = {};
-#pragma unroll 1
-  for (int i = 0; i < p.depth_blocks; ++i) {
-    Ring::wait_full(full, at);
-    const int stage = at.stage;
-    const float weight_sf = load_shared_float(b_sf + stage * 4);
+  struct Product {
+    float values[kN / 2], weight;
     TokenScales<kN> tokens;
-    tokens.template load<false>(a_sf + stage * sizeof(shared.a_sf[0]));
-    float product[kN / 2];
-    start_product<kN>(b_first + stage * (sizeof(shared.b[0]) / 16), a_first + stage * (sizeof(shared.a[0]) / 16),
-                      product);
+    int stage;
+  };
+  const auto start = [&](Product& product, int) {
+    Ring::wait_full(full, at);
+    product.stage = at.stage;
+    product.weight = load_shared_float(b_sf + at.stage * 4);
+    product.tokens.template load<false>(a_sf + at.stage * sizeof(shared.a_sf[0]));
+    start_product<kN>(b_first + at.stage * (sizeof(shared.b[0]) / 16), a_first + at.stage * (sizeof(shared.a[0]) / 16),
+                      product.values);
     at.advance();
-    finish_product<kN>(product);
-    Ring::release(empty, stage);
-    promote_transposed<kN>(sum, product, weight_sf, tokens);
+  };
+  const auto finish = [&](Product& product, auto pending) {
+    finish_product<kN, pending>(product.values);
+    Ring::release(empty, product.stage);
+    promote_transposed<kN>(sum, product.values, product.weight, product.tokens);
+  };
+  if constexpr (kN <= 64) {
+    multiply_in_turn<Product>(p.depth_blocks, start, finish);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < p.depth_blocks; ++i) {  // for two products there are no registers
+      Product product;
+      start(product, i);
+      finish(product, std::integral_constant<int, 0>{});
+    }
   }
   using Out = typename C::Out;
   const Target<Out> target{static_cast<Out*>(p.out) + static_cast<int64_t>(tile.row) * p.columns,
@@ -167,7 +179,7 @@ template <class C>
 __device__ __forceinline__ void consume(const NarrowParams& p, NarrowShared<C>& shared) {
   using Ring = decltype(shared.ring);
   RingState<C::kStages> at;
-  for (int place = 0;; place = place == C::kStages ? 0 : place + 1) {
+  for (int place = 0;; place = next_place<C>(place)) {
     Ring::wait_full(shared_address(shared.ring.full), at);
     const Tile tile = shared.tiles[place];
     if (uniform(tile.depth_blocks) == 0) break;
@@ -189,25 +201,6 @@ __device__ __forceinline__ void consume(const NarrowParams& p, NarrowShared<C>& 
     }
   }
   Ring::release(shared.ring.empty_address(), at.stage);
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) narrow_kernel(const __grid_constant__ NarrowParams p) {
-  extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<NarrowShared<C>*>(raw);
-  if (threadIdx.x == 0) shared.ring.init();
-  sync_cluster<C::kCluster>();
-  wait_for_inputs();
-  release_dependents();
-  const uint32_t warp = uniform_warp();  // NOTE: else the compiler keeps nothing in uniform registers
-  if (warp < kWarpgroupWarps) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (warp == 0) produce<C, true>(p, shared);
-    if (warp == 1) produce<C, false>(p, shared);
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
-    consume<C>(p, shared);
-  }
 }
 
 }  // namespace dsv3

@@ -42,7 +42,7 @@ inline MatrixView fp8_view(const Tensor& t, int64_t rows, int64_t columns) {
   return {t.data<void>(), CU_TENSOR_MAP_DATA_TYPE_UINT8, rows, columns, columns};
 }
 inline RowScales row_scales(const Tensor& t, int64_t rows) {
-  return {t.data<float>(), static_cast<int>(rows), static_cast<int>(ceil_div(rows, 4) * 4)};
+  return {t.data<float>(), static_cast<int>(ceil_div(rows, 4) * 4)};
 }
 inline MatrixView fp32_view(const Tensor& t, int64_t rows, int64_t columns) {
   return {t.data<void>(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32, rows, columns,

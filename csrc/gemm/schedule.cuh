@@ -35,6 +35,12 @@ __device__ __forceinline__ void put(T& place, const T& value) {
   asm volatile("" ::: "memory");
 }
 
+// Tiles stand in shared memory in turn, one place more than the ring has stages.
+template <class C>
+__device__ __forceinline__ int next_place(int place) {
+  return place == C::kStages ? 0 : place + 1;
+}
+
 // Spans of rows by columns of tiles, a panel of kPanel spans at a time, spans fastest.
 struct Grid {
   int spans, columns;
@@ -51,7 +57,7 @@ struct Grid {
 // is at most three rows early, and ends at one too: up to three floats past the rows, within the 16 bytes of the last.
 struct RowScales {
   const float* data;
-  int rows, stride;
+  int stride;
 
   static constexpr int kEarly = 3;
   static constexpr int size(int rows) { return rows + 4; }  // floats that a stage keeps for them

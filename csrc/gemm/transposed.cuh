@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cute/arch/copy_sm90.hpp>
+#include <type_traits>
 
 #include "../common/launch.cuh"
 #include "../hopper/pipeline.cuh"
@@ -47,6 +48,31 @@ __device__ __forceinline__ void promote_transposed(float (&sum)[kN / 2], const f
     sum[4 * j + 1] = fmaf(second, product[4 * j + 1], sum[4 * j + 1]);
     sum[4 * j + 2] = fmaf(first, product[4 * j + 2], sum[4 * j + 2]);
     sum[4 * j + 3] = fmaf(second, product[4 * j + 3], sum[4 * j + 3]);
+  }
+}
+
+// `blocks` K blocks, at least one, so that a product is always under way: start(product, i) begins that of the i-th, and
+// finish(product, pending) waits until only `pending` are left and adds it. Two products, in turn, live in registers.
+template <class Product, class Start, class Finish>
+__device__ __forceinline__ void multiply_in_turn(int blocks, Start&& start, Finish&& finish) {
+  constexpr std::integral_constant<int, 0> kNone;
+  constexpr std::integral_constant<int, 1> kOne;
+  Product a, b;
+  int i = 0;
+  start(a, i);
+#pragma unroll 1
+  for (; i + 2 < blocks; i += 2) {
+    start(b, i + 1);
+    finish(a, kOne);
+    start(a, i + 2);
+    finish(b, kOne);
+  }
+  if (i + 1 < blocks) {
+    start(b, i + 1);
+    finish(a, kOne);
+    finish(b, kNone);
+  } else {
+    finish(a, kNone);
   }
 }
 

@@ -19,12 +19,6 @@
 
 namespace dsv3 {
 
-// The place of the next tile.
-template <class C>
-__device__ __forceinline__ int next_place(int place) {
-  return place == C::kStages ? 0 : place + 1;
-}
-
 // A lane of the producer warp issues the TMA copies; lanes 1 to kScales bring the tile's block scales. What a tile is
 // stands in shared memory when its first stage is full: finding it takes two divisions, for which consumers need not
 // wait. A tile without K blocks is the end.

@@ -34,18 +34,22 @@ struct WidePlan {
   int64_t time = 0;  // in tenths of what a K block of a tile of 128 x 128 takes
 };
 
+// Rows that groups leave unused at their ends can add a span each.
+template <class C>
+int64_t wide_tiles(const WideProblem& x) {
+  const int64_t spans = ceil_div(x.rows, C::kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
+  return spans * ceil_div(x.columns, C::kTileColumns) * (C::kLayout == Layout::kDepth ? x.groups : 1);
+}
+
 // K is cut where there are few tiles: so that the last wave of tiles is nearly full, without writing them too often,
 // which takes as long as some K blocks, more where parts wait for each other. Fitted to times on an H200 (README.md).
 template <class C>
 WidePlan plan_wide(const char* name, const WideProblem& x) {
-  // Rows that groups leave unused at their ends can add a span each.
-  const int64_t spans = ceil_div(x.rows, C::kTileRows * C::kCluster) + (C::kByRows ? x.groups : 0);
-  const int64_t outputs = C::kLayout == Layout::kDepth ? x.groups : 1;
-  WidePlan plan{.tiles = spans * ceil_div(x.columns, C::kTileColumns) * outputs,
-                .resident = some_clusters(name, wide_kernel<C>, wide_shape<C>())};
+  WidePlan plan{.tiles = wide_tiles<C>(x), .resident = some_clusters(name, wide_kernel<C>, wide_shape<C>())};
   if constexpr (!C::kRowScaleB) return plan;
   constexpr int kMost = 8, kTileEnd = 5, kPartEnd = 8, kBlock = C::kHalves == 1 ? 10 : 18;
-  const int64_t depth = ceil_div(ceil_div(x.k, kBlockK), outputs);  // of a group, if they are alike
+  const int64_t groups = C::kLayout == Layout::kDepth ? x.groups : 1;
+  const int64_t depth = ceil_div(ceil_div(x.k, kBlockK), groups);  // of a group, if they are alike
   const int most = C::kSplits && x.turns != nullptr ? static_cast<int>(std::min<int64_t>(kMost, depth)) : 1;
   for (int splits = 1; splits <= most; ++splits) {
     const int64_t waves = ceil_div(plan.tiles * splits, plan.resident);
@@ -58,9 +62,8 @@ WidePlan plan_wide(const char* name, const WideProblem& x) {
 }
 
 template <class C>
-void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(x.k, kBlockK);
-  WideParams p;
+WideParams wide_params(const WideProblem& x) {
+  WideParams p{};
   p.a = tensor_map(fp8_view(x.a, x.a_rows, x.k), C::kCopyRows, kBlockK, true);
   p.a_sf = row_scales(x.a_sf, x.a_rows);
   p.b = tensor_map(fp8_view(x.b, x.b_rows, x.k), C::kTileColumns / C::kCluster, kBlockK, true);
@@ -72,19 +75,26 @@ void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, c
   p.out = x.out.data<void>();
   p.b_sf = C::kRowScaleB ? nullptr : x.b_sf.data<float>();
   p.offsets = x.offsets;
-  // The narrow kernel, where it takes the other groups, reports what is wrong with the offsets or counts.
+  // Whoever takes the other groups reports what is wrong with the offsets or counts.
   p.error = C::kLayout == Layout::kDense || x.fewest_rows > 0 ? nullptr : device_error();
   p.rows = x.rows;
   p.columns = x.columns;
-  p.depth_blocks = static_cast<int>(blocks);
+  p.depth_blocks = static_cast<int>(ceil_div(x.k, kBlockK));
   p.groups = x.groups;
   p.limit = x.limit;
   p.fewest_rows = x.fewest_rows;
   p.accumulate = x.accumulate;
+  p.splits = 1;
+  return p;
+}
+
+template <class C>
+void launch_wide(const char* name, const WideProblem& x, const WidePlan& plan, cudaStream_t stream) {
+  WideParams p = wide_params<C>(x);
   Launch shape = wide_shape<C>();
   int64_t clusters = std::min<int64_t>(plan.tiles, plan.resident);
   // Where tiles are short and many; elsewhere the delay costs more than it saves (README.md).
-  p.late_clocks = blocks <= 8 && plan.tiles >= 8 * clusters ? 1200 : 0;
+  p.late_clocks = p.depth_blocks <= 8 && plan.tiles >= 8 * clusters ? 1200 : 0;
   p.splits = plan.splits;
   p.turns = x.turns;
   if (p.splits > 1) {
