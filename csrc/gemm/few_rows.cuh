@@ -39,11 +39,12 @@ struct FewRowsShared {
       alignas(1024) uint8_t a[C::kStages][C::kTokens * kBlockK];
       alignas(16) float a_sf[C::kStages][C::kTokens];
     };
-    Unit received[C::kUnits + 8];  // once no ring of the cluster is in use: of every block's units that this one adds
+    Unit received[C::kUnits +
+                  8];  // once no ring of the cluster is in use: what others send of the units that this block adds
   };
   alignas(16) uint8_t scratch[C::kGroups][C::kN * 128];
   RingBarriers<C::kStages, C::kWarps, 1, C::kProducers - 1> ring;
-  uint64_t arrived;  // the units of all blocks
+  uint64_t arrived;  // what others send
 };
 
 struct FewRowsParams {
@@ -318,7 +319,7 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
         write_tokens(to, token + 16 * j, total, scratch + warp % kWarpgroupWarps * kScratchBytes);
       }
     } else {
-      write_tile<C::kN>(target(), token, sum, scratch, 1 + group);
+      write_tile<C::kN>(target(), token, sum, scratch, 1 + group);  // 0 is __syncthreads
     }
   }
 }

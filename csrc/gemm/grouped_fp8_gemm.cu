@@ -1,7 +1,8 @@
 // out[r] = A[r, K] B[g, N, K]^T for the rows r of each group, offsets[g] <= r < offsets[g + 1], and the same with a
 // number of rows a group instead of offsets (the masked layout of decoding). Groups of any size, no padding; the
 // offsets are read on the device alone. 2 R N K operations; bytes R K + G N K + out. Groups of many rows take wide.cuh,
-// bound by the tensor cores; those of few narrow.cuh, which reads the weights once.
+// bound by the tensor cores; where there may be groups of few, groups.cuh takes those first, in narrow.cuh, which reads
+// their weights once.
 #include "../ops.h"
 #include "groups.cuh"
 #include "wide_launch.cuh"

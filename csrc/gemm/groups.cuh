@@ -19,18 +19,21 @@ struct GroupsConfig {
   static constexpr size_t kSharedBytes = std::max(sizeof(NarrowShared<Few>), sizeof(WideShared<Many>));
 };
 
-// Whether a group has more than kTokens rows. By a whole warp.
+// Whether a group has more than kTokens rows. By a whole warp. NOTE: behind a loop whose bound depends on the lane the
+// compiler keeps nothing in uniform registers.
 template <class Few>
 __device__ __forceinline__ bool exceed(const NarrowParams& p) {
-  for (int g = threadIdx.x % kWarpSize; g - static_cast<int>(threadIdx.x) % kWarpSize < p.groups; g += kWarpSize) {
+  bool more = false;
+  for (int base = 0; base < p.groups && !more; base += kWarpSize) {
+    const int g = base + static_cast<int>(threadIdx.x) % kWarpSize;
     int rows = 0;
     if (g < p.groups) {
       rows = __ldg(p.numbers + g);
       if constexpr (Few::kLayout == Layout::kRows) rows = __ldg(p.numbers + g + 1) - rows;
     }
-    if (__any_sync(0xffffffffu, rows > Few::kTokens)) return true;
+    more = uniform(__any_sync(0xffffffffu, rows > Few::kTokens));
   }
-  return false;
+  return more;
 }
 
 // Shared memory from one to the other, by all threads of the cluster.

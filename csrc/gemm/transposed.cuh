@@ -129,12 +129,13 @@ __device__ __forceinline__ void write_tile(const Target<__nv_bfloat16>& to, int 
                                            uint8_t* scratch, int barrier) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kWarpgroupWarps;
   const auto at = [&](int row, int chunk) { return scratch + row * 128 + (chunk ^ row % 8) * 16; };
-  cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier);
+  const auto sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory"); };
+  sync();
 #pragma unroll
   for (int j = 0; j < kN / 16; ++j) {
     store_turned(at(16 * j + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), &sum[8 * j]);
   }
-  cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier);
+  sync();
   const int first = warp * (kN / 4) + lane / 8, column = to.column + lane % 8 * 8;
   if (column >= to.columns) return;
   __nv_bfloat16* out = to.out + (token + first) * to.stride + column;

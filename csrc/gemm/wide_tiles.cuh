@@ -63,7 +63,7 @@ struct WideParams {
   DeviceError* error;
   int rows, columns, depth_blocks, groups;
   int limit;        // of the offsets or counts
-  int fewest_rows;  // of a group that this kernel takes; others are another's
+  int fewest_rows;  // of a group that is taken here; narrow.cuh takes the others
   bool accumulate;
   // By which the second warpgroup begins later, so that one writes its part of a tile while the other multiplies.
   int late_clocks;

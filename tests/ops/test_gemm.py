@@ -133,6 +133,18 @@ def test_weight_gradient_of_a_large_output(m):
     torch.testing.assert_close(written, in_128, rtol=1e-5, atol=1e-5 * exact.std().item())
 
 
+@pytest.mark.parametrize("m", [5, 72, 128, 300])
+@pytest.mark.parametrize(("n", "k"), [(328, 2048), (16384, 256)])
+def test_adds_to_what_is_there(m, n, k, device):
+    """With a scale for every 128x128 of b: split, whole, several tiles a block, many rows."""
+    a, b = operands(m, n, k, device)
+    exact = product(a, b)
+    start = torch.randn(m, n, device=device) * exact.std()
+    out = start.clone()
+    ops.fp8_gemm(*a, *b, out=out, accumulate=True)
+    check(out - start, exact)
+
+
 def test_weight_gradient_of_no_tokens(device):
     a, b = (ops.cast_transpose(draw(0, n, device=device)) for n in (272, 192))
     out = torch.randn(272, 192, device=device)

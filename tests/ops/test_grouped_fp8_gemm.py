@@ -235,7 +235,9 @@ def check_device_error(call, out, match, device):
     assert ((out == SENTINEL) | out.isnan()).all()
 
 
-@pytest.mark.parametrize("bounds", [[0, 20, 10, 30], [0, 10, 20, 41], [0, 10, 41, 20], [0, -1, 5, 30], [3, 5, 10, 30]])
+@pytest.mark.parametrize(
+    "bounds", [[0, 20, 10, 30], [0, 10, 20, 41], [0, 10, 41, 20], [0, -1, 5, 30], [3, 5, 10, 30], [0, 10, 20, 200]]
+)
 def test_bad_offsets(bounds, device):
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     a, b = cast_rows(draw(40, 272, device=device)), expert_weights(3, 192, 272, device)
@@ -254,9 +256,11 @@ def test_bad_offsets_of_a_weight_gradient(bounds, device):
     check_device_error(lambda: ops.grouped_fp8_wgrad(*a, *b, offsets, out=out), out, "offsets", device)
 
 
-@pytest.mark.parametrize("counts", [[4, 34, 0], [-1, 3, 3]])
-def test_bad_counts(counts, device):
-    a, a_sf, b, b_sf, _ = masked_operands(33, [33] * 3, 192, 272, device)
+@pytest.mark.parametrize(
+    ("room", "counts"), [(33, [4, 34, 0]), (33, [-1, 3, 3]), (33, [4, 200, 0]), (300, [4, 301, 0]), (300, [200, -1, 3])]
+)
+def test_bad_counts(room, counts, device):
+    a, a_sf, b, b_sf, _ = masked_operands(room, [room] * 3, 192, 272, device)
     wrong = torch.tensor(counts, dtype=torch.int32, device=device)
-    out = torch.full((3, 33, 192), SENTINEL, device=device)
+    out = torch.full((3, room, 192), SENTINEL, device=device)
     check_device_error(lambda: ops.masked_grouped_fp8_gemm(a, a_sf, b, b_sf, wrong, out=out), out, "counts", device)
