@@ -124,3 +124,22 @@ def test_folders_that_cannot_be_written_are_named_before_training(
     (tmp_path / "file").touch()
     assert expert_curve.main(["--out", str(tmp_path / "file"), "--commit", "abc"]) == 2
     assert f"{tmp_path / 'file'} cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("rank 1 says no"), 2)])
+def test_a_run_that_ends_early_leaves_no_empty_folder(
+    error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Setup, "of_this_machine", lambda transport: CPU)
+    monkeypatch.setattr(expert_curve, "run_on_nodes", stop)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    for out in ("new", "kept"):
+        arguments = ["--out", str(tmp_path / out), "--runs", str(tmp_path / "runs"), "--commit", "abc", "--steps", "40"]
+        assert expert_curve.main(arguments) == code
+    assert "stopped, nothing is written" in (said := capsys.readouterr().err) or "rank 1 says no" in said
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "kept" / "file").exists()
