@@ -28,6 +28,15 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def assert_same_text(model: DeepSeekV3, theirs) -> None:
+    """The same greedy continuation of two prompts for 64 tokens."""
+    prompts = tokens_for(model.config, 2, 9, seed=2)
+    text = theirs.generate(prompts, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert text.shape == (2, 73)
+    assert len(text[:, 9:].unique()) > 4, "a text of one token would say little"
+    assert torch.equal(model(text[:, :-1])[:, 8:].argmax(-1), text[:, 9:])
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_logits_and_greedy_text(name, tmp_path):
@@ -36,11 +45,7 @@ def test_logits_and_greedy_text(name, tmp_path):
     tokens = tokens_for(model.config, 4, 60)
     assert error(model(tokens), theirs(tokens, use_cache=False).logits) < 1e-4
 
-    prompts = tokens_for(model.config, 2, 9, seed=2)
-    text = theirs.generate(prompts, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert text.shape == (2, 73)
-    assert len(text[:, 9:].unique()) > 4, "a text of one token would say little"
-    assert torch.equal(model(text[:, :-1])[:, 8:].argmax(-1), text[:, 9:])
+    assert_same_text(model, theirs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,6 +59,7 @@ def test_their_checkpoints(name, tmp_path):
     model = DeepSeekV3.from_pretrained(tmp_path / "theirs")
     tokens = tokens_for(config, 2, 40)
     assert error(model(tokens), theirs(tokens, use_cache=False).logits) < 1e-4
+    assert_same_text(model, theirs)
     read = {key: getattr(model.config, key) for key in ("topk_method", "scoring_func", "q_lora_rank", "softmax_scale")}
     assert read == {key: getattr(config, key) for key in read}
 

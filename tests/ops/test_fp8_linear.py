@@ -158,6 +158,45 @@ def test_the_cast_of_a_norm_is_of_what_the_norm_wrote(device, monkeypatch):
     check_same([ops.fp8_linear(y, made)], [ops.fp8_linear(y.clone(), made)])
 
 
+def kept_for_backward(call):
+    """(dtype, shape) of what autograd keeps of a call, parameters left out."""
+    kept = []
+
+    def keep(t):
+        if not isinstance(t, torch.nn.Parameter):
+            kept.append((t.dtype, tuple(t.shape)))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        call()
+    return kept
+
+
+def test_what_a_layer_keeps_for_backward(device):
+    """Its input as e4m3 codes with a scale for every 128 of them; with shared_input the input itself, which another keeps."""
+    x, weight = make(device, torch.bfloat16, (40, 256), (144, 256))
+    x.requires_grad_()
+    made = Fp8Weight.make(parameter(weight))
+    codes, scales = (torch.float8_e4m3fn, (40, 256)), (torch.float32, (40, 2))
+    assert sorted(kept_for_backward(lambda: ops.fp8_linear(x, made)), key=str) == sorted([codes, scales], key=str)
+    assert kept_for_backward(lambda: ops.fp8_linear(x, made, shared_input=True)) == [(torch.bfloat16, (40, 256))]
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_what_experts_keep_for_backward(inner, device):
+    """Rows as codes and gate_up's output in bf16; SwiGLU's output, of `inner` columns, in no form."""
+    x, _, weights, params, offsets = expert_case([17, 0, 40], torch.bfloat16, device, inner)
+    x.requires_grad_()
+    first, second = (Fp8Weight.make(parameter(p)) for p in params)
+    dense = [Fp8Weight.make(parameter(p[0])) for p in params]
+    for call in (lambda: ops.fp8_experts(x, weights, offsets, first, second), lambda: ops.fp8_mlp(x, *dense)):
+        kept = kept_for_backward(call)
+        assert (torch.float8_e4m3fn, (57, HIDDEN)) in kept
+        assert (torch.bfloat16, (57, 2 * inner)) in kept
+        assert (torch.bfloat16, (57, HIDDEN)) not in kept
+        assert not any(shape[-1] == inner for _, shape in kept)
+
+
 # ---- MLPs and experts ----
 def mlp(x, weights, fp8, **options):
     return ops.fp8_mlp(x, *fp8, **options)

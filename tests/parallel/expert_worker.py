@@ -1,4 +1,5 @@
-"""What the expert-parallel test starts under torchrun: runs of four processes. Arguments: tokens, out."""
+"""What the expert-parallel test starts under torchrun: runs of four processes, the first step of eight. Arguments: tokens,
+out."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from dsv3.parallel.data import DataParallel
 from dsv3.train import launch
 from dsv3.train.config import TrainConfig
 from dsv3.train.trainer import Trainer
-from tests.train.common import micro, same_losses
+from tests.train.common import MODEL, micro, same_losses
 
 
 def trainer_of(config: TrainConfig, parallel: DataParallel) -> Trainer:
@@ -46,6 +47,11 @@ def run_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
     return same_losses(tokens, out, ep=ep, micro_batch=2, max_steps=10, eval_every=5, eval_sequences=6)
 
 
+def eight_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
+    model = {**MODEL, "initializer_range": 0.1, "n_routed_experts": 8}
+    return same_losses(tokens, out, ep=ep, micro_batch=1, max_steps=1, model=model)
+
+
 def resumed_config(tokens: Path, out: Path) -> TrainConfig:
     return micro(tokens, out, ep=2, micro_batch=2, max_steps=6, save_every=3, ema_decay=0.9, fim_rate=0.5, gamma=0.01)
 
@@ -58,6 +64,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
     parallel = DataParallel.start("cpu")
+    if dist.get_world_size() == 8:
+        torch.save(first_step(trainer_of(eight_config(tokens, out, 8), parallel)), out / f"first-8-{parallel.rank}.pt")
+        parallel.stop()
+        return
     for ep in (2, 4):
         config = run_config(tokens, out / f"ep{ep}", ep)
         trainer = trainer_of(config, parallel)

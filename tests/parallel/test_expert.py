@@ -22,7 +22,7 @@ from dsv3.model import is_expert_param
 from dsv3.parallel.data import DataParallel
 from dsv3.parallel.expert import ranks_per_node
 from dsv3.train import checkpoint, launch
-from tests.parallel.expert_worker import first_step, fp8_config, resumed_config, run_config, trainer_of
+from tests.parallel.expert_worker import eight_config, first_step, fp8_config, resumed_config, run_config, trainer_of
 from tests.train.common import MODEL, Recorder, make_tokens, micro, same_losses
 from tests.train.test_resume import tensors
 
@@ -58,13 +58,12 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ep", [2, 4])
-def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[str, Any], Recorder], ep: int) -> None:
+def check_first_step(folder: Path, expected: dict[str, Any], ep: int, ranks: int, experts: int) -> None:
     """The same initial weights bit for bit; gradients within 1e-5 of each tensor's norm; experts where they belong."""
-    expected, _ = single
-    local = MODEL["n_routed_experts"] // ep
-    for rank in range(4):
-        found = torch.load(runs / f"first-{ep}-{rank}.pt")
+    local, norms = experts // ep, set()
+    for rank in range(ranks):
+        found = torch.load(folder / f"first-{ep}-{rank}.pt")
+        norms.add(found["norm"])
         assert found["start"].keys() == expected["start"].keys()
         assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         held = slice(rank % ep * local, (rank % ep + 1) * local)
@@ -73,8 +72,21 @@ def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[st
             assert torch.equal(found["start"][name], expected["start"][name][part]), name
             assert torch.linalg.vector_norm(found["grads"][name] - grad[part]) <= 1e-5 * grad[part].norm(), name
             assert grad[part].norm() > 0, name
-    norms = {torch.load(runs / f"first-{ep}-{rank}.pt")["norm"] for rank in range(4)}
     assert len(norms) == 1, "every rank clips by the same bits"
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[str, Any], Recorder], ep: int) -> None:
+    check_first_step(runs, single[0], ep, 4, MODEL["n_routed_experts"])
+
+
+def test_the_first_step_of_eight_processes(tokens: Path, tmp_path: Path) -> None:
+    """An expert a rank."""
+    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(tmp_path)]
+    done = subprocess.run([*TORCHRUN, "8", *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = first_step(trainer_of(eight_config(tokens, tmp_path / "single", 1), DataParallel()))
+    check_first_step(tmp_path, expected, 8, 8, 8)
 
 
 @pytest.mark.parametrize("ep", [2, 4])
@@ -148,16 +160,16 @@ def test_another_split_continues(runs: Path, tokens: Path, tmp_path: Path) -> No
 
 
 def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
-    """The command itself, with two processes; and its checkpoint exported."""
-    config = micro(tokens, tmp_path / "run", max_steps=2)
+    """The command itself, with four processes; and its checkpoint exported."""
+    config = micro(tokens, tmp_path / "run", max_steps=2, micro_batch=2)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", "2"]
-    done = subprocess.run([*TORCHRUN, "2", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", "4"]
+    done = subprocess.run([*TORCHRUN, "4", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
-    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == 2
+    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == 4
     found = checkpoint.find(tmp_path / "run")
-    assert (found / "__1_0.distcp").stat().st_size > 0.2 * (found / "__0_0.distcp").stat().st_size, (
+    assert (found / "__1_0.distcp").stat().st_size > 0.1 * (found / "__0_0.distcp").stat().st_size, (
         "each writes its experts"
     )
     assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
