@@ -88,7 +88,7 @@ def test_what_is_not_understood_is_an_error():
 
 def test_a_single_hazard_and_a_warning_count():
     one = STRANGE.replace("[3 hazards]", "[1 hazard]").replace("Error", "Warning")
-    assert sanitize.summarize(RACES + one + total(3), "attention")["errors"] == 1
+    assert sanitize.summarize(RACES + one + total(3), "attention")["reports"] == {"elsewhere and somewhere": 1}
 
 
 def test_the_order_of_one_family_is_not_that_of_another():

@@ -169,9 +169,8 @@ def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
     assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == 4
     found = checkpoint.find(tmp_path / "run")
-    assert (found / "__1_0.distcp").stat().st_size > 0.1 * (found / "__0_0.distcp").stat().st_size, (
-        "each writes its experts"
-    )
+    sizes = [(found / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
+    assert min(sizes[1:]) > 0.1 * sizes[0], "each writes its experts"
     assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
 
