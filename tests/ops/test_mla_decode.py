@@ -365,6 +365,20 @@ def test_a_page_beyond_the_pool(entry, kv, device):
 
 
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("heads", [4, 128])
+@pytest.mark.parametrize("entry", [-(2**31), "pages"])
+def test_a_page_beyond_the_pool_in_a_long_sequence(entry, heads, page, kv, device):
+    """In the middle of a sequence that several blocks share."""
+    case = make([30, 2000, 0], 1, heads if device.type == "cuda" else 2, device, page=page, kv=kv)
+    pages, column = case.cache.shape[0], 700 // page
+    case.table[1, column] = pages if entry == "pages" else entry
+    found = int(case.table[1, column])
+    text = rf"block_table must name one of the {pages} pages .* got block_table\[1, {column}\] = {found}"
+    check_device_error(case, text, device)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("heads", [4, 128])
 @pytest.mark.parametrize("length", [129, 100_000, 2**31 - 1])
