@@ -285,13 +285,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with shared_gpu() if shares else nullcontext() as env:
             run_on_nodes(setup.nodes, setup.ranks // setup.nodes, command, env=env, shown=True, timeout=1800)
-    except (RuntimeError, KeyboardInterrupt) as error:
+    except RuntimeError as error:  # with what the ranks said
+        print(f"bench.expert_curve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench.expert_curve: stopped, nothing is written", file=sys.stderr)
+        return 130
+    finally:
         with suppress(OSError):
             args.out.rmdir()  # if it is empty
-        stopped = isinstance(error, KeyboardInterrupt)
-        what = "stopped, nothing is written" if stopped else error  # with what the ranks said
-        print(f"bench.expert_curve: {what}", file=sys.stderr)
-        return 130 if stopped else 2
     return 0 if json.loads((args.out / setup.file).read_text())["held"] else 1
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from bench.cases import load
+from bench.cases.attention import decode_inputs
 from bench.results import ROOT, Environment, csrc_sha
 from bench.suite import FAMILIES
 from dsv3 import ops
@@ -89,24 +90,13 @@ def _gemm(device: torch.device) -> Iterator[Callable[[], Any]]:
             )  # fmt: skip
 
 
-def _decode(device: torch.device, heads: int, s_q: int, page: int, fp8: bool) -> Callable[[], Any]:
-    lengths = [1100, 700, 0, 64, 65, 1, 513]
-    counts = [-(-length // page) for length in lengths]
-    table = torch.full((len(lengths), max(counts)), 2**30, dtype=torch.int32)
-    for i, (first, count) in enumerate(zip([0, *torch.tensor(counts).cumsum(0).tolist()], counts, strict=False)):
-        table[i, :count] = torch.arange(first, first + count)
-    cache = torch.randn(sum(counts), page, 1, 576, device=device).div(10).bfloat16()
-    if fp8:
-        cache = torch.zeros(sum(counts), page, 1, 656, device=device, dtype=torch.uint8)
-    q = torch.randn(len(lengths), s_q, heads, 576, device=device).div(10).bfloat16()
-    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return functools.partial(ops.mla_decode, q, cache, table.to(device), lens, softmax_scale=192**-0.5)
-
-
 def _attention(device: torch.device) -> Iterator[Callable[[], Any]]:
+    lengths = [1100, 700, 0, 64, 65, 1, 513]
     for heads, s_q, page in ((128, 1, 64), (128, 2, 16), (64, 1, 64), (16, 1, 64), (16, 2, 32), (9, 1, 128)):
-        for fp8 in (False, True):
-            yield _decode(device, heads, s_q, page, fp8)
+        for kv in ("bf16", "fp8"):
+            q, cache, table, seq_lens, *_ = decode_inputs(lengths, s_q, heads, kv, device, page=page)
+            table[torch.arange(table.size(1), device=device) * page >= seq_lens[:, None]] = 2**30  # nobody's
+            yield functools.partial(ops.mla_decode, q, cache, table, seq_lens, softmax_scale=192**-0.5)
 
 
 EXTRA = {"gemm": _gemm, "attention": _attention}
@@ -119,8 +109,9 @@ def call(family: str) -> None:
     for case in load(family, tiny=True):
         if case.measure is None:
             case.run(*case.inputs(device))
-    for function in EXTRA.get(family, lambda device: iter(()))(device):
-        function()
+    if family in EXTRA:
+        for function in EXTRA[family](device):
+            function()
     torch.cuda.synchronize()
 
 
@@ -135,7 +126,7 @@ def function_name(text: str) -> str:
     return name.replace("dsv3::", "").replace("cute::", "")
 
 
-def blocks(output: str) -> Iterator[list[str]]:
+def reports_of(output: str) -> Iterator[list[str]]:
     """The lines of every report. What follows a first line is indented."""
     for block in re.split(r"^=========(?: (?! )|\s*$)", output, flags=re.MULTILINE):
         lines = [line.removeprefix("=========").strip() for line in block.splitlines()]
@@ -143,14 +134,14 @@ def blocks(output: str) -> Iterator[list[str]]:
             yield lines
 
 
-def reports(output: str) -> Counter[str]:
+def count(reports: list[list[str]]) -> Counter[str]:
     """What a tool reported and how often: hazards by the two functions, all else by its first lines."""
     found: Counter[str] = Counter()
-    for lines in blocks(output):
+    for lines in reports:
         race = re.match(r"\w+: Race reported between (?:Write|Read) access at (.*)\+0x", lines[0])
         others = re.findall(r"and (?:Write|Read) access at (.*)\+0x.*\[(\d+) hazards?\]", "\n".join(lines))
-        for other, count in others if race else []:
-            found[" and ".join(sorted((function_name(race[1]), function_name(other))))] += int(count)
+        for other, hazards in others if race else []:
+            found[" and ".join(sorted((function_name(race[1]), function_name(other))))] += int(hazards)
         if not (race and others):
             found[" | ".join(re.sub(r"0x[0-9a-f]+|\(\d+,\d+,\d+\)", "*", line) for line in lines[:2])] += 1
     return found
@@ -159,12 +150,13 @@ def reports(output: str) -> Counter[str]:
 def summarize(output: str, family: str) -> dict[str, Any]:
     """`errors`: reports that no known barrier explains, None where the tool did not come to an end; `hazards`: the others,
     how often, and what orders them."""
-    found, ordered = reports(output), ORDERED.get(family, {})
-    hazards = {report: f"{count}, ordered by {ordered[report]}" for report, count in found.items() if report in ordered}
-    errors = {report: count for report, count in found.items() if report not in ordered}
+    reports, ordered = list(reports_of(output)), ORDERED.get(family, {})
+    found = count(reports)
+    hazards = {report: f"{times}, ordered by {ordered[report]}" for report, times in found.items() if report in ordered}
+    errors = {report: times for report, times in found.items() if report not in ordered}
     total = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    if total and int(total[1]) > len(list(blocks(output))):
-        errors["reports that are not understood"] = int(total[1]) - len(list(blocks(output)))
+    if total and int(total[1]) > len(reports):
+        errors["reports that are not understood"] = int(total[1]) - len(reports)
     return {
         "errors": sum(errors.values()) if total else None,
         **({"reports": dict(sorted(errors.items()))} if errors else {}),

@@ -211,24 +211,26 @@ def _merge_case(tokens: int, heads: int) -> Case:
 
 
 # ---- decoding ----
-def _decode_inputs(lengths: list[int], s_q: int, heads: int, kv: str, device: torch.device) -> tuple[Tensor, ...]:
+def decode_inputs(
+    lengths: list[int], s_q: int, heads: int, kv: str, device: torch.device, page: int = PAGE
+) -> tuple[Tensor, ...]:
     """q, a cache whose pages lie in random order, block table, lengths, schedule; for a cache in FP8 also its values in bf16,
     for the peers."""
-    counts = [-(-length // PAGE) for length in lengths]
+    counts = [-(-length // page) for length in lengths]
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, pages in zip(table, torch.randperm(sum(counts)).split(counts), strict=True):
         row[: len(pages)] = pages
-    rows = torch.cat([_small(count * PAGE, WIDTH, device=device) for count in counts])
+    rows = torch.cat([_small(count * page, WIDTH, device=device) for count in counts])
     q = _small(len(lengths), s_q, heads, WIDTH, device=device)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     schedule = ops.mla_schedule(seq_lens, s_q, heads)
     others = table.to(device), seq_lens, schedule
     if kv == "bf16":
-        return q, rows.view(-1, PAGE, 1, WIDTH), *others
+        return q, rows.view(-1, page, 1, WIDTH), *others
     packed = torch.cat([reference.pack_fp8_cache(part) for part in rows.split(TORCH_TOKENS)])
     for part, to in zip(packed.split(TORCH_TOKENS), rows.split(TORCH_TOKENS), strict=True):
         to.copy_(reference.unpack_fp8_cache(part))
-    return q, packed.view(-1, PAGE, 1, reference.FP8_ROW), *others, rows.view(-1, PAGE, 1, WIDTH)
+    return q, packed.view(-1, page, 1, reference.FP8_ROW), *others, rows.view(-1, page, 1, WIDTH)
 
 
 def _decode(q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, schedule: Tensor, _: Tensor | None = None):
@@ -282,7 +284,7 @@ def _decode_case(batch: int, s_q: int, heads: int, s_k: int, kv: str = "bf16", v
         },
         flops=2 * tokens * s_q * heads * (WIDTH + LATENT),
         bytes=tokens * ROW_BYTES[kv] + 2 * rows * (WIDTH + LATENT) + 4 * rows,
-        inputs=functools.partial(_decode_inputs, lengths, s_q, heads, kv),
+        inputs=functools.partial(decode_inputs, lengths, s_q, heads, kv),
         run=_decode,
         baselines=_decode_peers(tokens, kv),
     )

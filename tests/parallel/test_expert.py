@@ -159,18 +159,19 @@ def test_another_split_continues(runs: Path, tokens: Path, tmp_path: Path) -> No
     assert recorder.losses == pytest.approx(expected[3:], rel=1e-3)
 
 
-def test_dsv3_train_ep(tokens: Path, tmp_path: Path) -> None:
-    """The command itself, with four processes; and its checkpoint exported."""
-    config = micro(tokens, tmp_path / "run", max_steps=2, micro_batch=2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_dsv3_train_ep(ranks: int, tokens: Path, tmp_path: Path) -> None:
+    """The command itself; and its checkpoint exported."""
+    config = micro(tokens, tmp_path / "run", max_steps=2, micro_batch=8 // ranks)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", "4"]
-    done = subprocess.run([*TORCHRUN, "4", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", str(ranks)]
+    done = subprocess.run([*TORCHRUN, str(ranks), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
-    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == 4
+    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == ranks
     found = checkpoint.find(tmp_path / "run")
-    sizes = [(found / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
-    assert min(sizes[1:]) > 0.1 * sizes[0], "each writes its experts"
+    first, *others = ((found / f"__{rank}_0.distcp").stat().st_size for rank in range(ranks))
+    assert min(others) > 0.4 / ranks * first, "each writes its experts, of which a rank has so much fewer"
     assert _run(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
 
