@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "moe_gate_backward", dsv3::moe_gate_backward);
   define(m, "moe_permutation", dsv3::moe_permutation);
   define(m, "moe_permute", dsv3::moe_permute);
+  define(m, "moe_permute_cast", dsv3::moe_permute_cast);
   define(m, "moe_unpermute", dsv3::moe_unpermute);
   define(m, "swiglu", dsv3::swiglu);
   define(m, "swiglu_backward", dsv3::swiglu_backward);

@@ -131,11 +131,30 @@ def _permute(tokens: int, hidden: int, topk: int, *, back: bool) -> Case:
     )
 
 
+def _permute_cast(tokens: int, hidden: int, topk: int) -> Case:
+    experts, row = 256 if topk == 8 else 16, hidden + 4 * (hidden // TILE)
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        _, source, position = _order(tokens, experts, topk, device)
+        x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+        return (*torch.ops.dsv3.per_token_cast(x, True, 1e-4), source, position)
+
+    return Case(
+        op="moe_permute_cast",
+        case={"tokens": tokens, "hidden": hidden, "topk": topk},
+        flops=0,
+        bytes=tokens * row * (topk + 1) + 8 * tokens * topk * 2,
+        inputs=inputs,
+        run=torch.ops.dsv3.moe_permute_cast,
+        baselines=peers(reference.moe_permute_cast),
+    )
+
+
 def cases(tiny: bool) -> list[Case]:
     """`hidden` is the width of the output."""
     tokens, hidden, topk = (32, 128, 4) if tiny else (4096, 7168, 8)
     gates = [_gate(n, 64 if tiny else 256) for n in ((16, 32) if tiny else (128, 4096))]
-    moves = [_permute(tokens, hidden, topk, back=back) for back in (False, True)]
+    moves = [*(_permute(tokens, hidden, topk, back=back) for back in (False, True)), _permute_cast(tokens, hidden, topk)]
     return [*_swiglu_cases(tiny), *gates, _permutation(tokens, 16 if tiny else 256, topk), *moves]
 
 

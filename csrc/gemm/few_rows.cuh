@@ -216,11 +216,11 @@ struct FewRowsUnit {
   __device__ __forceinline__ int slot(int split) const { return number * (splits - 1) + split - (split > owner); }
 };
 
+// From the warp's first unit on.
 template <class C>
 __device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float (&sum)[C::kN / 2], int split,
-                                           int splits) {
+                                           FewRowsUnit unit) {
   const int lane = threadIdx.x % kWarpSize;
-  FewRowsUnit unit(uniform_warp() * C::kUnitsAWarp, splits);
 #pragma unroll
   for (int j = 0; j < C::kUnitsAWarp; ++j, unit.advance()) {
     if (unit.owner == split) continue;
@@ -279,6 +279,7 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
   };
   const int group = warp / kWarpgroupWarps, token = group * C::kN;
   uint8_t* const scratch = shared.scratch[group];
+  const FewRowsUnit first_unit(warp * C::kUnitsAWarp, p.splits);  // divides while the first stages are loaded
   const auto target = [&] {  // of the warpgroup
     const int begin = work.token_tile() * p.tokens;
     return Target<Out>{static_cast<Out*>(p.out) + static_cast<int64_t>(begin) * p.columns,
@@ -305,10 +306,10 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
       // One tile a block. All rings of the cluster must be done before sums may land in their place.
       // Nothing is read that others wrote before, so their arrival need not release memory, which takes a microsecond.
       sync_splits();
-      send_units<C>(shared, sum, work.split, p.splits);
+      send_units<C>(shared, sum, work.split, first_unit);
       cutlass::arch::ClusterBarrier::wait(&shared.arrived, 0);
       asm volatile("" ::: "memory");  // the loads of what arrived stay below
-      FewRowsUnit unit(warp * C::kUnitsAWarp, p.splits);
+      FewRowsUnit unit = first_unit;
 #pragma unroll
       for (int j = 0; j < C::kUnitsAWarp; ++j, unit.advance()) {
         if (unit.owner != work.split) continue;

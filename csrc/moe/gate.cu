@@ -6,8 +6,11 @@
 //
 // Latency-bound (1 KiB a token at 256 experts). One warp a token, a lane holds E/32 neighbouring experts, so that a
 // group is a power-of-two run of lanes and the lowest lane of equals is the lowest expert. A choice is compared as an
-// unsigned key whose order is that of the floats; the best of a warp is one redux instruction. Counts are integers:
-// their atomics have no order.
+// unsigned key whose order is that of the floats. A lane sorts its own; the best of a warp is then one redux instruction
+// over the first of each. Counts are integers, so their atomics have no order; the blocks of a cluster add theirs up before
+// they go to global memory, since there all blocks meet in the same few sectors.
+#include <cooperative_groups.h>
+
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
@@ -15,13 +18,16 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 4;  // tokens a block
+constexpr int kWarps = 16;  // of a block, which take a token each
+constexpr int kBlocks = 8;  // of a cluster at most
+constexpr int kBackwardWarps = 4;
+constexpr int kBlocksASm = 2;  // at most: more tokens go through in turns
 constexpr unsigned kAll = 0xffffffffu;
 
 struct GateParams {
   int64_t* index;       // [T, k]
   float* weights;       // [T, k]; backward: the incoming gradient
-  int* counts;          // [E], zeroed by the caller
+  int* counts;          // [E], zeros where there are several clusters
   float* dlogits;       // backward: [T, E]
   const float* logits;  // [T, E]
   const float* bias;    // [E] or null
@@ -36,21 +42,65 @@ __device__ __forceinline__ unsigned key_of(float x) {
   const unsigned bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float float_of(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// The row's values of the lane's experts, and `none` past the last expert, which only lanes of one have.
+template <int kPerLane>
+__device__ __forceinline__ void read_row(const GateParams& p, const float* row, int lane, float none,
+                                         float (&x)[kPerLane]) {
+  if constexpr (kPerLane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 4) {
+      reinterpret_cast<Vec<float>&>(x[i]) = load(row + lane * kPerLane + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = kPerLane > 1 || lane < p.experts ? row[lane * kPerLane + i] : none;
+  }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void write_row(float* row, int lane, const float (&x)[kPerLane]) {
+  if constexpr (kPerLane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 4) {
+      store(row + lane * kPerLane + i, reinterpret_cast<const Vec<float>&>(x[i]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) row[lane * kPerLane + i] = x[i];
+  }
+}
+
+// 1 / x, rounded to nearest, for 1 <= x < 2^126: the division's own steps without its test for other numbers, which would
+// keep the lane's divisions from going side by side.
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return fmaf(r, fmaf(-x, r, 1.f), r);
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void sigmoids(float (&s)[kPerLane]) {
+  bool usual = true;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) usual = usual && s[i] > -87.f;
+  if (usual) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) s[i] = reciprocal(1.f + expf(-s[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) s[i] = 1.f / (1.f + expf(-s[i]));
+  }
+}
 
 // The affinities of the lane's experts; 0 past the last expert.
 template <int kPerLane>
 __device__ __forceinline__ void affinities(const GateParams& p, int64_t token, int lane, float (&s)[kPerLane]) {
-  const float* const row = p.logits + token * p.experts;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int e = lane * kPerLane + i;
-    s[i] = e < p.experts ? row[e] : -INFINITY;
-  }
-  if (!p.softmax) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) s[i] = 1.f / (1.f + expf(-s[i]));
-    return;
-  }
+  read_row(p, p.logits + token * p.experts, lane, -INFINITY, s);
+  if (!p.softmax) return sigmoids(s);
   float max = -INFINITY, sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) max = fmaxf(max, s[i]);
@@ -62,16 +112,25 @@ __device__ __forceinline__ void affinities(const GateParams& p, int64_t token, i
   for (int i = 0; i < kPerLane; ++i) s[i] /= sum;
 }
 
-// Whether the lane's group is among the best topk_groups. The lanes of a group are neighbours.
+// Sorts the lane's keys, the largest first and equals as they were, and brings with them which each was.
 template <int kPerLane>
-__device__ __forceinline__ bool keep_group(const GateParams& p, int lane, const float (&choice)[kPerLane]) {
-  const int group_lanes = p.experts / p.num_groups / kPerLane;
-  float first = -INFINITY, second = -INFINITY;
+__device__ __forceinline__ void sort_keys(unsigned (&keys)[kPerLane], int (&which)[kPerLane]) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    second = fmaxf(second, fminf(first, choice[i]));
-    first = fmaxf(first, choice[i]);
+  for (int round = 0; round < kPerLane; ++round) {
+#pragma unroll
+    for (int i = round % 2; i + 1 < kPerLane; i += 2) {
+      const unsigned first = keys[i], second = keys[i + 1];
+      const int which_first = which[i], which_second = which[i + 1];
+      const bool swap = first < second;
+      keys[i] = max(first, second), keys[i + 1] = min(first, second);
+      which[i] = swap ? which_second : which_first, which[i + 1] = swap ? which_first : which_second;
+    }
   }
+}
+
+// Whether the lane's group is among the best topk_groups, from the lane's two best choices. The lanes of a group are
+// neighbours.
+__device__ __forceinline__ bool keep_group(const GateParams& p, int lane, int group_lanes, float first, float second) {
   for (int offset = group_lanes / 2; offset > 0; offset /= 2) {
     const float other_first = __shfl_xor_sync(kAll, first, offset),
                 other_second = __shfl_xor_sync(kAll, second, offset);
@@ -88,70 +147,99 @@ __device__ __forceinline__ bool keep_group(const GateParams& p, int lane, const 
   return better < p.topk_groups;
 }
 
+// Lane j gets the j-th best expert of the warp's token. A key of 0 is never chosen.
+template <int kPerLane>
+__device__ __forceinline__ int choose(int topk, int lane, unsigned (&keys)[kPerLane], int (&which)[kPerLane]) {
+  int mine = 0;
+  for (int j = 0; j < topk; ++j) {
+    const unsigned best = __reduce_max_sync(kAll, keys[0]);
+    const int owner = __ffs(__ballot_sync(kAll, keys[0] == best)) - 1;
+    const int expert = owner * kPerLane + __shfl_sync(kAll, which[0], owner);
+    if (lane == j) mine = expert;
+    if (lane == owner) {
+#pragma unroll
+      for (int i = 0; i + 1 < kPerLane; ++i) keys[i] = keys[i + 1], which[i] = which[i + 1];
+      keys[kPerLane - 1] = 0u;
+    }
+  }
+  return mine;
+}
+
+template <int kPerLane>
+struct GateShared {
+  int counts[kPerLane * kWarpSize];
+  alignas(16) float affinities[kWarps][kPerLane * kWarpSize];
+};
+
+// The counts of all blocks of the cluster, each of which takes a part of the experts.
+template <int kPerLane>
+__device__ __forceinline__ void add_counts(const GateParams& p, GateShared<kPerLane>& shared) {
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = static_cast<int>(cluster.num_blocks());
+  cluster.sync();
+  const int e = static_cast<int>(threadIdx.x) * blocks + static_cast<int>(cluster.block_rank());
+  if (e < p.experts) {
+    int count = 0;
+    for (int b = 0; b < blocks; ++b) count += *cluster.map_shared_rank(shared.counts + e, b);
+    if (gridDim.x == blocks) {
+      p.counts[e] = count;
+    } else if (count > 0) {
+      atomicAdd(p.counts + e, count);
+    }
+  }
+  cluster.sync();  // nothing is read here any more
+}
+
 template <int kPerLane>
 __global__ void __launch_bounds__(kWarps* kWarpSize) gate_kernel(GateParams p) {
-  extern __shared__ int histogram[];  // [E]
+  static_assert(kPerLane * kWarpSize <= kWarps * kWarpSize, "a thread has the counts of one expert");
+  __shared__ GateShared<kPerLane> shared;
+  if (threadIdx.x < p.experts) shared.counts[threadIdx.x] = 0;
   wait_for_inputs();
   release_dependents();
-  for (int e = threadIdx.x; e < p.experts; e += kWarps * kWarpSize) histogram[e] = 0;
   __syncthreads();
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize; token < p.tokens;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  float* const affinity = shared.affinities[warp];
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp; token < p.tokens;
        token += static_cast<int64_t>(gridDim.x) * kWarps) {
-    float s[kPerLane], choice[kPerLane];
+    float s[kPerLane], bias[kPerLane] = {};
     unsigned keys[kPerLane];
+    int which[kPerLane];
+    if (p.bias) read_row(p, p.bias, lane, 0.f, bias);
     affinities<kPerLane>(p, token, lane, s);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int e = lane * kPerLane + i;
-      choice[i] = e < p.experts ? s[i] + (p.bias ? p.bias[e] : 0.f) : -INFINITY;
+      keys[i] = kPerLane > 1 || lane < p.experts ? key_of(s[i] + bias[i]) : 0u;
+      which[i] = i;
     }
-    const bool keep = p.num_groups == 1 || keep_group<kPerLane>(p, lane, choice);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) keys[i] = keep && lane * kPerLane + i < p.experts ? key_of(choice[i]) : 0u;
-
-    int my_expert = 0;  // lane j keeps the j-th choice
-    float my_weight = 0.f, total = 0.f;
-    for (int j = 0; j < p.topk; ++j) {
-      unsigned best = 0u;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) best = max(best, keys[i]);
-      const unsigned winner = __reduce_max_sync(kAll, best);
-      const int owner = __ffs(__ballot_sync(kAll, best == winner)) - 1;
-      int expert = 0;
-      float weight = 0.f;
-#pragma unroll
-      for (int i = kPerLane - 1; i >= 0; --i) {
-        if (keys[i] == winner) expert = lane * kPerLane + i, weight = s[i];
-      }
-      expert = __shfl_sync(kAll, expert, owner);
-      weight = __shfl_sync(kAll, weight, owner);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (lane * kPerLane + i == expert) keys[i] = 0u;
-      }
-      if (lane == j) my_expert = expert, my_weight = weight;
-      total += weight;
+    write_row(affinity, lane, s);
+    sort_keys(keys, which);
+    if (p.num_groups > 1) {
+      const float second = kPerLane > 1 ? float_of(keys[kPerLane > 1]) : -INFINITY;
+      const int group_lanes = p.experts / p.num_groups / kPerLane;
+      if (!keep_group(p, lane, group_lanes, float_of(keys[0]), second)) keys[0] = 0u;  // and never those behind it
     }
+    const int expert = choose(p.topk, lane, keys, which);
+    __syncwarp();
+    const float weight = lane < p.topk ? affinity[expert] : 0.f;
+    const float total = p.normalize ? warp_reduce<Sum>(weight) + 1e-20f : 1.f;
     if (lane < p.topk) {
-      p.index[token * p.topk + lane] = my_expert;
-      p.weights[token * p.topk + lane] = (p.normalize ? my_weight / (total + 1e-20f) : my_weight) * p.route_scale;
-      atomicAdd(histogram + my_expert, 1);
+      p.index[token * p.topk + lane] = expert;
+      p.weights[token * p.topk + lane] = weight / total * p.route_scale;
+      atomicAdd(shared.counts + expert, 1);
     }
+    __syncwarp();  // before the next token's affinities
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < p.experts; e += kWarps * kWarpSize) {
-    if (histogram[e] > 0) atomicAdd(p.counts + e, histogram[e]);
-  }
+  add_counts(p, shared);
 }
 
 // dlogits of a token from the gradient of its weights; the choice is constant.
 template <int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarpSize) gate_backward_kernel(GateParams p) {
+__global__ void __launch_bounds__(kBackwardWarps* kWarpSize) gate_backward_kernel(GateParams p) {
   wait_for_inputs();
   release_dependents();
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kBackwardWarps + threadIdx.x / kWarpSize;
   if (token >= p.tokens) return;
   float s[kPerLane], ds[kPerLane] = {};
   affinities<kPerLane>(p, token, lane, s);
@@ -187,7 +275,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gate_backward_kernel(GatePa
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int e = lane * kPerLane + i;
-    if (e < p.experts)
+    if (kPerLane > 1 || lane < p.experts)
       p.dlogits[token * p.experts + e] = p.softmax ? s[i] * (ds[i] - weighted) : ds[i] * s[i] * (1.f - s[i]);
   }
 }
@@ -195,7 +283,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gate_backward_kernel(GatePa
 // Calls f with the number of experts a lane holds as a compile-time constant.
 template <class F>
 void visit_per_lane(int64_t experts, F&& f) {
-  switch ((experts + kWarpSize - 1) / kWarpSize) {
+  switch (experts < kWarpSize ? 1 : experts % kWarpSize == 0 ? experts / kWarpSize : 0) {
     case 1:
       return f(std::integral_constant<int, 1>{});
     case 2:
@@ -246,9 +334,15 @@ void moe_gate(Tensor index, Tensor weights, Tensor counts, Tensor logits, std::o
                        .softmax = softmax,
                        .top2_sum = top2_sum,
                        .normalize = normalize};
-    const int64_t blocks = std::min<int64_t>((tokens + kWarps - 1) / kWarps, 8 * sm_count());
+    int cluster = 1;
+    while (cluster < kBlocks && cluster * kWarps < tokens) cluster *= 2;
+    const int64_t most = std::max(1, kBlocksASm * sm_count() / cluster);
+    const int64_t clusters = std::min(ceil_div(tokens, int64_t{kWarps} * cluster), most);
+    if (clusters != 1) {
+      check_cuda(cudaMemsetAsync(p.counts, 0, experts * sizeof(int), stream), "cudaMemsetAsync");
+    }
     launch("moe_gate", gate_kernel<kPerLane>,
-           {.grid = dim3(blocks), .block = dim3(kWarps * kWarpSize), .smem = experts * sizeof(int)}, stream, p);
+           {.grid = dim3(clusters * cluster), .block = dim3(kWarps * kWarpSize), .cluster = cluster}, stream, p);
   });
 }
 
@@ -274,7 +368,8 @@ void moe_gate_backward(Tensor dlogits, Tensor dweights, Tensor logits, Tensor in
                        .softmax = softmax,
                        .normalize = normalize};
     launch("moe_gate_backward", gate_backward_kernel<per_lane()>,
-           {.grid = dim3((tokens + kWarps - 1) / kWarps), .block = dim3(kWarps * kWarpSize)}, stream, p);
+           {.grid = dim3(ceil_div(tokens, int64_t{kBackwardWarps})), .block = dim3(kBackwardWarps * kWarpSize)}, stream,
+           p);
   });
 }
 

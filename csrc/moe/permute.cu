@@ -3,12 +3,14 @@
 //   permutation: the stable order by expert of the T*k pairs (token, slot): offsets [E+1], source [T*k] (the pair in a
 //   row) and
 //                position [T, k] (the row of a pair)
-//   permute:     rows[position[t, j]] = x[t]                unpermute: out[t] = sum_j y[position[t, j]] (* weights[t,
-//   j])
+//   permute:     rows[position[t, j]] = x[t], or its codes and scales
+//   unpermute:   out[t] = sum_j y[position[t, j]] (* weights[t, j])
 //
 // The order is found by counting, without a sort: every block counts the experts of its run of pairs; then it adds up
 // the counts of the blocks before it and gives each pair its rank. Permute and unpermute are memory-bound, one block a
-// token: x is read once and written k times, y read once and summed in the order of the slots in fp32.
+// token: x is read once and written k times, y read once and summed in the order of the slots in fp32. Scales stay column
+// by column, as products want them: they are written as single words, whose sectors the tokens of the neighbouring rows
+// complete in L2.
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
@@ -21,6 +23,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxBlocks = 64;  // of the permutation
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopk = 16;
+constexpr int kTile = 128;  // columns of a scale
 
 struct PermutationParams {
   int* offsets;             // [E + 1]
@@ -130,6 +133,10 @@ struct RowsParams {
   const int64_t* position;  // [T, k]
   const float* weights;     // [T, k] or null
   int hidden, topk;
+  float* out_sf;  // of codes: scales of `tiles` columns, so far apart
+  const float* in_sf;
+  int64_t out_stride, in_stride;
+  int tiles;
 };
 
 template <class T>
@@ -145,6 +152,12 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(RowsParams p) {
     const Vec<T> x = load(static_cast<const T*>(p.in) + t * p.hidden + v * kSize);
 #pragma unroll 8
     for (int j = 0; j < p.topk; ++j) store(static_cast<T*>(p.out) + rows[j] * p.hidden + v * kSize, x);
+  }
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    for (int i = threadIdx.x; i < p.tiles * p.topk; i += kThreads) {
+      const int tile = i / p.topk, j = i % p.topk;
+      p.out_sf[tile * p.out_stride + rows[j]] = p.in_sf[tile * p.in_stride + t];
+    }
   }
 }
 
@@ -247,6 +260,19 @@ void moe_permute(Tensor rows, Tensor x, Tensor position, cudaStream_t stream) {
     p.in = x.data<T>();
     launch("moe_permute", permute_kernel<T>, {.grid = dim3(x.size(0)), .block = dim3(kThreads)}, stream, p);
   });
+}
+
+void moe_permute_cast(Tensor rows, Tensor rows_sf, Tensor data, Tensor sf, Tensor position, cudaStream_t stream) {
+  check_rows("data", data, "rows", rows, position);
+  DSV3_CHECK(data.dtype() == Dtype::kE4M3, "data must be float8_e4m3fn, got ", data);
+  RowsParams p = rows_params<uint8_t>(data, rows, position);
+  p.tiles = static_cast<int>(ceil_div(data.size(1), kTile));
+  p.in_stride = check_row_scales("sf", sf, data.size(0), p.tiles);
+  p.out_stride = check_row_scales("rows_sf", rows_sf, rows.size(0), p.tiles);
+  const DeviceGuard guard(data);
+  p.out = rows.data<void>(), p.in = data.data<void>();
+  p.out_sf = rows_sf.data<float>(), p.in_sf = sf.data<float>();
+  launch("moe_permute_cast", permute_kernel<uint8_t>, {.grid = dim3(data.size(0)), .block = dim3(kThreads)}, stream, p);
 }
 
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream) {

@@ -81,7 +81,7 @@ def check_op(
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(torch.uint8) if x.dim() else x.detach()[None].view(torch.uint8)
+    return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def check_registration(name: str, *args: Any) -> None:

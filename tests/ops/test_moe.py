@@ -5,6 +5,7 @@ import torch
 
 from dsv3 import ops
 from dsv3.comm import ExpertBuffer
+from dsv3.reference import moe as reference
 from dsv3.testing import check_compile, check_op, check_registration
 
 V3 = {"num_groups": 4, "topk_groups": 2, "topk": 3, "route_scale": 2.5}
@@ -81,6 +82,28 @@ def test_bias_chooses_but_does_not_weigh(device):
     assert weights.tolist() == [[0.5, 0.5]]
 
 
+@pytest.mark.parametrize("experts", [24, 32, 64, 128, 160, 256])
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_gate_is_the_reference_bit_for_bit(experts, groups, score, device):
+    """Choices and counts of 4096 tokens and of one, among equals too, and affinities from 0 to 1. The sum of a softmax has
+    another order, so there the logits are far apart or equal and only the choice is compared."""
+    logits = torch.randn(4096, experts, device=device) * 3
+    bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
+    logits[1000:] = logits[1000:].mul(2).round() / 2
+    logits[-200:-100] *= 40
+    if score == "sigmoid":
+        logits[-100:, ::3] = -torch.inf
+    args = (groups, max(1, groups // 2), min(8, experts // 4), 1.0, score, "max" if experts < 16 else "top2_sum", False)
+    for rows in (logits, logits[:1], logits[3000:3000]):
+        index, weights, counts = torch.ops.dsv3.moe_gate(rows, bias, *args)
+        expected, expected_weights, expected_counts = reference.moe_gate(rows, bias, *args)
+        assert torch.equal(index, expected)
+        assert torch.equal(counts, expected_counts)
+        if score == "sigmoid":
+            assert torch.equal(weights, expected_weights)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gate_gradient(name, device):
     logits, bias = torch.randn(33, 16, device=device), torch.rand(16, device=device) - 0.5
@@ -113,6 +136,29 @@ def test_permutation_is_stable_and_goes_back(tokens, topk, device):
     for _ in range(topk - 1):
         expected += x
     assert torch.equal(ops.moe_unpermute(rows, handle), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 8, 256, 1024])
+def test_permutation_of_many_pairs(experts, device):
+    """Enough of them for several blocks; one expert may have all."""
+    index = torch.randint(experts, (5000, 4), device=device)
+    found = torch.ops.dsv3.moe_permutation(index, experts)
+    assert all(torch.equal(a, b) for a, b in zip(found, reference.moe_permutation(index, experts), strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 127, 2000])
+@pytest.mark.parametrize("hidden", [16, 272, 2048])
+def test_permute_of_a_cast(tokens, hidden, device):
+    """Codes and scales go where the row goes, and what comes out is what the rows' own cast would be."""
+    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+    index = torch.rand(tokens, 8, device=device).argsort(-1)[:, :3].contiguous()
+    (data, sf), handle = ops.moe_permute(ops.per_token_cast(x), index, 8)
+    rows, _ = ops.moe_permute(x, index, 8)
+    expected, expected_sf = ops.per_token_cast(rows)
+    assert torch.equal(data.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(sf, expected_sf)
+    assert sf.stride() == expected_sf.stride()
+    assert handle.offsets[-1] == 3 * tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,6 +216,7 @@ def test_registration_and_compile(device):
     _, source, position = torch.ops.dsv3.moe_permutation(index, 16)
     x = torch.randn(9, 32, device=device)
     check_registration("moe_permute", x, source, position)
+    check_registration("moe_permute_cast", *ops.per_token_cast(x), source, position)
     rows = torch.ops.dsv3.moe_permute(x, source, position)
     check_registration("moe_unpermute", rows, position, None)
     check_registration("moe_unpermute", rows, position, weights)
@@ -198,6 +245,10 @@ def test_bad_arguments():
         ops.moe_gate(logits, None, **{**V3, "num_groups": 16, "topk_groups": 16})
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(3, 1\)"):
         ops.moe_permute(logits, torch.zeros(3, 1, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"got float32 \(2, 16\) with float32 \(2, 1\)"):
+        ops.moe_permute((logits, logits[:, :1]), torch.zeros(2, 1, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"got float8_e4m3fn \(2, 16\) with float32 \(1, 2\)"):
+        ops.moe_permute((ops.per_token_cast(logits)[0], logits[:1, :2]), torch.zeros(2, 1, dtype=torch.int64), 2)
     for bad in (-1, 2):
         with pytest.raises(RuntimeError, match=rf"experts must lie in 0\.\.1, got {bad}"):
             ops.moe_permute(logits, torch.tensor([[0], [bad]]), 2)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.comm.steps import Step, Sum, back, there
+from dsv3.comm.steps import Copies, Step, Sum, back
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast, GradientCast
 from dsv3.ops.grad import Function
 from dsv3.ops.quant import per_token_cast
@@ -24,10 +24,17 @@ DTYPES = (torch.bfloat16, torch.float32)  # of rows that can be cast
 
 def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
     """x [T, H] in tiles of 1x128 -> e4m3 [R, H] and fp32 [R, ceil(H/128)], laid out as per_token_cast does."""
-    data, sf = per_token_cast(x, pow2_scale=True, **settings)
-    words = there(data.view(torch.float32), steps)  # four codes a word: bits are moved, no number is read
+    cast = per_token_cast(x, pow2_scale=True, **settings)
+    for step in steps:
+        cast = step.spread_cast(*cast) if isinstance(step, Copies) else _spread_in_turn(step, *cast)
+    return cast
+
+
+def _spread_in_turn(step: Step, data: Tensor, sf: Tensor) -> Cast:
+    """Codes, then scales, by steps that know only rows of whole 16 bytes."""
+    words = step.spread(data.view(torch.float32))  # four codes a word: bits are moved, no number is read
     tiles = sf.shape[1]
-    sf = there(F.pad(sf, (0, -tiles % 4)).contiguous(), steps)[:, :tiles]  # rows of whole 16 bytes, which kernels copy
+    sf = step.spread(F.pad(sf, (0, -tiles % 4)).contiguous())[:, :tiles]
     return words.view(torch.float8_e4m3fn), empty_row_scales(sf, *sf.shape).copy_(sf)
 
 

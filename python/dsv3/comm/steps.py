@@ -35,6 +35,10 @@ class Copies(NamedTuple):
     def spread(self, x: Tensor, blank: int | None = None) -> Tensor:
         return torch.ops.dsv3.moe_permute(x, self.source, self.position)
 
+    def spread_cast(self, data: Tensor, sf: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of what per_token_cast returns."""
+        return torch.ops.dsv3.moe_permute_cast(data, sf, self.source, self.position)
+
     def sum(self, y: Tensor) -> Tensor:
         return _sum_rows(y, self.position, partial=y.shape[0] < self.position.numel())
 

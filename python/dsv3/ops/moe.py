@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dsv3.ops.grad import Function, apply
+from dsv3.ops.quant import row_scales
 from dsv3.ops.registry import check_dtype, define, native
 from dsv3.reference import moe as reference
+from dsv3.reference.quant import empty_row_scales
 
 
 def _allocate_gate(
@@ -17,7 +19,7 @@ def _allocate_gate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     index = logits.new_empty(tokens, topk, dtype=torch.int64)
-    return index, logits.new_empty(tokens, topk), logits.new_zeros(experts, dtype=torch.int32)
+    return index, logits.new_empty(tokens, topk), logits.new_empty(experts, dtype=torch.int32)
 
 
 def _launch_gate(
@@ -38,9 +40,9 @@ def _launch_gate(
 
 def _supports_gate(logits: Tensor, num_groups: int, topk: int) -> str | None:
     experts = logits.shape[1]
-    per_lane = -(-experts // 32)
-    if per_lane not in (1, 2, 4, 5, 8) or topk > 32:
+    if (experts > 32 and experts not in (64, 128, 160, 256)) or topk > 32:
         return f"{experts} experts are more than 32 and not 64, 128, 160 or 256, or topk {topk} is more than 32"
+    per_lane = -(-experts // 32)
     lanes, rest = divmod(experts // num_groups, per_lane)
     if num_groups > 1 and (rest or lanes & (lanes - 1)):
         return f"groups of {experts // num_groups} experts are not a power of two of lanes of {per_lane}"
@@ -160,13 +162,13 @@ def _launch_permutation(outputs: Any, topk_idx: Tensor, num_experts: int) -> Non
     native().moe_permutation(*outputs, topk_idx.new_empty(blocks, num_experts, dtype=torch.int32), topk_idx)
 
 
-def _supports_rows(x: Tensor, position: Tensor, rows: int) -> str | None:
+def _supports_rows(x: Tensor, position: Tensor, rows: int, *dtypes: torch.dtype) -> str | None:
     size = 16 // x.element_size()
     if rows != position.numel():
         return f"{rows} rows are not one for each of {position.numel()} positions"
     if x.shape[1] % size or position.shape[1] > 16:
         return f"hidden {x.shape[1]} is not a multiple of {size}, or topk {position.shape[1]} is more than 16"
-    return check_dtype("x", x, torch.bfloat16, torch.float32)
+    return check_dtype("x", x, *(dtypes or (torch.bfloat16, torch.float32)))
 
 
 define(
@@ -184,6 +186,18 @@ define(
     allocate=lambda x, source, position: x.new_empty(source.shape[0], x.shape[1]),
     launch=lambda rows, x, source, position: native().moe_permute(rows, x, position),
     supports=lambda x, source, position: _supports_rows(x, position, source.shape[0]),
+)
+define(
+    "moe_permute_cast(Tensor data, Tensor sf, Tensor source, Tensor position) -> (Tensor, Tensor)",
+    shapes="data [T,H] e4m3, sf [T,ceil(H/128)] fp32 as of per_token_cast, source [R], position [T,k] int64 -> rows [R,H] "
+    "and their scales, R <= T*k (native R = T*k)",
+    reference=reference.moe_permute_cast,
+    allocate=lambda data, sf, source, position: (
+        data.new_empty(source.shape[0], data.shape[1]),
+        empty_row_scales(sf, source.shape[0], sf.shape[1]),
+    ),
+    launch=lambda outs, data, sf, source, position: native().moe_permute_cast(*outs, data, sf, position),
+    supports=lambda data, sf, source, position: _supports_rows(data, position, source.shape[0], torch.float8_e4m3fn),
 )
 define(
     "moe_unpermute(Tensor y, Tensor position, Tensor? weights) -> Tensor",
@@ -225,26 +239,40 @@ class _Unpermute(Function):
         return (drows * factor).to(y.dtype), None, None, dots.index_select(0, position.view(-1)).view(position.shape)
 
 
-def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Permutation]:
+@overload
+def moe_permute(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Permutation]: ...
+@overload
+def moe_permute(
+    x: tuple[Tensor, Tensor], topk_idx: Tensor, num_experts: int
+) -> tuple[tuple[Tensor, Tensor], Permutation]: ...
+def moe_permute(
+    x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, num_experts: int
+) -> tuple[Tensor | tuple[Tensor, Tensor], Permutation]:
     """Copies every token once for each of its experts, in expert order; differentiable in x (summed over the k copies, fp32).
 
     Args:
-        x: [T, H].
+        x: [T, H]; or e4m3 [T, H] and its scales as per_token_cast returns them, which has no gradient.
         topk_idx: int64 [T, k], experts in 0..num_experts-1.
         num_experts: E.
 
     Returns:
-        rows [T*k, H] and the Permutation, whose `offsets` int32 [E+1] delimit the experts' rows.
+        rows [T*k, H] and the Permutation, whose `offsets` int32 [E+1] delimit the experts' rows. Of a cast, rows are one too:
+        with the offsets, what grouped_fp8_gemm takes.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
         RuntimeError: on a CPU, experts that do not exist.
     """
-    if x.dim() != 2 or topk_idx.dim() != 2 or topk_idx.shape[0] != x.shape[0]:
+    data = x[0] if isinstance(x, tuple) else x
+    if data.dim() != 2 or topk_idx.dim() != 2 or topk_idx.shape[0] != data.shape[0]:
         raise ValueError(
-            f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(x.shape)} and {tuple(topk_idx.shape)}"
+            f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(data.shape)} and {tuple(topk_idx.shape)}"
         )
+    sf = row_scales("moe_permute", *x) if isinstance(x, tuple) else None
     handle = Permutation(*torch.ops.dsv3.moe_permutation(topk_idx, num_experts))
+    if sf is not None:
+        rows = torch.ops.dsv3.moe_permute_cast(data.detach().contiguous(), sf, handle.source, handle.position)
+        return rows, handle
     return apply(_Permute, x, handle.source, handle.position), handle
 
 

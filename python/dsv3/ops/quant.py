@@ -233,7 +233,7 @@ def cast_transpose(
     if x_sf is None:
         check_floats("cast_transpose", x)
     else:
-        x_sf = _row_scales(x, x_sf)
+        x_sf = row_scales("cast_transpose", x, x_sf)
     return torch.ops.dsv3.cast_transpose(x.detach().contiguous(), x_sf, offsets, pow2_scale, amax_floor)
 
 
@@ -267,11 +267,11 @@ def per_token_cast_and_transpose(
     return torch.ops.dsv3.per_token_cast_and_transpose(x.detach().contiguous(), offsets, pow2_scale, amax_floor)
 
 
-def _row_scales(x: Tensor, x_sf: Tensor) -> Tensor:
+def row_scales(name: str, x: Tensor, x_sf: Tensor) -> Tensor:
     """The scales of a cast x, in the strides that the native op reads."""
     tokens, tiles = x.shape[0], _tiles(x.shape[1])
     if x.dtype != torch.float8_e4m3fn or x_sf.dtype != torch.float32 or x_sf.shape != (tokens, tiles):
         found = f"{x.dtype} {tuple(x.shape)} with {x_sf.dtype} {tuple(x_sf.shape)}".replace("torch.", "")
-        raise ValueError(f"cast_transpose: expected float8_e4m3fn (T, K) with float32 (T, ceil(K/128)), got {found}")
+        raise ValueError(f"{name}: expected float8_e4m3fn (T, K) with float32 (T, ceil(K/128)), got {found}")
     x_sf = x_sf.detach()
     return x_sf if x_sf.stride() == row_scale_strides(tokens) else empty_row_scales(x_sf, tokens, tiles).copy_(x_sf)

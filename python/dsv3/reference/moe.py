@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.reference.quant import empty_row_scales
+
 
 def scores(logits: Tensor, score: str) -> Tensor:
     """The affinities s of the gate: sigmoid (V3) or softmax (V2) of fp32 logits [T, E]."""
@@ -97,6 +99,13 @@ def moe_permutation(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 def moe_permute(x: Tensor, source: Tensor, position: Tensor) -> Tensor:
     """Rows [T*k, H] in expert order: row r is x [T, H] at source[r] // k, or row position[t, j] is x[t]."""
     return x.index_select(0, source // position.shape[1])
+
+
+def moe_permute_cast(data: Tensor, sf: Tensor, source: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of e4m3 [T, H] and its scales [T, ceil(H/128)], which keep the strides of per_token_cast."""
+    token = source // position.shape[1]
+    rows = empty_row_scales(sf, token.shape[0], sf.shape[1])
+    return data.view(torch.uint8).index_select(0, token).view(data.dtype), rows.copy_(sf.index_select(0, token))
 
 
 def moe_unpermute(y: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
