@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "few_heads", dsv3::few_heads);
   define(m, "mla_absorb", dsv3::mla_absorb);
   define(m, "few_attention", dsv3::few_attention);
+  m.def("few_attention_pieces", dsv3::few_attention_pieces);
   define(m, "few_gate", dsv3::few_gate);
   define(m, "few_experts", dsv3::few_experts);
   define(m, "combine_norm", dsv3::combine_norm);

@@ -154,7 +154,8 @@ void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStr
 void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Tensor positions, bool static_weights,
                 cudaStream_t stream);
 // few_attention.cu. q [B, S, G, 576] of at most 32 rows S G, cache [pages, 64, 1, 576], block_table int32 [B, W], seq_lens
-// int32 [B]; out [B, S, G, 512]; partial fp32 [B, 16, S G, 512] and partial_lse [B, 16, S G] are workspace.
+// int32 [B]; out [B, S, G, 512]; partial fp32 [B, few_attention_pieces(W), S G, 512] and partial_lse without 512 are workspace.
+int64_t few_attention_pieces(int64_t width);
 void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
                    Tensor seq_lens, double softmax_scale, cudaStream_t stream);
 // few_gate.cu. x, residual, sum, u [T, H]; norm_weight [H]; gate [E, H]; bias fp32 [E]; index int64, weights fp32 [T, k].

@@ -244,9 +244,15 @@ def test_an_fp8_model_computes_what_its_dequantised_twin_does(tmp_path: Path) ->
     write_fp8(tmp_path / "a")
     tokens = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        found = load_pretrained(tmp_path / "a", dtype="fp8")(tokens)
+        model = load_pretrained(tmp_path / "a", dtype="fp8")
         expected = load_pretrained(tmp_path / "a")(tokens)
-    assert torch.equal(found, expected)
+        in_fp8 = load_pretrained(tmp_path / "a", dtype="fp8", precision="fp8")
+        assert torch.equal(model(tokens), expected)
+        assert not torch.equal(in_fp8(tokens), expected)
+        model.set_precision("fp8")
+        assert torch.equal(model(tokens), in_fp8(tokens))
+    with pytest.raises(ValueError, match="precision must be one of bf16, fp8, got 'fp4'"):
+        load_pretrained(tmp_path / "a", precision="fp4")
 
 
 def test_a_quantised_model_is_saved_dequantised_on_demand(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ def cases(tiny: bool) -> list[Case]:
     """`hidden` is the width of the output."""
     tokens, hidden, topk = (32, 128, 4) if tiny else (4096, 7168, 8)
     gates = [_gate(n, 64 if tiny else 256) for n in ((16, 32) if tiny else (128, 4096))]
-    moves = [*(_permute(tokens, hidden, topk, back=back) for back in (False, True)), _permute_cast(tokens, hidden, topk)]
+    moves = [
+        *(_permute(tokens, hidden, topk, back=back) for back in (False, True)),
+        _permute_cast(tokens, hidden, topk),
+    ]
     return [*_swiglu_cases(tiny), *gates, _permutation(tokens, 16 if tiny else 256, topk), *moves]
 
 

@@ -3,10 +3,11 @@
 //   out[b, s, h] = softmax_j(scale q[b, s, h] . c_j) c_j[:512],  j < seq_lens[b] - S + s + 1,  c_j = 576 cached bf16
 //
 // Roofline: the cached rows once. Where mla_decode keeps the multiprocessors evenly busy by a schedule, this kernel keeps
-// short sequences short: the pages of a sequence are divided into at most 16 pieces, a block for each, which loads a page
-// of 64 keys with as many bytes in flight as it has, and multiplies with 16-row instructions instead of 64-row ones. A second
-// kernel adds up the pieces in their order. A sequence's pieces depend on its own length alone, so what is beside it in
-// the batch does not change a bit.
+// short sequences short: the pages of a sequence are divided into pieces, a block for each, which loads a page of 64 keys
+// with as many bytes in flight as it has, and multiplies with 16-row instructions instead of 64-row ones. A second kernel
+// adds up the pieces in their order. The first 16 pieces have a page each, the next 16 two, and so on: where one begins
+// depends neither on the sequence's length nor on the batch, so a token's bits do not change with what is beside it, nor
+// with the drafts behind it.
 #include <algorithm>
 
 #include "../common/device_error.cuh"
@@ -20,33 +21,44 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
 constexpr int kPage = 64, kLatent = 512, kWidth = 576;
-constexpr int kMaxPieces = 16, kMaxRows = 32;
+constexpr int kMaxRows = 32;
+constexpr int kPiecesASize = 16;        // pieces of a page, then as many of two pages, of four, ...
+constexpr int kCombined = 16;           // pieces whose results are read at a time
 constexpr int kKeyStride = kWidth + 8;  // of rows in shared memory: 8 of them begin in 8 different groups of 4 banks
 constexpr int kScoreStride = kPage + 4, kProbabilityStride = kPage + 8;
 constexpr int kColumns = kLatent / kWarps;  // of the output a warp
 
 struct AttentionParams {
   bf16* out;           // [B, rows, 512]
-  float* partial;      // [B, kMaxPieces, rows, 512]
-  float* partial_lse;  // [B, kMaxPieces, rows], of base 2
+  float* partial;      // [B, pieces, rows, 512]
+  float* partial_lse;  // [B, pieces, rows], of base 2
   const bf16* q;       // [B, rows, 576]
   const bf16* cache;   // [pages, 64, 576]
   const int *block_table, *seq_lens;
   int64_t table_stride;
   int64_t pages;
-  int width, rows, steps, heads;
-  float scale;  // times log2 e
+  int width, pieces, rows, steps, heads;  // pieces: of the width
+  float scale;                            // times log2 e
   DeviceError* error;
 };
 
+// Pieces of so many pages.
+__host__ __device__ __forceinline__ int num_pieces(int pages) {
+  int smaller = 0, size = 1;
+  for (; pages > kPiecesASize * size; size *= 2) {
+    pages -= kPiecesASize * size;
+    smaller += kPiecesASize;
+  }
+  return smaller + ceil_div(pages, size);
+}
+
 // How a sequence is divided.
 struct Division {
-  int length, pages, piece_pages, pieces;
+  int length, pages, pieces;
   __device__ __forceinline__ Division(const AttentionParams& p, int sequence) {
     length = max(p.seq_lens[sequence], 0);
     pages = min(length / kPage + (length % kPage != 0), p.width);
-    piece_pages = max(1, ceil_div(pages, kMaxPieces));
-    pieces = ceil_div(pages, piece_pages);
+    pieces = num_pieces(pages);
   }
 };
 
@@ -180,7 +192,7 @@ __device__ __forceinline__ void store_piece(const AttentionParams& p, const Atte
                                             const float (&out)[kRowTiles][kColumns / 8][4], int sequence,
                                             const Division& d, bool spoiled) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t first = static_cast<int64_t>(sequence) * kMaxPieces + blockIdx.x;
+  const int64_t first = static_cast<int64_t>(sequence) * p.pieces + blockIdx.x;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -215,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(AttentionPar
   wait_for_inputs();
   release_dependents();
   const Division d(p, sequence);
-  const int begin = blockIdx.x * d.piece_pages, end = min(begin + d.piece_pages, d.pages);
+  const int piece = static_cast<int>(blockIdx.x), size = 1 << piece / kPiecesASize;
+  const int begin = kPiecesASize * (size - 1) + piece % kPiecesASize * size, end = min(begin + size, d.pages);
   bool spoiled = p.width < d.length / kPage + (d.length % kPage != 0);
   if (spoiled && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
   if (begin >= end) return;
@@ -248,24 +261,24 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
   const int sequence = blockIdx.y, row = blockIdx.x, column = threadIdx.x * 4;
   const Division d(p, sequence);
   if (d.pieces == 1) return;
-  const int64_t first = static_cast<int64_t>(sequence) * kMaxPieces * p.rows + row;
-  float lse[kMaxPieces], most = -INFINITY, total = 0.f, sum[4] = {};
-  float4 values[kMaxPieces];
+  const int64_t first = static_cast<int64_t>(sequence) * p.pieces * p.rows + row;
+  float most = -INFINITY, total = 0.f, sum[4] = {};
+  for (int i = 0; i < d.pieces; ++i) most = fmaxf(most, p.partial_lse[first + i * p.rows]);
+  for (int begin = 0; begin < d.pieces; begin += kCombined) {
+    float4 values[kCombined];
 #pragma unroll
-  for (int i = 0; i < kMaxPieces; ++i) {
-    lse[i] = i < d.pieces ? p.partial_lse[first + i * p.rows] : -INFINITY;
-    if (i < d.pieces) {
-      values[i] = *reinterpret_cast<const float4*>(p.partial + (first + i * p.rows) * kLatent + column);
+    for (int i = 0; i < kCombined; ++i) {
+      if (begin + i >= d.pieces) break;
+      values[i] = *reinterpret_cast<const float4*>(p.partial + (first + (begin + i) * p.rows) * kLatent + column);
     }
-    most = fmaxf(most, lse[i]);
-  }
 #pragma unroll
-  for (int i = 0; i < kMaxPieces; ++i) {
-    if (i >= d.pieces) break;
-    const float weight = most == -INFINITY ? 0.f : exp2f(lse[i] - most);
-    total += weight;
-    sum[0] += weight * values[i].x, sum[1] += weight * values[i].y;
-    sum[2] += weight * values[i].z, sum[3] += weight * values[i].w;
+    for (int i = 0; i < kCombined; ++i) {
+      if (begin + i >= d.pieces) break;
+      const float weight = most == -INFINITY ? 0.f : exp2f(p.partial_lse[first + (begin + i) * p.rows] - most);
+      total += weight;
+      sum[0] += weight * values[i].x, sum[1] += weight * values[i].y;
+      sum[2] += weight * values[i].z, sum[3] += weight * values[i].w;
+    }
   }
   const float factor = d.pieces == 0 && d.length > 0 ? NAN : total == 0.f ? 0.f : 1.f / total;
   __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(sum[0] * factor, sum[1] * factor),
@@ -276,13 +289,14 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
 
 template <int kRowTiles>
 void launch_few_attention(const AttentionParams& p, int batch, cudaStream_t stream) {
-  const Launch shape{.grid = dim3(std::clamp(p.width, 1, kMaxPieces), batch),
-                     .block = dim3(kThreads),
-                     .smem = sizeof(AttentionShared<kRowTiles>)};
+  const Launch shape{
+      .grid = dim3(std::max(p.pieces, 1), batch), .block = dim3(kThreads), .smem = sizeof(AttentionShared<kRowTiles>)};
   launch("few_attention", few_attention_kernel<kRowTiles>, shape, stream, p);
 }
 
 }  // namespace
+
+int64_t few_attention_pieces(int64_t width) { return num_pieces(static_cast<int>(width)); }
 
 void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
                    Tensor seq_lens, double softmax_scale, cudaStream_t stream) {
@@ -292,13 +306,14 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
   check_shape("q", q, batch, steps, heads, kWidth);
   DSV3_CHECK(rows >= 1 && rows <= kMaxRows, "q must have 1 to ", kMaxRows, " rows of steps and heads, got ", q);
   check_operand("out", out, Dtype::kBFloat16, batch, steps, heads, kLatent);
-  check_operand("partial", partial, Dtype::kFloat32, batch, kMaxPieces, rows, kLatent);
-  check_operand("partial_lse", partial_lse, Dtype::kFloat32, batch, kMaxPieces, rows);
   check_operand("cache", cache, Dtype::kBFloat16, cache.size(0), kPage, 1, kWidth);
   check_operand("seq_lens", seq_lens, Dtype::kInt32, batch);
   DSV3_CHECK(block_table.is_cuda() && block_table.dtype() == Dtype::kInt32 && block_table.dim() == 2 &&
                  block_table.size(0) == batch && (block_table.size(1) <= 1 || block_table.stride(1) == 1),
              "block_table must be int32 (batch, width) on a CUDA device, its rows contiguous, got ", block_table);
+  const int64_t pieces = few_attention_pieces(block_table.size(1));
+  check_operand("partial", partial, Dtype::kFloat32, batch, pieces, rows, kLatent);
+  check_operand("partial_lse", partial_lse, Dtype::kFloat32, batch, pieces, rows);
   if (batch == 0) return;
   const DeviceGuard guard(q);
   const AttentionParams p{.out = out.data<bf16>(),
@@ -311,6 +326,7 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
                           .table_stride = block_table.stride(0),
                           .pages = cache.size(0),
                           .width = static_cast<int>(block_table.size(1)),
+                          .pieces = static_cast<int>(pieces),
                           .rows = static_cast<int>(rows),
                           .steps = static_cast<int>(steps),
                           .heads = static_cast<int>(heads),

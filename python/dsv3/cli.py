@@ -126,6 +126,9 @@ def generate(
     speculative: Annotated[bool | None, typer.Option(help="draft with MTP; by default where there is one")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp8 multiplies FP8 weights as they are, bf16 dequantises them")
+    ] = "bf16",
     kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8; by default that of the weights")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto is a GPU where there is one")] = "auto",
 ) -> None:
@@ -143,7 +146,9 @@ def generate(
     if dtype not in (None, "bfloat16", "float32", "fp8"):
         raise ValueError(f"dtype must be bfloat16, float32 or fp8, found {dtype!r}")
     check_kv_cache_dtype(kv_cache_dtype)
-    loaded = DeepSeekV3.from_pretrained(model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device))
+    loaded = DeepSeekV3.from_pretrained(
+        model, dtype=getattr(torch, dtype or "", dtype), device=find_device(device), precision=precision
+    )
     options = {"speculative": speculative, "kv_cache_dtype": kv_cache_dtype}
     engine, prompts, each = engine_for(loaded, [prompt], params, tokenizer=tokenizer or model, **options)
     shown = False

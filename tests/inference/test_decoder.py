@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,13 +9,14 @@ from torch import Tensor, nn
 
 from dsv3 import DeepSeekV3, SamplingParams
 from dsv3.inference.decoder import FILTERED, GREEDY, PLAIN, Decoder
+from dsv3.model.attention import MLA
 from tests.inference.small import random_model, random_prompts, small_config
 
 # Of as many rows; no two alike, so that what a row does not take with it when it moves is seen.
 PARAMS = [
     SamplingParams(temperature=0.8 + 0.1 * i, top_p=0.9 - 0.1 * i, top_k=40 - i, min_p=0.01 * i) for i in range(8)
 ]
-SIZES = {"max_batch": 8, "num_pages": 40, "max_pages": 5, "max_prefill_tokens": 1000}
+SIZES = {"max_batch": 8, "num_pages": 40, "max_pages": 5, "max_context": 256, "max_prefill_tokens": 1000}
 
 
 def _decoder(model: DeepSeekV3, prompts: list[list[int]], mode: int) -> Decoder:
@@ -30,8 +32,8 @@ class _Stub(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList()
         self.config = small_config(num_nextn_predict_layers=depth, kv_lora_rank=512, qk_rope_head_dim=64)
+        self.layers = [SimpleNamespace(attention=MLA(self.config))]
         self.embed = nn.Embedding(64, 32)
         self.mtp = [lambda h, tokens, ctx, cache: (self.embed(tokens) + h, None) for _ in range(depth)]
 

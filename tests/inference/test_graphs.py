@@ -109,6 +109,26 @@ def test_speculative_equals_plain_to_the_last_token(device, depth):
     assert engine.stats.accepted > 0
 
 
+@pytest.mark.parametrize("start", [1000, 8000])
+@pytest.mark.parametrize("heads", [8, 40])
+@pytest.mark.parametrize("kv_cache_dtype", [None, "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.cuda
+def test_speculative_equals_plain_in_long_contexts(precision, kv_cache_dtype, heads, start):
+    """Where lengths cross 1024, 2048 and 8192, at which sequences are divided: by few_attention and by mla_decode, with
+    products in bf16 and in FP8. Prompts end a few tokens before, so that some drafts lie behind it and some do not."""
+    changes = {"max_position_embeddings": 8400, "num_nextn_predict_layers": 1, "num_attention_heads": heads}
+    model = make_model(torch.device("cuda"), num_hidden_layers=2, **changes)
+    model.set_precision(precision)
+    prompts = [(p * 8400)[: n + start] for n, p in zip((20, 23, 1044, 150), random_prompts(4), strict=True)]
+    prompts = [p[:8300] for p in prompts]
+    options = {"kv_cache_dtype": kv_cache_dtype, "max_batch": 4}
+    plain = tokens_of(graphed(model, speculative=False, **options).generate(prompts, GREEDY))
+    engine = graphed(model, **options)
+    assert tokens_of(engine.generate(prompts, GREEDY)) == plain
+    assert engine.stats.accepted > 0
+
+
 def test_completions_fill_the_context_exactly(device):
     """The round behind the last one has no place left in the cache, nor in the tables."""
     model = make_model(device)

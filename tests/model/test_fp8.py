@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from dsv3 import DeepSeekV3, ops
 from dsv3.comm import ExpertBuffer
 from dsv3.model import Batch
-from dsv3.model.moe import MoE
+from dsv3.model.layers import Linear
+from dsv3.model.moe import Experts, MoE
 from dsv3.testing import relative_error
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.optimizer import AdamW
@@ -141,8 +142,8 @@ def test_which_products_are_in_fp8(device, monkeypatch):
 
 
 def test_rows_reach_the_experts_as_fp8(device):
-    """Where the experts compute in it, and no longer: not in bf16, not with sizes that do not fit, not with weights that are
-    quantised already, not where another buffer has taken the place of the model's own."""
+    """Where the experts compute in it, and no longer: not in bf16, not with sizes that do not fit, not where another buffer has
+    taken the place of the model's own."""
 
     def wires(model, config=CONFIG):
         model.loss(Batch(tokens_for(config, 2, 33).to(device)))
@@ -155,14 +156,50 @@ def test_rows_reach_the_experts_as_fp8(device):
     model.set_precision("bf16")
     assert set(wires(model)) == {None}
     model.set_precision("fp8")
-    first, second, *_ = moes_of(model)
-    for name in ("gate_up", "down"):
-        data, sf = ops.per_block_cast(getattr(first.experts, name))
-        delattr(first.experts, name)
-        setattr(first.experts, name, ops.Quantized(data, sf))
-    second.buffer = ExpertBuffer(num_experts=CONFIG.n_routed_experts, transport="local")
-    with torch.no_grad():
-        assert wires(model)[:2] == [None, None]
+    moes_of(model)[1].buffer = ExpertBuffer(num_experts=CONFIG.n_routed_experts, transport="local")
+    assert wires(model)[:2] == [fp8, None]
+
+
+def quantise(model):
+    """Puts the FP8 copies of a model's weights in the weights' place."""
+    for layer in [module for module in model.modules() if isinstance(module, Linear | Experts)]:
+        for name, param in list(layer.named_parameters(recurse=False)):
+            weight = layer.fp8_copies.of(name, param) if layer.fp8 else None
+            if weight is not None:
+                delattr(layer, name)
+                setattr(layer, name, weight.data)
+
+
+@torch.no_grad()
+def test_weights_in_fp8_multiply_as_the_copies_of_others_do(device):
+    model, tokens = model_of("fp8", device), tokens_for(CONFIG, 2, 33).to(device)
+    expected, loss = model(tokens), model.loss(Batch(tokens)).total
+    quantise(model)
+    assert not any(name.endswith("gate_up") or ".attention.o" in name for name, _ in model.named_parameters())
+    assert torch.equal(model(tokens), expected)
+    assert torch.equal(model.loss(Batch(tokens)).total, loss)
+    assert {moe.buffer.wire_dtype for moe in moes_of(model)} == {torch.float8_e4m3fn}
+    model.set_precision("bf16")
+    assert 0 < relative_error(model(tokens), expected) < 0.1
+
+
+def test_weights_in_fp8_do_not_train(device):
+    """What needs a gradient runs, and says so when the gradient is asked for."""
+    model, tokens = model_of("fp8", device), tokens_for(CONFIG, 2, 33).to(device)
+    quantise(model)
+    loss = model.loss(Batch(tokens)).total
+    with pytest.raises(RuntimeError, match="weights that were loaded in FP8 do not train"):
+        loss.backward()
+
+
+@torch.no_grad()
+def test_only_one_half_of_an_mlp_in_fp8_is_an_error(device):
+    model = model_of("fp8", device)
+    experts, x = moes_of(model)[0].experts, torch.randn(4, CONFIG.hidden_size, device=device)
+    first, second = (experts.fp8_copies.of(name, getattr(experts, name)) for name in ("gate_up", "down"))
+    offsets, weights = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32, device=device), torch.ones(4, device=device)
+    with pytest.raises(ValueError, match="fp8_experts: gate_up and down must both be Quantized or both of parameters"):
+        ops.fp8_experts(x, weights, offsets, first, second.data)
 
 
 def test_sizes_that_do_not_fit_stay_as_they_are(device):

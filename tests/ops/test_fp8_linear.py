@@ -360,7 +360,8 @@ def test_cached_weights(device):
     check_same(now, ops.per_block_cast(param, transpose=True))
     assert cache.of("w", parameter(torch.randn(24, 64, device=device))) is None
     assert cache.of("w", parameter(torch.randn(64, 24, device=device))) is None
-    assert cache.of("w", ops.Quantized(weight.data.data[0], weight.data.sf[0])) is None
+    quantised = ops.Quantized(weight.data.data[0], weight.data.sf[0])
+    assert cache.of("w", quantised) is quantised
 
 
 @pytest.mark.parametrize(

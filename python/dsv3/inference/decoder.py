@@ -28,7 +28,6 @@ from dsv3.inference.cache import PAGE, allocate_cache
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
 from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
-from dsv3.model.few import fits
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p, top_k or min_p somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
@@ -57,6 +56,7 @@ class Decoder:
         model: the model; depth of speculation is `depth`, at most len(model.mtp), 0 for none.
         num_pages: of the cache, page 0 included, to which rows point where they have no page.
         max_pages: width of the block table.
+        max_context: tokens of a sequence.
         max_prefill_tokens: what a forward pass of a prefill takes at most, of new tokens and again of cached ones at a time; at
             least 1, and `depth`.
         kv_cache_dtype: "fp8", or None for that of the weights.
@@ -72,6 +72,7 @@ class Decoder:
         max_batch: int,
         num_pages: int,
         max_pages: int,
+        max_context: int,
         max_prefill_tokens: int,
         kv_cache_dtype: str | None = None,
         cuda_graphs: bool = False,
@@ -84,7 +85,7 @@ class Decoder:
         layers, cache_dtype = config.num_hidden_layers + depth, kv_cache_dtype or dtype
         self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=cache_dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
-        self._max_prefill_tokens = max_prefill_tokens
+        self._max_context, self._max_prefill_tokens = max_context, max_prefill_tokens
 
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
@@ -301,15 +302,19 @@ class Decoder:
         The last may lie behind the context's end, where nothing counts any more, and the first before its beginning. Idle
         rows have length 0 and store nothing.
         """
-        batch, heads = len(lengths), self.model.config.num_attention_heads
+        batch, attention = len(lengths), self.model.layers[0].attention
         table = self.block_table[:batch]
         settings = {"first": first, "steps": steps, "page": PAGE, "last_position": self._last_position}
         positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
-        ctx = AttentionContext(positions, block_table=table[:, :width], seq_lens=seq_lens, slot_mapping=slots)
-        few = ops.attends_few(steps * heads, width, self.cache[0])
-        if few and all(fits(x, ctx, batch * steps) for x in self.model.layers):
+        table = table[:, :width]
+        ctx = AttentionContext(
+            positions, block_table=table, seq_lens=seq_lens, slot_mapping=slots, max_context=self._max_context
+        )
+        if batch * steps <= ops.FEW_TOKENS and attention.attends_few(steps, ctx, self.cache[0]):
             return ctx
-        return dataclasses.replace(ctx, schedule=ops.mla_schedule(seq_lens, steps, heads))
+        invariant = ops.is_batch_invariant()
+        schedule = ops.mla_schedule(seq_lens, steps, attention.num_heads, batch_invariant=invariant)
+        return dataclasses.replace(ctx, schedule=schedule)
 
     def _probabilities(self, logits: Tensor, rows: slice, mode: int) -> Tensor:
         """fp32 probabilities of logits [B, ..., V] of the rows."""

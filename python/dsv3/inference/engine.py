@@ -20,6 +20,7 @@ from dsv3.inference.scheduler import Request, Scheduler
 from dsv3.inference.text import TextStream, Tokenizer, encode
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import MoE
+from dsv3.ops import batch_invariance
 from dsv3.ops.registry import why_no_kernels
 from dsv3.tokenizer import load_tokenizer
 
@@ -97,6 +98,10 @@ class Engine:
             pieces of a long prompt then see rounded keys, so the output depends a little on where it is cut.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
+        batch_invariant: on a Hopper GPU a bf16 model gives a token the same bits whatever is decoded beside it, other sequences
+            or drafts, as long as a round has at most 64 tokens (a prompt's depend on what is prefilled with it). So speculation
+            gives the greedy tokens of plain decoding. False lets FP8 products of few rows and attention to few long sequences
+            divide their sums, which is faster.
 
     Raises:
         ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU
@@ -116,11 +121,13 @@ class Engine:
         max_prefill_tokens: int = 16384,
         kv_cache_dtype: str | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool = True,
     ) -> None:
         check_kv_cache_dtype(kv_cache_dtype)
         config = model.config
         weight = model.embed.weight
-        capturable = weight.is_cuda and weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
+        native = weight.is_cuda and weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
+        capturable = native
         moes = [module for module in model.modules() if isinstance(module, MoE)]
         if any(moe.buffer.transport != "local" for moe in moes):  # the host reads how many rows come
             if cuda_graphs:
@@ -150,12 +157,16 @@ class Engine:
             "max_batch": max_batch,
             "num_pages": num_pages,
             "max_pages": pages_for(context + 2 * self._depth + 1),
+            "max_context": context,
             "max_prefill_tokens": max_prefill_tokens,
         }
         graphs = capturable if cuda_graphs is None else cuda_graphs
         options = {"kv_cache_dtype": kv_cache_dtype, "cuda_graphs": graphs}
         self._decoder = Decoder(model, depth=self._depth, **sizes, **options)
         self._min_width = MIN_WIDTH if graphs else 1
+        self._batch_invariant = (
+            batch_invariant and native
+        )  # references would take a token at a time, and ask the device
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
         self._busy = threading.Lock()
@@ -187,7 +198,7 @@ class Engine:
         try:
             self._scheduler.waiting.extend(requests)
             self._decoder.check_weights()
-            with torch.no_grad():
+            with torch.no_grad(), batch_invariance(self._batch_invariant):
                 while self._scheduler.waiting or self._scheduler.running:
                     self._step(on_token)
         finally:

@@ -55,6 +55,7 @@ class AttentionContext:
         None  # of ops.mla_schedule, for all layers of a decode step; None: each layer makes its own
     )
     cached: tuple[CachedChunk, ...] = ()
+    max_context: int = 0  # of a decode step: tokens that a sequence may ever have; 0: as many as block_table has places
 
     @staticmethod
     def batch(batch: int, seq_len: int, device: torch.device | str = "cpu") -> AttentionContext:
@@ -179,6 +180,7 @@ class MLA(nn.Module):
         self.o = Linear(heads * config.v_head_dim, hidden, **at)
         self.gather = self.reduce = identity
         self.recompute = False
+        self._dense_kv_b: tuple[ops.Quantized, Tensor] | None = None
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
@@ -192,7 +194,9 @@ class MLA(nn.Module):
         if cache is not None and ctx.slot_mapping is not None:
             weight, tables = self.kv_a_norm.weight, rope_tables(self.rope, x.device)
             ops.mla_append_kv(kv_a, weight, *tables, ctx.positions, ctx.slot_mapping, cache, eps=LATENT_NORM_EPS)
-        if ctx.block_table is not None:
+        if ctx.block_table is not None and len(x) <= ops.FEW_TOKENS and not torch.is_grad_enabled():
+            out = self.absorbed_few(self._unrotated(q_down, wgrad), ctx, cache)
+        elif ctx.block_table is not None:
             out = self._absorbed(self._query(q_down, ctx, wgrad), ctx, cache)
         elif self.recompute and torch.is_grad_enabled():
             options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _keep_attention}
@@ -202,9 +206,12 @@ class MLA(nn.Module):
             out = self._naive(q_down, kv_a, ctx, cache, wgrad)
         return self.reduce(self.o(out.flatten(1), wgrad, shared_input=True))
 
+    def _unrotated(self, q_down: Tensor, wgrad: ops.WgradQueue | None) -> Tensor:
+        return self.q_b(self.q_a_norm(q_down), wgrad) if self.config.q_lora_rank else self.q(q_down, wgrad)
+
     def _query(self, q_down: Tensor, ctx: AttentionContext, wgrad: ops.WgradQueue | None) -> Tensor:
         c = self.config
-        q = self.q_b(self.q_a_norm(q_down), wgrad) if c.q_lora_rank else self.q(q_down, wgrad)
+        q = self._unrotated(q_down, wgrad)
         q = ops.rope_(q, *rope_tables(self.rope, q.device), ctx.positions, head_dim=c.qk_head_dim)
         return q.view(-1, self.num_heads, c.qk_head_dim)
 
@@ -252,6 +259,45 @@ class MLA(nn.Module):
         lengths = ctx.cu_seqlens_q, chunk.cu_seqlens, ctx.max_seqlen_q, chunk.max_seqlen
         return self._attend(q, *rows.split([c.kv_lora_rank, c.qk_rope_head_dim], -1), lengths, causal=False)
 
+    def attends_few(self, steps: int, ctx: AttentionContext, cache: Tensor) -> bool:
+        """Whether ops.few_attention is to be taken for so many queries a sequence, rather than ops.mla_decode. As many as the
+        model can draft count in any case, and not this step's lengths, so that the same kernel takes a token whether it was
+        drafted or not, and whatever is beside it."""
+        assert ctx.block_table is not None
+        depth = self.config.num_nextn_predict_layers
+        rows = self.num_heads * max(steps, 1 + depth, 2 * depth)
+        return ops.attends_few(rows, ctx.max_context or ctx.block_table.shape[1] * cache.shape[1], cache)
+
+    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_uk and W_uv of every head. A Quantized kv_b is dequantised once, and kept so beside itself."""
+        c, weight = self.config, self.kv_b.weight
+        if isinstance(weight, ops.Quantized):
+            kept = self._dense_kv_b
+            if kept is None or kept[0] is not weight or kept[1].dtype != dtype:
+                self._dense_kv_b = kept = weight, weight.dequantize(dtype)
+            weight = kept[1]
+        w_uk, w_uv = weight.view(self.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        return w_uk, w_uv
+
+    @torch.no_grad()
+    def absorbed_few(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
+        """The same as `_absorbed` in the kernels for few tokens, of queries [T, heads * D] that are not rotated."""
+        c, tables = self.config, rope_tables(self.rope, q.device)
+        assert cache is not None
+        assert ctx.block_table is not None
+        assert ctx.seq_lens is not None
+        w_uk, w_uv = self._up_projections(q.dtype)
+        q = ops.mla_absorb(q.view(-1, self.num_heads, c.qk_head_dim), w_uk, *tables, ctx.positions, static_weights=True)
+        q = q.view(ctx.seq_lens.shape[0], -1, self.num_heads, c.latent_dim)
+        keys = cache, ctx.block_table, ctx.seq_lens
+        settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
+        if self.attends_few(q.shape[1], ctx, cache):
+            latent = ops.few_attention(q, *keys, **settings)
+        else:
+            settings |= {"schedule": ctx.schedule, "batch_invariant": ops.is_batch_invariant()}
+            latent, _ = ops.mla_decode(q, *keys, **settings)
+        return ops.few_heads(latent.view(-1, self.num_heads, c.kv_lora_rank), w_uv, static_weights=True)
+
     @torch.no_grad()
     def _absorbed(self, q: Tensor, ctx: AttentionContext, cache: Tensor | None) -> Tensor:
         """W_uk moves into the queries and W_uv behind the attention, which then reads only latents: the form for decoding. Both
@@ -260,15 +306,15 @@ class MLA(nn.Module):
         assert cache is not None
         assert ctx.block_table is not None
         assert ctx.seq_lens is not None
-        kv_b = ops.dense(self.kv_b.weight, q.dtype).view(self.num_heads, -1, c.kv_lora_rank)
-        w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        w_uk, w_uv = self._up_projections(q.dtype)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         query = q.new_empty(*q.shape[:2], c.latent_dim)
         torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., : c.kv_lora_rank].transpose(0, 1))
         query[..., c.kv_lora_rank :] = q_rope
         query = query.view(ctx.seq_lens.shape[0], -1, *query.shape[1:])
         settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank, "schedule": ctx.schedule}
-        latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, **settings)
+        invariant = ops.is_batch_invariant()
+        latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, batch_invariant=invariant, **settings)
         latent = latent.view(-1, self.num_heads, c.kv_lora_rank).transpose(0, 1)
         out = q.new_empty(*q.shape[:2], c.v_head_dim)
         torch.bmm(latent, w_uv.transpose(1, 2), out=out.transpose(0, 1))

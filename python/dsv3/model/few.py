@@ -58,25 +58,14 @@ def run(blocks: list[Block], norm: RMSNorm, x: Tensor, ctx: AttentionContext, ca
 
 def attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor:
     """m(h), absorbed: h [T, H] -> [T, H]."""
-    c, tables = m.config, rope_tables(m.rope, h.device)
+    c = m.config
     q, kv_a = ops.few_linear(h, [(m.q_a if c.q_lora_rank else m.q).weight, m.kv_a.weight], **STATIC)
     if ctx.slot_mapping is not None:
-        place = ctx.positions, ctx.slot_mapping, cache
+        tables, place = rope_tables(m.rope, h.device), (ctx.positions, ctx.slot_mapping, cache)
         ops.mla_append_kv(kv_a, m.kv_a_norm.weight, *tables, *place, eps=LATENT_NORM_EPS)
     if c.q_lora_rank:
         q = linear(m.q_b, m.q_a_norm(q))
-    kv_b = m.kv_b.weight.view(m.num_heads, -1, c.kv_lora_rank)
-    w_uk, w_uv = kv_b.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-    q = ops.mla_absorb(q.view(-1, m.num_heads, c.qk_head_dim), w_uk, *tables, ctx.positions, **STATIC)
-    q = q.view(ctx.seq_lens.shape[0], -1, m.num_heads, c.latent_dim)
-    keys = cache, ctx.block_table, ctx.seq_lens
-    settings = {"softmax_scale": m.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
-    if ops.attends_few(q.shape[1] * m.num_heads, ctx.block_table.shape[1], cache):
-        latent = ops.few_attention(q, *keys, **settings)
-    else:
-        latent, _ = ops.mla_decode(q, *keys, schedule=ctx.schedule, **settings)
-    out = ops.few_heads(latent.view(-1, m.num_heads, c.kv_lora_rank), w_uv, **STATIC)
-    return linear(m.o, out.flatten(1))
+    return linear(m.o, m.absorbed_few(q, ctx, cache).flatten(1))
 
 
 def _mlp(block: Block, out: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class QuantizedModule(nn.Module):
 class Linear(QuantizedModule):
     """y = x W^T. `weight` is a parameter [N, K], or an ops.Quantized put in its place by a loader.
 
-    With `fp8` (see DeepSeekV3.set_precision) a parameter trains in FP8 where N and K are multiples of 16; others do not.
+    With `fp8` (see DeepSeekV3.set_precision) it multiplies in FP8 where N and K are multiples of 16; others do not.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Linear(QuantizedModule):
         """Whether it multiplies in FP8."""
         return self.fp8 and self.fp8_copies.takes(self.weight)
 
-    def fp8_weight(self) -> ops.Fp8Weight | None:
-        """The weight's FP8 copies, or None where it is multiplied as it is."""
+    def fp8_weight(self) -> ops.Fp8Weight | ops.Quantized | None:
+        """The weight in FP8, or None where it is multiplied in the dtype of x."""
         return self.fp8_copies.of("weight", self.weight) if self.fp8 else None
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None, *, shared_input: bool = False) -> Tensor:

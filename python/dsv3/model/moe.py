@@ -44,7 +44,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
+        if len(x) <= ops.FEW_TOKENS and not torch.is_grad_enabled():
+            (logits,) = ops.few_linear(x, [self.weight], out_dtype=wide)
+        else:
+            logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
         return Routed(*ops.moe_gate(logits, self.bias, **self.settings), logits)
 
     @property
@@ -65,7 +68,7 @@ class Gate(nn.Module):
 
 class Experts(QuantizedModule):
     """The routed experts of one rank: gate_up [G, 2I, H] and down [G, H, I]. With `fp8` (see DeepSeekV3.set_precision) they
-    train in FP8 where I and H are multiples of 16."""
+    multiply in FP8 where I and H are multiples of 16."""
 
     def __init__(
         self,

@@ -103,9 +103,10 @@ class DeepSeekV3(nn.Module):
     def set_precision(self, precision: str) -> None:
         """How the linear layers of attention, dense MLPs, shared and routed experts multiply, in training and out of it.
 
-        "bf16": in the dtype of their weights. "fp8": forward and both gradients in block-scaled FP8, with copies of the
-        weights that stay good until they change; call refresh_fp8 then. Embedding, head, gates, norms, attention itself and
-        MTP's eh_proj are the same in both, and so are parameters, activations and the state dict.
+        "bf16": in the dtype of their weights, and weights that were loaded in FP8 (ops.Quantized) dequantised. "fp8": forward
+        and both gradients in block-scaled FP8, with copies of the weights that stay good until they change; call refresh_fp8
+        then; Quantized weights as they are, without gradients. Embedding, head, gates, norms, attention itself and MTP's
+        eh_proj are the same in both, and so are parameters, activations and the state dict.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -118,7 +119,7 @@ class DeepSeekV3(nn.Module):
             norm.cast = fp8
         unfit = sum(fp8 and not layer.in_fp8 for layer in layers)
         if unfit:
-            why = "they are quantised, or have sizes that are no multiples of 16"
+            why = "their sizes are no multiples of 16"
             log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, len(layers), why)
 
     def refresh_fp8(self) -> None:

@@ -16,6 +16,7 @@ from dsv3.ops.decode import (
 )
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
+from dsv3.ops.invariance import batch_invariance, is_batch_invariant
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
 from dsv3.ops.mla_attention import mla_attention, mla_merge, split_kv
@@ -46,6 +47,7 @@ __all__ = [
     "WgradQueue",
     "adamw",
     "attends_few",
+    "batch_invariance",
     "cast_transpose",
     "combine_norm",
     "cross_entropy",
@@ -64,6 +66,7 @@ __all__ = [
     "grouped_fp8_gemm",
     "grouped_fp8_wgrad",
     "grouped_linear",
+    "is_batch_invariant",
     "linear",
     "linear_cross_entropy",
     "masked_grouped_fp8_gemm",

@@ -15,7 +15,7 @@ from dsv3.reference import decode as reference
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
 STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kRowTile, kMaxExperts, kMaxPairs
 HIDDEN = 8192  # of combine_norm
-PIECES, ROWS_A_SEQUENCE, KEYS = 16, 32, 8192  # of few_attention: kMaxPieces, kMaxRows; beyond KEYS mla_decode is faster
+ROWS_A_SEQUENCE, KEYS = 32, 8192  # of few_attention: kMaxRows; beyond KEYS mla_decode is faster
 LATENT, ROPE, PAGE = 512, 64, 64
 
 
@@ -201,8 +201,9 @@ def _launch_attention(
     out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int
 ) -> None:
     batch, steps, heads, _ = q.shape
-    partial = q.new_empty(batch, PIECES, steps * heads, LATENT, dtype=torch.float32)
-    partial_lse = q.new_empty(batch, PIECES, steps * heads, dtype=torch.float32)
+    pieces = native().few_attention_pieces(block_table.shape[1])
+    partial = q.new_empty(batch, pieces, steps * heads, LATENT, dtype=torch.float32)
+    partial_lse = q.new_empty(batch, pieces, steps * heads, dtype=torch.float32)
     native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale)
 
 
@@ -305,10 +306,10 @@ def mla_absorb(
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
 
 
-def attends_few(rows: int, width: int, cache: Tensor) -> bool:
-    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence, block tables of
-    `width` pages and this cache. An FP8 cache is read by mla_decode alone."""
-    return rows <= ROWS_A_SEQUENCE and width * PAGE <= KEYS and cache.dtype != torch.uint8
+def attends_few(rows: int, tokens: int, cache: Tensor) -> bool:
+    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence, sequences of up
+    to `tokens` and this cache. An FP8 cache is read by mla_decode alone."""
+    return rows <= ROWS_A_SEQUENCE and tokens <= KEYS and cache.dtype != torch.uint8
 
 
 def few_attention(
@@ -322,7 +323,7 @@ def few_attention(
 ) -> Tensor:
     """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
 
-    A sequence's bits do not depend on the others of the batch.
+    A token's bits depend neither on the other sequences nor on S: keys are taken in pieces that begin at fixed places.
 
     Args:
         q: [B, S, G, Dc+Dr], made contiguous; native on Hopper for bf16, S * G up to 32, Dc 512, Dr 64.

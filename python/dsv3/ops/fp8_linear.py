@@ -9,14 +9,16 @@ FP8 too. Nothing here asks the device, so all of it can be captured in CUDA grap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3.ops.grad import Function, apply
+from dsv3.ops.invariance import is_batch_invariant
 from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 from dsv3.ops.swiglu import swiglu_backward_both_casts, swiglu_cast, swiglu_cast_backward
@@ -52,6 +54,10 @@ class Fp8Weight:
         self.state = _state(self.param)
 
     @property
+    def shape(self) -> torch.Size:
+        return self.param.shape
+
+    @property
     def is_stale(self) -> bool:
         """Whether torch has changed the parameter since."""
         return not torch.compiler.is_compiling() and self.state != _state(self.param)
@@ -78,15 +84,17 @@ class Fp8Weights:
 
     @staticmethod
     def takes(param: Tensor | Quantized) -> bool:
-        """Whether a parameter can have copies."""
-        return not isinstance(param, Quantized) and param.shape[-1] % 16 == param.shape[-2] % 16 == 0
+        """Whether a weight can be multiplied in FP8."""
+        return param.shape[-1] % 16 == param.shape[-2] % 16 == 0
 
     @torch.inference_mode(False)  # copies first made by an engine must serve training too
-    def of(self, name: str, param: Tensor | Quantized) -> Fp8Weight | None:
-        """The copies of the parameter that has this name now; None for what is to be multiplied as it is: a size that is no
-        multiple of 16, or a weight that has no other form than its quantised one."""
+    def of(self, name: str, param: Tensor | Quantized) -> Fp8Weight | Quantized | None:
+        """The copies of the parameter that has this name now, or the weight itself where it is Quantized; None where a size is
+        no multiple of 16."""
         if not self.takes(param):
             return None
+        if isinstance(param, Quantized):
+            return param
         weight = self.made.get(name)
         if weight is None or weight.param is not param or weight.data.device != param.device:
             weight = self.made[name] = Fp8Weight.make(param)
@@ -104,9 +112,10 @@ class Fp8Weights:
 
 
 def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    settings = {"out_dtype": dtype, "batch_invariant": is_batch_invariant()}
     if offsets is None:
-        return fp8_gemm(*a, weight.data, weight.sf, out_dtype=dtype)
-    return grouped_fp8_gemm(*a, weight.data, weight.sf, offsets, out_dtype=dtype)
+        return fp8_gemm(*a, weight.data, weight.sf, **settings)
+    return grouped_fp8_gemm(*a, weight.data, weight.sf, offsets, **settings)
 
 
 def _add_wgrad(dy_t: Cast, x_t: Cast, param: Tensor, offsets: Tensor | None) -> Tensor | None:
@@ -155,13 +164,30 @@ class _Fp8Linear(Function):
         return dx, now_or_later(ctx.wgrad, weight.param, work), *none
 
 
-def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None, shared_input: bool = False) -> Tensor:
+class _Quantized(Function):
+    """Products with weights that have no other form than FP8: there is nothing that a gradient could go to, or come through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor | None, product: Callable[[], Tensor]) -> Tensor:
+        return product()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "weights that were loaded in FP8 do not train: load them in bfloat16 and train with precision='fp8'"
+        )
+
+
+def fp8_linear(
+    x: Tensor, weight: Fp8Weight | Quantized, *, wgrad: WgradQueue | None = None, shared_input: bool = False
+) -> Tensor:
     """x times weight transposed, in FP8 forward and backward; differentiable in both.
 
     Args:
         x: [T, K], bf16 or fp32. With an attribute `cast` (what per_token_cast returns) it is not cast again. Its FP8 form is
             kept for backward, whatever `recipe` it has.
-        weight: of a parameter [N, K] of x's dtype.
+        weight: of a parameter [N, K] of x's dtype; or a Quantized [N, K], N a multiple of 8 and K of 16, whose backward
+            raises RuntimeError.
         wgrad: where backward leaves the weight gradient's work; None computes it at once.
         shared_input: x is kept by whatever made it, so backward keeps x itself and casts it again. For the projection after
             attention: the recipe keeps its input in more bits, and gives it scales that are powers of two, since one cast
@@ -173,10 +199,12 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, wgrad: WgradQueue | None = None,
     Raises:
         ValueError: shapes that do not fit.
     """
-    n_k = weight.param.shape
+    n_k = weight.shape
     if x.dim() != 2 or len(n_k) != 2 or n_k[1] != x.shape[1]:
         raise ValueError(f"fp8_linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(n_k)}")
     cast = _cast_of(x, pow2_scale=shared_input)
+    if isinstance(weight, Quantized):
+        return apply(_Quantized, x, None, lambda: _product(cast, weight, None, x.dtype))
     return apply(_Fp8Linear, x, weight.param, weight, cast, wgrad, shared_input)
 
 
@@ -286,12 +314,24 @@ class _Fp8MLP(Function):
         return dx, dweights, d_first, d_second, None, None, None
 
 
-def fp8_mlp(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, *, wgrad: WgradQueue | None = None) -> Tensor:
+def _quantized_mlp(
+    x: Tensor, weights: Tensor | None, cast: Cast, gate_up: Quantized, down: Quantized, offsets: Tensor | None
+) -> Tensor:
+    def product() -> Tensor:
+        hidden = _product(cast, gate_up, offsets, x.dtype)
+        return _product(swiglu_cast(hidden, weights, offsets=offsets), down, offsets, x.dtype)
+
+    return apply(_Quantized, x, weights, product)
+
+
+def fp8_mlp(
+    x: Tensor, gate_up: Fp8Weight | Quantized, down: Fp8Weight | Quantized, *, wgrad: WgradQueue | None = None
+) -> Tensor:
     """down(silu(gate) * up) with both layers in FP8 forward and backward; differentiable in x and both weights.
 
     Args:
         x: [T, H] bf16 or fp32, with or without `cast`, as in `fp8_linear`.
-        gate_up: of a parameter [2I, H] of x's dtype, the gate half first.
+        gate_up: of a parameter [2I, H] of x's dtype, the gate half first; or, like `down`, a Quantized, as in `fp8_linear`.
         down: of a parameter [H, I].
         wgrad: as in `fp8_linear`.
 
@@ -302,6 +342,8 @@ def fp8_mlp(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, *, wgrad: WgradQueue
         ValueError: shapes that do not fit.
     """
     _check_mlp("fp8_mlp", x, gate_up, down, ())
+    if isinstance(gate_up, Quantized):
+        return _quantized_mlp(x, None, _cast_of(x, pow2_scale=False), gate_up, down, None)
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=False)
     return apply(_Fp8MLP, x, None, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=False), None)
 
@@ -310,8 +352,8 @@ def fp8_experts(
     x: Tensor,
     weights: Tensor,
     offsets: Tensor,
-    gate_up: Fp8Weight,
-    down: Fp8Weight,
+    gate_up: Fp8Weight | Quantized,
+    down: Fp8Weight | Quantized,
     *,
     cast: Cast | None = None,
     wgrad: WgradQueue | None = None,
@@ -327,7 +369,7 @@ def fp8_experts(
         weights: fp32 [R], the routing weights.
         offsets: int32 [G+1] on the device, not decreasing, offsets[0] = 0. Rows past offsets[G] of the result and of the
             gradients are not written.
-        gate_up: of a parameter [G, 2I, H] of x's dtype, the gate half first.
+        gate_up: of a parameter [G, 2I, H] of x's dtype, the gate half first; or, like `down`, a Quantized, as in `fp8_linear`.
         down: of a parameter [G, H, I].
         cast: what per_token_cast(x, pow2_scale=True) returns, where x came as FP8; x's values are not read then.
         wgrad: as in `fp8_linear`.
@@ -340,14 +382,20 @@ def fp8_experts(
         ValueError: shapes that do not fit.
     """
     _check_mlp("fp8_experts", x, gate_up, down, (offsets.numel() - 1,))
+    cast = cast or _cast_of(x, pow2_scale=True)
+    if isinstance(gate_up, Quantized):
+        return _quantized_mlp(x, weights, cast, gate_up, down, offsets)
     gradient = None if torch.compiler.is_compiling() else GradientCast()
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=True, gradient=gradient)
-    cast = cast or _cast_of(x, pow2_scale=True)
     return apply(_Fp8MLP, x, weights, gate_up.param, down.param, mlp, cast, offsets)
 
 
-def _check_mlp(name: str, x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, groups: tuple[int, ...]) -> None:
-    first, second = gate_up.param.shape, down.param.shape
+def _check_mlp(
+    name: str, x: Tensor, gate_up: Fp8Weight | Quantized, down: Fp8Weight | Quantized, groups: tuple[int, ...]
+) -> None:
+    if isinstance(gate_up, Quantized) != isinstance(down, Quantized):
+        raise ValueError(f"{name}: gate_up and down must both be Quantized or both of parameters")
+    first, second = gate_up.shape, down.shape
     inner = second[-1]
     if x.dim() != 2 or first != (*groups, 2 * inner, x.shape[1]) or second != (*groups, x.shape[1], inner):
         g = "G, " if groups else ""

@@ -31,6 +31,7 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     mtp: bool = True,
+    precision: str = "bf16",
 ) -> DeepSeekV3:
     """A model from a checkpoint folder, tensor by tensor: nothing but its parameters is ever in memory.
 
@@ -46,6 +47,9 @@ def load_pretrained(
             files (`ops.Quantized`), for inference: no parameters, and not in the state dict; the rest is as with None.
         device: where the model is to be; not "meta".
         mtp: False leaves the MTP modules out.
+        precision: how linear layers multiply, see DeepSeekV3.set_precision. With dtype "fp8", "bf16" dequantises weights
+            whenever they are used, which gives the dequantised model's own results; "fp8" multiplies the bytes of the files
+            with activations in FP8, as the released model is served.
 
     Raises:
         ValueError: something is missing, has another shape or dtype than config.json asks for, or is no whole
@@ -65,6 +69,7 @@ def load_pretrained(
     _warn_of_unexpected(config, reader)
     model = _build(_without_absent_mtp(config, reader, mtp), reader, dtype, device)
     tokenizer = folder / "tokenizer.json"
+    model.set_precision(precision)
     model.tokenizer_path = tokenizer if tokenizer.is_file() else None
     model.generation_config = _generation_config(folder)
     return model
