@@ -139,7 +139,8 @@ void moe_permutation(Tensor offsets, Tensor source, Tensor position, Tensor bloc
                      cudaStream_t stream);
 void moe_permute(Tensor rows, Tensor x, Tensor position, cudaStream_t stream);
 // data e4m3 [T, H], rows e4m3 [T*k, H]; their scales as of per_token_cast.
-void moe_permute_cast(Tensor rows, Tensor rows_sf, Tensor data, Tensor sf, Tensor position, cudaStream_t stream);
+void moe_permute_cast(Tensor rows, Tensor rows_sf, Tensor data, Tensor sf, Tensor source, Tensor position,
+                      cudaStream_t stream);
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
 
 // decode/. What a decoding step does with at most 64 tokens, all bf16. static_weights: no kernel that may still run writes

@@ -7,8 +7,9 @@
 // Latency-bound (1 KiB a token at 256 experts). One warp a token, a lane holds E/32 neighbouring experts, so that a
 // group is a power-of-two run of lanes and the lowest lane of equals is the lowest expert. A choice is compared as an
 // unsigned key whose order is that of the floats. A lane sorts its own; the best of a warp is then one redux instruction
-// over the first of each. Counts are integers, so their atomics have no order; the blocks of a cluster add theirs up before
-// they go to global memory, since there all blocks meet in the same few sectors.
+// over the first of each. Counts are integers, so their atomics have no order; where one cluster is enough, it adds its
+// blocks' counts up by itself, and they need not be zeroed by a kernel before this one. (With many clusters that gains
+// nothing: 12.6 us for 4096 tokens instead of 9.4.)
 #include <cooperative_groups.h>
 
 #include "../common/launch.cuh"
@@ -18,8 +19,8 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 16;  // of a block, which take a token each
-constexpr int kBlocks = 8;  // of a cluster at most
+constexpr int kWarps = 16;   // of a block, which take a token each
+constexpr int kCluster = 8;  // blocks at most
 constexpr int kBackwardWarps = 4;
 constexpr int kBlocksASm = 2;  // at most: more tokens go through in turns
 constexpr unsigned kAll = 0xffffffffu;
@@ -27,7 +28,7 @@ constexpr unsigned kAll = 0xffffffffu;
 struct GateParams {
   int64_t* index;       // [T, k]
   float* weights;       // [T, k]; backward: the incoming gradient
-  int* counts;          // [E], zeros where there are several clusters
+  int* counts;          // [E], zeros where the grid is more than a cluster
   float* dlogits;       // backward: [T, E]
   const float* logits;  // [T, E]
   const float* bias;    // [E] or null
@@ -171,21 +172,22 @@ struct GateShared {
   alignas(16) float affinities[kWarps][kPerLane * kWarpSize];
 };
 
-// The counts of all blocks of the cluster, each of which takes a part of the experts.
+// The counts of all blocks. In a grid of one cluster each block takes a part of the experts.
 template <int kPerLane>
 __device__ __forceinline__ void add_counts(const GateParams& p, GateShared<kPerLane>& shared) {
   const auto cluster = cooperative_groups::this_cluster();
-  const int blocks = static_cast<int>(cluster.num_blocks());
+  const int blocks = static_cast<int>(cluster.num_blocks()), thread = static_cast<int>(threadIdx.x);
+  if (gridDim.x > blocks) {
+    __syncthreads();
+    if (thread < p.experts && shared.counts[thread] > 0) atomicAdd(p.counts + thread, shared.counts[thread]);
+    return;
+  }
   cluster.sync();
-  const int e = static_cast<int>(threadIdx.x) * blocks + static_cast<int>(cluster.block_rank());
+  const int e = thread * blocks + static_cast<int>(cluster.block_rank());
   if (e < p.experts) {
     int count = 0;
     for (int b = 0; b < blocks; ++b) count += *cluster.map_shared_rank(shared.counts + e, b);
-    if (gridDim.x == blocks) {
-      p.counts[e] = count;
-    } else if (count > 0) {
-      atomicAdd(p.counts + e, count);
-    }
+    p.counts[e] = count;
   }
   cluster.sync();  // nothing is read here any more
 }
@@ -334,15 +336,16 @@ void moe_gate(Tensor index, Tensor weights, Tensor counts, Tensor logits, std::o
                        .softmax = softmax,
                        .top2_sum = top2_sum,
                        .normalize = normalize};
-    int cluster = 1;
-    while (cluster < kBlocks && cluster * kWarps < tokens) cluster *= 2;
-    const int64_t most = std::max(1, kBlocksASm * sm_count() / cluster);
-    const int64_t clusters = std::min(ceil_div(tokens, int64_t{kWarps} * cluster), most);
-    if (clusters != 1) {
+    const int64_t needed = ceil_div(tokens, int64_t{kWarps});
+    Launch shape{.block = dim3(kWarps * kWarpSize)};
+    if (needed <= kCluster) {
+      while (shape.cluster < needed) shape.cluster *= 2;
+      shape.grid = dim3(shape.cluster);
+    } else {
       check_cuda(cudaMemsetAsync(p.counts, 0, experts * sizeof(int), stream), "cudaMemsetAsync");
+      shape.grid = dim3(std::min<int64_t>(needed, kBlocksASm * sm_count()));
     }
-    launch("moe_gate", gate_kernel<kPerLane>,
-           {.grid = dim3(clusters * cluster), .block = dim3(kWarps * kWarpSize), .cluster = cluster}, stream, p);
+    launch("moe_gate", gate_kernel<kPerLane>, shape, stream, p);
   });
 }
 

@@ -127,8 +127,9 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="by default the model folder's")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or fp8; by default the file's")] = None,
     precision: Annotated[
-        str, typer.Option(help="fp8 multiplies FP8 weights as they are, bf16 dequantises them")
-    ] = "bf16",
+        str | None,
+        typer.Option(help="fp8 multiplies FP8 weights as they are, bf16 dequantises them; by default what suits"),
+    ] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8; by default that of the weights")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto is a GPU where there is one")] = "auto",
 ) -> None:

@@ -1,5 +1,5 @@
-"""What the expert-parallel test starts under torchrun: runs of four processes, the first step of eight. Arguments: tokens,
-out."""
+"""What the expert-parallel test starts under torchrun: runs of four processes, the first step of eight, and of four that share
+a GPU. Arguments: tokens, out, and on a GPU the transport."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def trainer_of(config: TrainConfig, parallel: DataParallel) -> Trainer:
 def first_step(trainer: Trainer) -> dict[str, dict[str, Tensor] | float]:
     """Master weights at the start, the reduced gradients of the first step and their norm."""
     buffers = trainer.buffers
-    start = {slot.name: slot.view(group.master).clone() for slot, group in buffers.slots()}
+    start = {slot.name: slot.view(group.master).to("cpu", copy=True) for slot, group in buffers.slots()}
     trainer._accumulate_gradients(trainer.config.batch, 0.3)
     trainer.parallel.reduce_gradients(buffers)
-    grads = {slot.name: slot.view(group.main_grad).clone() for slot, group in buffers.slots()}
+    grads = {slot.name: slot.view(group.main_grad).to("cpu", copy=True) for slot, group in buffers.slots()}
     return {"start": start, "grads": grads, "norm": float(trainer.parallel.grad_norm(buffers))}
 
 
@@ -52,6 +52,10 @@ def eight_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
     return same_losses(tokens, out, ep=ep, micro_batch=1, max_steps=1, model=model)
 
 
+def gpu_config(tokens: Path, out: Path, ep: int, transport: str = "auto") -> TrainConfig:
+    return same_losses(tokens, out, ep=ep, ep_transport=transport, device="cuda", micro_batch=2, max_steps=1)
+
+
 def resumed_config(tokens: Path, out: Path) -> TrainConfig:
     return micro(tokens, out, ep=2, micro_batch=2, max_steps=6, save_every=3, ema_decay=0.9, fim_rate=0.5, gamma=0.01)
 
@@ -63,6 +67,13 @@ def fp8_config(tokens: Path, out: Path, ep: int) -> TrainConfig:
 def main() -> None:
     torch.set_num_threads(1)
     tokens, out = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:]:
+        parallel = DataParallel.start("cuda")
+        trainer = trainer_of(gpu_config(tokens, out, 4, sys.argv[3]), parallel)
+        assert trainer.parallel.buffer.transport == sys.argv[3]
+        torch.save(first_step(trainer), out / f"first-4-{parallel.rank}.pt")
+        parallel.stop()
+        return
     parallel = DataParallel.start("cpu")
     if dist.get_world_size() == 8:
         torch.save(first_step(trainer_of(eight_config(tokens, out, 8), parallel)), out / f"first-8-{parallel.rank}.pt")

@@ -22,7 +22,15 @@ from dsv3.model import is_expert_param
 from dsv3.parallel.data import DataParallel
 from dsv3.parallel.expert import ranks_per_node
 from dsv3.train import checkpoint, launch
-from tests.parallel.expert_worker import eight_config, first_step, fp8_config, resumed_config, run_config, trainer_of
+from tests.parallel.expert_worker import (
+    eight_config,
+    first_step,
+    fp8_config,
+    gpu_config,
+    resumed_config,
+    run_config,
+    trainer_of,
+)
 from tests.train.common import MODEL, Recorder, make_tokens, micro, same_losses
 from tests.train.test_resume import tensors
 
@@ -193,6 +201,19 @@ def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) 
     assert train.run(alone, callbacks=[recorder]) == 0
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses == pytest.approx(recorder.losses, rel=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.alone
+@pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
+def test_the_first_step_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) -> None:
+    """Four processes that share a GPU, over nvshmem as on two nodes, in fp32."""
+    nodes = {"ipc": 1, "nvshmem": 2}[transport]
+    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(tmp_path), transport]
+    with shared_gpu() as env:
+        run_on_nodes(nodes, 4 // nodes, worker, env=env)
+    expected = first_step(trainer_of(gpu_config(tokens, tmp_path / "single", 1), DataParallel.start("cuda")))
+    check_first_step(tmp_path, expected, 4, 4, MODEL["n_routed_experts"])
 
 
 def test_dsv3_train_names_a_rank_that_dies(tokens: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv3.comm import counts, ipc, low_latency, reach
 from dsv3.comm.alive import Heartbeat, naming_lost_ranks
+from dsv3.comm.aside import Aside
 from dsv3.comm.fp8 import add_up_cast, spread_cast
 from dsv3.comm.low_latency import Masked, Pending
 from dsv3.comm.room import Room
@@ -214,6 +215,7 @@ class ExpertBuffer:
         self.room = None if max_recv is None else Room(self.layout, max_tokens, max_recv)
         self._few = low_latency, hidden
         self._told = False  # whether the memory has been logged
+        self._aside = Aside()
         self._link = None
         if self.transport in ("ipc", "nvshmem"):
             self._open(_device(group, device, "cuda"), num_sms, timeout)
@@ -292,6 +294,17 @@ class ExpertBuffer:
         if self.wire_dtype == FP8:
             return add_up_cast(y, steps)
         return add_up(y.to(self.wire_dtype or y.dtype), steps).to(y.dtype)
+
+    def dispatch_aside(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Pending[Dispatched]:
+        """`dispatch` on the buffer's own stream: it begins when all has run that the current stream has been given so far, and
+        what that is given from now on runs beside it, on the multiprocessors that num_sms leaves. So does its backward.
+        `receive` gives the handle and has the current stream wait for it. In exact mode the host waits for the counts.
+        """
+        return self._aside.run(lambda: self.dispatch(x, topk_idx, topk_weights), (x, topk_idx, topk_weights))
+
+    def combine_aside(self, y: Tensor, handle: Dispatched) -> Pending[Tensor]:
+        """`combine` on the buffer's own stream, as dispatch_aside is."""
+        return self._aside.run(lambda: self.combine(y, handle), (y, *handle))
 
     def send(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Pending[Masked]:
         """Low-latency dispatch of at most `low_latency` tokens, of which `receive` gives what came; not differentiable.

@@ -310,9 +310,10 @@ class Decoder:
         ctx = AttentionContext(
             positions, block_table=table, seq_lens=seq_lens, slot_mapping=slots, max_context=self._max_context
         )
-        if batch * steps <= ops.FEW_TOKENS and attention.attends_few(steps, ctx, self.cache[0]):
+        few = batch * steps <= ops.FEW_TOKENS
+        if few and attention.attends_few(steps, ctx, self.cache[0]):
             return ctx
-        invariant = ops.is_batch_invariant()
+        invariant = few and ops.is_batch_invariant()  # beyond, products in bf16 are not
         schedule = ops.mla_schedule(seq_lens, steps, attention.num_heads, batch_invariant=invariant)
         return dataclasses.replace(ctx, schedule=schedule)
 

@@ -126,7 +126,7 @@ class Engine:
         check_kv_cache_dtype(kv_cache_dtype)
         config = model.config
         weight = model.embed.weight
-        native = weight.is_cuda and weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
+        native = weight.dtype == torch.bfloat16 and why_no_kernels(weight.device) is None
         capturable = native
         moes = [module for module in model.modules() if isinstance(module, MoE)]
         if any(moe.buffer.transport != "local" for moe in moes):  # the host reads how many rows come

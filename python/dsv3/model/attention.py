@@ -313,8 +313,7 @@ class MLA(nn.Module):
         query[..., c.kv_lora_rank :] = q_rope
         query = query.view(ctx.seq_lens.shape[0], -1, *query.shape[1:])
         settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank, "schedule": ctx.schedule}
-        invariant = ops.is_batch_invariant()
-        latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, batch_invariant=invariant, **settings)
+        latent, _ = ops.mla_decode(query, cache, ctx.block_table, ctx.seq_lens, **settings)
         latent = latent.view(-1, self.num_heads, c.kv_lora_rank).transpose(0, 1)
         out = q.new_empty(*q.shape[:2], c.v_head_dim)
         torch.bmm(latent, w_uv.transpose(1, 2), out=out.transpose(0, 1))

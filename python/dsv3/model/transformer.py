@@ -54,6 +54,12 @@ def is_expert_param(name: str) -> bool:
     return ".experts." in name
 
 
+def check_precision(precision: str) -> None:
+    """Raises ValueError for one that there is not."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
 class DeepSeekV3(nn.Module):
     """DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437). Activations are packed [T, H]; see AttentionContext.
 
@@ -108,8 +114,7 @@ class DeepSeekV3(nn.Module):
         then; Quantized weights as they are, without gradients. Embedding, head, gates, norms, attention itself and MTP's
         eh_proj are the same in both, and so are parameters, activations and the state dict.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        check_precision(precision)
         fp8 = precision == "fp8"
         modules = [module for block in self.modules() if isinstance(block, Block) for module in block.modules()]
         layers = [module for module in modules if isinstance(module, Linear | Experts)]

@@ -196,7 +196,7 @@ define(
         data.new_empty(source.shape[0], data.shape[1]),
         empty_row_scales(sf, source.shape[0], sf.shape[1]),
     ),
-    launch=lambda outs, data, sf, source, position: native().moe_permute_cast(*outs, data, sf, position),
+    launch=lambda outs, *args: native().moe_permute_cast(*outs, *args),
     supports=lambda data, sf, source, position: _supports_rows(data, position, source.shape[0], torch.float8_e4m3fn),
 )
 define(

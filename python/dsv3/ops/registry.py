@@ -172,7 +172,9 @@ def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why nothing runs natively on a CUDA device, or None."""
+    """Why nothing runs natively on a device, or None."""
+    if device.type != "cuda":
+        return "references run there"
     if _forced_references:
         return "references are forced"
     if _C is None:

@@ -17,7 +17,7 @@ log = logging.getLogger("dsv3")
 def why_no_graphs(device: torch.device, dtype: torch.dtype, ep: int = 1) -> str | None:
     """What keeps micro-batches of a model with weights of `dtype` from becoming CUDA graphs: whatever asks the device, as
     references, fp32 experts and experts of other ranks do."""
-    reason = "references run there" if device.type != "cuda" else registry.why_no_kernels(device)
+    reason = registry.why_no_kernels(device)
     if dtype == torch.float32 or ep > 1:
         reason = reason or f"got weights in {dtype} and ep {ep}".replace("torch.", "")
     return reason

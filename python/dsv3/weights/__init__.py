@@ -14,7 +14,9 @@ from torch import nn
 
 from dsv3.config import Config, read_object
 from dsv3.model import DeepSeekV3
+from dsv3.model.transformer import check_precision
 from dsv3.ops.linear import Quantized
+from dsv3.ops.registry import why_no_kernels
 from dsv3.weights import writer
 from dsv3.weights.reader import FLOATS, Reader
 from dsv3.weights.table import EMBED, SCALE_SUFFIX, Local, mtp_copies, plan
@@ -31,7 +33,7 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     mtp: bool = True,
-    precision: str = "bf16",
+    precision: str | None = None,
 ) -> DeepSeekV3:
     """A model from a checkpoint folder, tensor by tensor: nothing but its parameters is ever in memory.
 
@@ -47,9 +49,9 @@ def load_pretrained(
             files (`ops.Quantized`), for inference: no parameters, and not in the state dict; the rest is as with None.
         device: where the model is to be; not "meta".
         mtp: False leaves the MTP modules out.
-        precision: how linear layers multiply, see DeepSeekV3.set_precision. With dtype "fp8", "bf16" dequantises weights
-            whenever they are used, which gives the dequantised model's own results; "fp8" multiplies the bytes of the files
-            with activations in FP8, as the released model is served.
+        precision: how linear layers multiply, see DeepSeekV3.set_precision. With dtype "fp8", "fp8" multiplies the bytes of the
+            files with activations in FP8, as the released model is served; "bf16" dequantises weights whenever they are used,
+            which gives the dequantised model's own results. None: "fp8" for such weights on a Hopper GPU, else "bf16".
 
     Raises:
         ValueError: something is missing, has another shape or dtype than config.json asks for, or is no whole
@@ -57,6 +59,8 @@ def load_pretrained(
     """
     folder = Path(path)
     _check_dtype(dtype)
+    if precision is not None:
+        check_precision(precision)
     if torch.device(device).type == "meta":
         raise ValueError(
             "expected a device that holds weights, got meta: DeepSeekV3(config, device='meta') needs no files"
@@ -69,6 +73,8 @@ def load_pretrained(
     _warn_of_unexpected(config, reader)
     model = _build(_without_absent_mtp(config, reader, mtp), reader, dtype, device)
     tokenizer = folder / "tokenizer.json"
+    if precision is None:
+        precision = "fp8" if dtype == "fp8" and why_no_kernels(model.embed.weight.device) is None else "bf16"
     model.set_precision(precision)
     model.tokenizer_path = tokenizer if tokenizer.is_file() else None
     model.generation_config = _generation_config(folder)
