@@ -28,12 +28,13 @@ from dsv3.model import DeepSeekV3
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A preset, sequences, tokens of each prompt, and new tokens for each."""
+    """A preset, sequences, tokens of each prompt, and new tokens for each; with `fp8` weights and products in FP8."""
 
     preset: str
     batch: int
     prompt: int
     new: int
+    fp8: bool = False
 
     @property
     def config(self) -> Config:
@@ -55,6 +56,8 @@ def _ours(setup: Setup, prompts: Tensor, speculative: bool, repeats: int) -> tup
     on_gpu = prompts.is_cuda
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = DeepSeekV3(setup.config, device=prompts.device, dtype=dtype).init_weights(seed=0)
+    if setup.fp8:
+        model.quantize_().set_precision("fp8")
     context = setup.prompt + setup.new
     engine = Engine(model, speculative=speculative, max_batch=setup.batch, max_context=context)
     params = SamplingParams(max_tokens=setup.new, temperature=0, ignore_eos=True)
@@ -89,10 +92,13 @@ def _measure(setup: Setup, speculative: bool, device: torch.device, quick: bool)
     generator = torch.Generator().manual_seed(0)
     shape = setup.batch, setup.prompt
     prompts = torch.randint(setup.config.vocab_size, shape, generator=generator).to(device)
-    seconds, facts = _ours(setup, prompts, speculative, 1 if quick else 3)
+    repeats = 1 if quick else 3
+    seconds, facts = _ours(setup, prompts, speculative, repeats)
     release()
     if speculative:
-        other = {"dsv3 without drafts": _ours(setup, prompts, False, 1 if quick else 3)[0]}
+        other = {"dsv3 without drafts": _ours(setup, prompts, False, repeats)[0]}
+    elif setup.fp8:
+        other = {"dsv3 in bf16": _ours(dataclasses.replace(setup, fp8=False), prompts, False, repeats)[0]}
     else:
         other = {"transformers": _transformers(setup, prompts, 1)}
     release()
@@ -110,22 +116,34 @@ def step_weights(config: Config, tokens: int) -> float:
     return others + layers * chosen * expert
 
 
+def _fp8_weights(config: Config, touched: float) -> float:
+    """Those of the weights that a step touches which quantize_ makes FP8: not the head, nor the gates, nor kv_b, which decoding
+    keeps in bf16 too."""
+    layers = config.num_hidden_layers
+    gates = sum(config.is_moe(n) for n in range(layers)) * config.n_routed_experts * config.hidden_size
+    kv_b = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    return touched - config.vocab_size * config.hidden_size - gates - layers * kv_b
+
+
 def _case(setup: Setup, speculative: bool) -> Case:
     config = setup.config
     cached = setup.batch * (setup.prompt + setup.new / 2) * config.num_hidden_layers * config.latent_dim
     shape = {"model": setup.preset, "batch": setup.batch, "prompt": setup.prompt, "new": setup.new}
+    shape |= {"speculative": speculative} | ({"weights": "fp8"} if setup.fp8 else {})
+    halved = _fp8_weights(config, step_weights(config, setup.batch)) if setup.fp8 else 0.0
     return Case(
         op="generate",
-        case={**shape, "speculative": speculative},
+        case=shape,
         flops=2.0 * setup.batch * (config.num_params(active=True) - config.vocab_size * config.hidden_size),
-        bytes=2 * (step_weights(config, setup.batch) + cached),
+        bytes=2 * (step_weights(config, setup.batch) + cached) - halved,
         measure=functools.partial(_measure, setup, speculative),
     )
 
 
 def generation(tiny: bool) -> list[Case]:
-    """One sequence and 32 of them, without and with drafts."""
+    """One sequence and 32 of them, without and with drafts, and with weights in FP8."""
     setups = [Setup("tiny", b, 8, 4) if tiny else Setup("mini", b, 512, 256) for b in (1, 32)]
     if tiny:
         setups[1] = dataclasses.replace(setups[1], batch=3)
-    return [_case(setup, speculative) for setup in setups for speculative in (False, True)]
+    fp8 = [_case(dataclasses.replace(setup, fp8=True), False) for setup in setups]
+    return [*(_case(setup, speculative) for setup in setups for speculative in (False, True)), *fp8]

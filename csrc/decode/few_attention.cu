@@ -5,7 +5,7 @@
 // Roofline: the cached rows once. Where mla_decode keeps the multiprocessors evenly busy by a schedule, this kernel keeps
 // short sequences short: the pages of a sequence are divided into pieces, a block for each, which loads a page of 64 keys
 // with as many bytes in flight as it has, and multiplies with 16-row instructions instead of 64-row ones. A second kernel
-// adds up the pieces in their order. The first 16 pieces have a page each, the next 16 two, and so on: where one begins
+// adds up the pieces in their order. The first 32 pieces have a page each, the next 32 two, and so on: where one begins
 // depends neither on the sequence's length nor on the batch, so a token's bits do not change with what is beside it, nor
 // with the drafts behind it.
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
 constexpr int kPage = 64, kLatent = 512, kWidth = 576;
 constexpr int kMaxRows = 32;
-constexpr int kPiecesASize = 16;        // pieces of a page, then as many of two pages, of four, ...
+constexpr int kPiecesASize = 32;        // pieces of a page, then as many of two pages, of four, ...
 constexpr int kCombined = 16;           // pieces whose results are read at a time
 constexpr int kKeyStride = kWidth + 8;  // of rows in shared memory: 8 of them begin in 8 different groups of 4 banks
 constexpr int kScoreStride = kPage + 4, kProbabilityStride = kPage + 8;

@@ -115,9 +115,11 @@ def test_speculative_equals_plain_to_the_last_token(device, depth):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.cuda
 def test_speculative_equals_plain_in_long_contexts(precision, kv_cache_dtype, heads, start):
-    """Where lengths cross 1024, 2048 and 8192, at which sequences are divided: by few_attention and by mla_decode, with
-    products in bf16 and in FP8. Prompts end a few tokens before, so that some drafts lie behind it and some do not."""
-    changes = {"max_position_embeddings": 8400, "num_nextn_predict_layers": 1, "num_attention_heads": heads}
+    """Where lengths cross 1024, 2048 and 8192, at which sequences are divided: by few_attention (8 heads, up to 4096 tokens)
+    and by mla_decode, with products in bf16 and in FP8. Prompts end a few tokens before, so that some drafts lie behind it and
+    some do not."""
+    context = 4096 if start == 1000 else 8400
+    changes = {"max_position_embeddings": context, "num_nextn_predict_layers": 1, "num_attention_heads": heads}
     model = make_model(torch.device("cuda"), num_hidden_layers=2, **changes)
     with torch.no_grad():  # attention that says less than the embedding, so that drafts are taken
         for block in [*model.layers, *(module.layer for module in model.mtp)]:

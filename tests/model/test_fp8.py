@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from dsv3 import DeepSeekV3, ops
 from dsv3.comm import ExpertBuffer
 from dsv3.model import Batch
-from dsv3.model.layers import Linear
-from dsv3.model.moe import Experts, MoE
+from dsv3.model.moe import MoE
 from dsv3.testing import relative_error
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.optimizer import AdamW
@@ -160,22 +159,14 @@ def test_rows_reach_the_experts_as_fp8(device):
     assert wires(model)[:2] == [fp8, None]
 
 
-def quantise(model):
-    """Puts the FP8 copies of a model's weights in the weights' place."""
-    for layer in [module for module in model.modules() if isinstance(module, Linear | Experts)]:
-        for name, param in list(layer.named_parameters(recurse=False)):
-            weight = layer.fp8_copies.of(name, param) if layer.fp8 else None
-            if weight is not None:
-                delattr(layer, name)
-                setattr(layer, name, weight.data)
-
-
 @torch.no_grad()
 def test_weights_in_fp8_multiply_as_the_copies_of_others_do(device):
     model, tokens = model_of("fp8", device), tokens_for(CONFIG, 2, 33).to(device)
     expected, loss = model(tokens), model.loss(Batch(tokens)).total
-    quantise(model)
-    assert not any(name.endswith("gate_up") or ".attention.o" in name for name, _ in model.named_parameters())
+    assert model.quantize_() is model
+    assert not copies_of(model)
+    kept = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1}
+    assert kept == {"embed", "head", "mtp.0.eh_proj", "layers.1.moe.gate", "mtp.0.layer.moe.gate"}
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model.loss(Batch(tokens)).total, loss)
     assert {moe.buffer.wire_dtype for moe in moes_of(model)} == {torch.float8_e4m3fn}
@@ -185,8 +176,7 @@ def test_weights_in_fp8_multiply_as_the_copies_of_others_do(device):
 
 def test_weights_in_fp8_do_not_train(device):
     """What needs a gradient runs, and says so when the gradient is asked for."""
-    model, tokens = model_of("fp8", device), tokens_for(CONFIG, 2, 33).to(device)
-    quantise(model)
+    model, tokens = model_of("fp8", device).quantize_(), tokens_for(CONFIG, 2, 33).to(device)
     loss = model.loss(Batch(tokens)).total
     with pytest.raises(RuntimeError, match="weights that were loaded in FP8 do not train"):
         loss.backward()

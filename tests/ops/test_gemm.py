@@ -235,6 +235,33 @@ def test_graph():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("m", [1, 64, 128, 700])
+def test_a_chain_is_its_links_one_by_one(m):
+    """In a graph each kernel may start while the one before it ends; alone, each has the device to itself."""
+    x, w, v = (draw(*shape, device="cuda") for shape in ((m, 7168), (2112, 7168), (7168, 2112)))
+
+    def alone(f, *args, **options):
+        torch.cuda.synchronize()
+        found = f(*args, **options)
+        torch.cuda.synchronize()
+        return found
+
+    first, second = alone(ops.per_block_cast, w), alone(ops.per_block_cast, v)
+    y = alone(ops.fp8_gemm, *alone(ops.per_token_cast, x), *first)
+    expected = alone(ops.fp8_gemm, *alone(ops.per_token_cast, y), *second, out_dtype=FP32)
+    chain(x, w, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(x, w, v)
+    for _ in range(20):
+        for t in found:
+            t.zero_()
+        graph.replay()
+        assert same(found[0], y)
+        assert same(found[1], expected)
+
+
+@pytest.mark.cuda
 def test_graph_follows_offsets_and_counts():
     device = torch.device("cuda")
     a, b = operands(300, 192, 272, device)[0], expert_weights(3, 192, 272, device)

@@ -438,6 +438,9 @@ def engine_for(
     _check_int("max_batch", max_batch, 1)
     max_batch = min(max_batch, max(len(prompts), 1))
     limit, depth = model.config.max_position_embeddings, len(model.mtp)
+    if max_context is None:  # as little as they need: what a sequence may reach chooses kernels
+        needed = max((len(p) + q.max_tokens for p, q in zip(prompts, each, strict=True)), default=2)
+        max_context = min(max(needed, 2), limit)
     context = max_context if isinstance(max_context, Integral) else limit
     pages = [pages_for(min(len(p) + q.max_tokens, context) + depth) for p, q in zip(prompts, each, strict=True)]
     sizes = {"num_pages": 2 + sum(sorted(pages, reverse=True)[:max_batch]), **options}

@@ -115,17 +115,32 @@ class DeepSeekV3(nn.Module):
         eh_proj are the same in both, and so are parameters, activations and the state dict.
         """
         check_precision(precision)
-        fp8 = precision == "fp8"
-        modules = [module for block in self.modules() if isinstance(block, Block) for module in block.modules()]
-        layers = [module for module in modules if isinstance(module, Linear | Experts)]
+        fp8, layers = precision == "fp8", self._layers_of_blocks(Linear, Experts)
         for layer in layers:
             layer.fp8 = fp8
-        for norm in (module for module in modules if isinstance(module, RMSNorm)):
+        for norm in self._layers_of_blocks(RMSNorm):
             norm.cast = fp8
         unfit = sum(fp8 and not layer.in_fp8 for layer in layers)
         if unfit:
             why = "their sizes are no multiples of 16"
             log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, len(layers), why)
+
+    def _layers_of_blocks(self, *kinds: type[nn.Module]) -> list[Any]:
+        modules = [module for block in self.modules() if isinstance(block, Block) for module in block.modules()]
+        return [module for module in modules if isinstance(module, kinds)]
+
+    @torch.no_grad()
+    def quantize_(self) -> DeepSeekV3:
+        """Puts FP8 (ops.Quantized, blocks of 128 x 128) in the place of the weights that set_precision is about, for inference
+        in half the memory; they are parameters no more. With precision "fp8" results do not change, since the same codes stood
+        for the weights before. Returns the model."""
+        for layer in self._layers_of_blocks(Linear, Experts):
+            for name, param in list(layer.named_parameters(recurse=False)):
+                if layer.fp8_copies.takes(param):
+                    delattr(layer, name)
+                    setattr(layer, name, ops.Quantized(*ops.per_block_cast(param.detach())))
+            layer.fp8_copies = ops.Fp8Weights()
+        return self
 
     def refresh_fp8(self) -> None:
         """Casts the weights again, after they have changed, in place: every optimizer step, and also in bf16 where FP8 comes

@@ -15,7 +15,7 @@ from dsv3.reference import decode as reference
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
 STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kRowTile, kMaxExperts, kMaxPairs
 HIDDEN = 8192  # of combine_norm
-ROWS_A_SEQUENCE, KEYS = 32, 8192  # of few_attention: kMaxRows; beyond KEYS mla_decode is faster
+ROWS_A_SEQUENCE, KEYS = 32, 4096  # of few_attention: kMaxRows; with longer sequences mla_decode is faster
 LATENT, ROPE, PAGE = 512, 64, 64
 
 
