@@ -39,7 +39,8 @@ void per_block_cast(Tensor w_fp8, Tensor w_sf, std::optional<Tensor> wt_fp8, std
 // Tp = 128 ceil((T + 127 G) / 128) (without offsets 128 ceil(T / 128)): xt_fp8 e4m3 [K, Tp], xt_sf fp32 [K, Tp / 128]
 // with strides (1, K rounded up to 4).
 void cast_transpose(Tensor xt_fp8, Tensor xt_sf, Tensor x, std::optional<Tensor> x_sf, std::optional<Tensor> offsets,
-                    bool pow2_scale, double amax_floor, cudaStream_t stream);
+                    std::optional<Tensor> source, int64_t topk, bool pow2_scale, double amax_floor,
+                    cudaStream_t stream);
 // Its outputs and those of per_token_cast from one read of x float [T, K].
 void per_token_cast_and_transpose(Tensor x_fp8, Tensor x_sf, Tensor xt_fp8, Tensor xt_sf, Tensor x,
                                   std::optional<Tensor> offsets, bool pow2_scale, double amax_floor,

@@ -8,6 +8,9 @@
 // token are 0, and a tile without tokens has scale 1. A thread block finds the rows of its tile by a scan over the
 // group lengths on the device, so the host never waits for the counts. Rows past offsets[G] are not read.
 //
+// With source int64 [R] x is the tokens of which R rows were copies, row r of token source[r] / topk, and the rows are
+// transposed without being there: a token's 128 columns are a line, which the k experts mostly find in the L2 cache.
+//
 // With both casts also that of x in tiles of 1 x 128, as per_token_cast makes it, from the same read: what a gradient
 // needs, for dgrad and for wgrad. Rows past offsets[G] are not written there either.
 //
@@ -17,6 +20,8 @@
 //
 // A block takes one tile. cast_transpose_kernel: 128 tokens by 128 bytes, of which a warp takes one pack of all tokens,
 // so that after the copy to shared memory no warp needs another. both_casts_kernel: both_casts.cuh.
+#include <cutlass/fast_math.h>
+
 #include "../ops.h"
 #include "both_casts.cuh"
 
@@ -27,6 +32,9 @@ struct CastTransposeParams {
   const void* x;      // [T, K]
   const float* x_sf;  // e4m3: [ceil(K / 128)][x_sf_stride]
   uint32_t x_sf_stride;
+  const int64_t* source;  // [R], or null: the rows are those of x
+  cutlass::FastDivmod topk;
+  int tokens;
   int hidden;
   Groups groups;
   ColumnCasts columns;
@@ -57,28 +65,39 @@ struct Shared {
   float scales[kLanePacks][Pack<T>::kSize];  // of a warp's columns: maxima, then inverses
 };
 
-template <class T>
+// The row of x that is row t of the tile; any where there is none.
+template <bool kGathered>
+__device__ __forceinline__ int row_of(const CastTransposeParams& p, const Rows& rows, int t) {
+  if (!kGathered) return rows.first + t;
+  if (t >= rows.count) return 0;
+  const int token = p.topk.div(static_cast<int>(p.source[rows.first + t]));
+  return min(max(token, 0), p.tokens - 1);  // whatever source says, it is one of x
+}
+
+template <class T, bool kGathered>
 __device__ __forceinline__ void copy_tile(Shared<T>& shared, const CastTransposeParams& p, uint32_t column_tile,
                                           const Rows& rows) {
   const int pack = threadIdx.x % kLanePacks, row = threadIdx.x / kLanePacks;
   const int column = (column_tile * kLanePacks + pack) * Pack<T>::kSize;
   const int live = column < p.hidden ? rows.count : 0;
-  const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(rows.first + row) * p.hidden + column;
+  const T* const x = static_cast<const T*>(p.x) + column;
   constexpr int kStep = kThreads / kLanePacks;  // a multiple of 32 tokens: the place in the line stays the same
 #pragma unroll
-  for (int i = 0; i < kTile; i += kStep, x += static_cast<int64_t>(kStep) * p.hidden)
-    copy_async(&shared.packs[row + i][pack ^ row / 4 % 8], x, row + i < live);
+  for (int i = 0; i < kTile; i += kStep) {
+    const int64_t from = row_of<kGathered>(p, rows, row + i);
+    copy_async(&shared.packs[row + i][pack ^ row / 4 % 8], x + from * p.hidden, row + i < live);
+  }
   if constexpr (kIsCast<T>) {
     static_assert(kLanePacks * Pack<T>::kSize == kTile && kThreads >= kTile);
     const int t = threadIdx.x;
-    const float* const sf = p.x_sf + column_tile * p.x_sf_stride + rows.first;
-    if (t < kTile) copy_async(&shared.sf[t], sf + t, t < rows.count);
+    const float* const sf = p.x_sf + column_tile * p.x_sf_stride;
+    if (t < kTile) copy_async(&shared.sf[t], sf + row_of<kGathered>(p, rows, t), t < rows.count);
   }
   wait_for_copies();
   __syncthreads();
 }
 
-template <class T>
+template <class T, bool kGathered>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(CastTransposeParams p) {
   constexpr int kSize = Pack<T>::kSize;
   __shared__ Shared<T> shared;
@@ -87,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   release_dependents();
   const Place at = place(p);
   const Rows rows = p.groups.of_tile(at.row);
-  copy_tile(shared, p, at.column, rows);
+  copy_tile<T, kGathered>(shared, p, at.column, rows);
 
   // Lane q has tokens 4 q to 4 q + 3 of the warp's pack.
   Piece<T> piece;
@@ -189,10 +208,10 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kBlocks) both_ca
                                            kTile);
 }
 
-template <class T>
+template <class T, bool kGathered = false>
 void launch_cast_transpose(CastTransposeParams p, cudaStream_t stream) {
   p.column_tiles = ceil_div(p.hidden, kLanePacks * Pack<T>::kSize);
-  launch("cast_transpose", cast_transpose_kernel<T>,
+  launch("cast_transpose", cast_transpose_kernel<T, kGathered>,
          {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(kThreads)}, stream, p);
 }
 
@@ -203,17 +222,20 @@ void launch_both_casts(CastTransposeParams p, cudaStream_t stream) {
          {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(Shape<T>::kThreads)}, stream, p);
 }
 
-// Checks what both ops share.
-CastTransposeParams transpose_params(const Tensor& xt_fp8, const Tensor& xt_sf, const Tensor& x,
+// Checks what both ops share; `rows` are transposed.
+CastTransposeParams transpose_params(const Tensor& xt_fp8, const Tensor& xt_sf, const Tensor& x, int64_t rows,
                                      const std::optional<Tensor>& offsets, ScaleRule rule) {
   DSV3_CHECK(x.dim() == 2 && x.size(1) % 16 == 0, "x must be (tokens, a multiple of 16), got ", x);
-  const int64_t tokens = x.size(0), hidden = x.size(1);
+  const int64_t hidden = x.size(1);
   check_operand("x", x, x.dtype());
-  const Groups groups = check_groups(offsets, tokens);
-  const int64_t slots = transposed_slots(tokens, offsets);
+  const Groups groups = check_groups(offsets, rows);
+  const int64_t slots = transposed_slots(rows, offsets);
   return {.x = x.data<void>(),
           .x_sf = nullptr,
           .x_sf_stride = 0,
+          .source = nullptr,
+          .topk = cutlass::FastDivmod(1),
+          .tokens = static_cast<int>(x.size(0)),
           .hidden = static_cast<int>(hidden),
           .groups = groups,
           .columns = column_casts("xt_fp8", xt_fp8, "xt_sf", xt_sf, hidden, slots, rule),
@@ -224,16 +246,27 @@ CastTransposeParams transpose_params(const Tensor& xt_fp8, const Tensor& xt_sf, 
 }  // namespace
 
 void cast_transpose(Tensor xt_fp8, Tensor xt_sf, Tensor x, std::optional<Tensor> x_sf, std::optional<Tensor> offsets,
-                    bool pow2_scale, double amax_floor, cudaStream_t stream) {
-  CastTransposeParams params = transpose_params(xt_fp8, xt_sf, x, offsets, scale_rule(amax_floor, pow2_scale));
+                    std::optional<Tensor> source, int64_t topk, bool pow2_scale, double amax_floor,
+                    cudaStream_t stream) {
+  const int64_t rows = source ? source->numel() : x.size(0);
+  CastTransposeParams params = transpose_params(xt_fp8, xt_sf, x, rows, offsets, scale_rule(amax_floor, pow2_scale));
   DSV3_CHECK(x_sf.has_value() == (x.dtype() == Dtype::kE4M3), "x_sf goes with an x in float8_e4m3fn, got ", x);
   const DeviceGuard guard(x);
   if (x_sf) {
     const int64_t stride = check_row_scales("x_sf", *x_sf, x.size(0), ceil_div(x.size(1), kTile));
     params.x_sf = x_sf->data<float>();
     params.x_sf_stride = static_cast<uint32_t>(stride);
+    if (source) {
+      check_operand("source", *source, Dtype::kInt64, rows);
+      DSV3_CHECK(topk >= 1 && rows <= INT32_MAX && (rows == 0 || x.size(0) > 0), "source of ", rows, " rows of ", topk,
+                 " a token does not fit ", x);
+      params.source = source->data<int64_t>();
+      params.topk = cutlass::FastDivmod(static_cast<int>(topk));
+      return launch_cast_transpose<E4M3, true>(params, stream);
+    }
     return launch_cast_transpose<E4M3>(params, stream);
   }
+  DSV3_CHECK(!source, "source goes with an x in float8_e4m3fn, got ", x);
   visit_float("x", x.dtype(), [&](auto zero) { launch_cast_transpose<decltype(zero)>(params, stream); });
 }
 
@@ -241,7 +274,7 @@ void per_token_cast_and_transpose(Tensor x_fp8, Tensor x_sf, Tensor xt_fp8, Tens
                                   std::optional<Tensor> offsets, bool pow2_scale, double amax_floor,
                                   cudaStream_t stream) {
   const ScaleRule rule = scale_rule(amax_floor, pow2_scale);
-  CastTransposeParams params = transpose_params(xt_fp8, xt_sf, x, offsets, rule);
+  CastTransposeParams params = transpose_params(xt_fp8, xt_sf, x, x.size(0), offsets, rule);
   params.rows = row_casts("x_fp8", x_fp8, "x_sf", x_sf, x.size(0), x.size(1), rule);
   const DeviceGuard guard(x);
   visit_float("x", x.dtype(), [&](auto zero) { launch_both_casts<decltype(zero)>(params, stream); });

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import sys
 import weakref
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from dsv3 import DeepSeekV3, ops
 from dsv3.comm import ExpertBuffer
 from dsv3.model import Batch
 from dsv3.model.moe import MoE
+from dsv3.ops.fp8_linear import Gathered
 from dsv3.testing import relative_error
 from dsv3.train.buffers import ParamBuffers
 from dsv3.train.optimizer import AdamW
@@ -200,6 +202,27 @@ def test_sizes_that_do_not_fit_stay_as_they_are(device):
     assert "layers.0.attention.o.weight" in made
     assert not any(name.endswith(("kv_a.weight", "experts.down", "shared.down.weight")) for name in made)
     assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_experts_keep_tokens_instead_of_their_rows(device, monkeypatch):
+    """Both operands of their weight gradients are transposed from the tokens, to the same bits."""
+    model, batch, taken = model_of("fp8", device), batch_of(device), []
+
+    def spy(x, *args, source=None, **settings):
+        if isinstance(x, tuple):
+            taken.append((len(x[0]), source is not None))
+        return ops.cast_transpose(x, *args, source=source, **settings)
+
+    monkeypatch.setattr(sys.modules["dsv3.ops.fp8_linear"], "cast_transpose", spy)
+    _, found = gradients(model, batch)
+    experts = len(moes_of(model))
+    assert taken.count((4 * 64, True)) == 2 * experts
+    monkeypatch.setattr(Gathered, "of", lambda cast: None)
+    taken.clear()
+    _, expected = gradients(model, batch)
+    assert taken.count((4 * 64 * CONFIG.num_experts_per_tok, False)) == 2 * experts
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
 
 
 def test_weight_gradients_can_wait(device):

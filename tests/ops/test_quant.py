@@ -154,6 +154,19 @@ def test_cast_transpose_groups(bounds, cast, device):
     check((data, sf), [(codes.T, scales.T)])
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 1000])
+@pytest.mark.parametrize(("columns", "topk", "experts"), [(272, 3, 5), (2048, 8, 40), (16, 1, 2)])
+def test_cast_transpose_of_rows_that_are_not_there(tokens, columns, topk, experts, device):
+    """From the tokens, bit for bit what it is from their copies; also where the last group ends before the last row."""
+    x = ops.per_token_cast(draw((tokens, columns), torch.bfloat16, device, spread=2.0), pow2_scale=True)
+    index = torch.rand(tokens, experts, device=device).topk(topk).indices
+    rows, (offsets, source, _) = ops.moe_permute(x, index, experts)
+    for end in (offsets, offsets.clamp(max=tokens // 2)):
+        settings = {"pow2_scale": True, "amax_floor": GRADIENT_FLOOR}
+        found = ops.cast_transpose(x, end, source=source, topk=topk, **settings)
+        check_same(found, ops.cast_transpose(rows, end, **settings))
+
+
 @pytest.mark.parametrize("settings", [{}, {"pow2_scale": True}, {"amax_floor": 0.0}, {"amax_floor": GRADIENT_FLOOR}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [*SHAPES, (128, 128), (1, 16), (129, 272)])
@@ -315,6 +328,9 @@ def test_registration_compile_graph(device):
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     cast = ops.per_token_cast(x)
     torch.library.opcheck(torch.ops.dsv3.cast_transpose.default, (*cast, offsets, False, 1e-4), test_utils=tests)
+    source = torch.tensor([0, 3, 2, 5, 4], device=device)
+    gathered = (*cast, torch.tensor([0, 2, 5], dtype=torch.int32, device=device), True, 1e-4, source, 2)
+    torch.library.opcheck(torch.ops.dsv3.cast_transpose.default, gathered, test_utils=tests)
     for function in (
         lambda x: bits(ops.per_token_cast(x)),
         lambda x: bits(ops.per_block_cast(x, transpose=True)),
@@ -428,6 +444,10 @@ def test_bad_arguments():
         ops.cast_transpose(x, offsets[:1])
     with pytest.raises(ValueError, match=r"got float8_e4m3fn \(4, 144\) with float32 \(4, 1\)"):
         ops.cast_transpose((data, sf[:, :1]))
+    with pytest.raises(ValueError, match=r"source must be int64 \(R,\).*got int32 \(3,\), topk 1 and x float8_e4m3fn"):
+        ops.cast_transpose((data, sf), source=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"x a cast with its scales, got int64 \(3,\), topk 2 and x float32"):
+        ops.cast_transpose(x, source=torch.zeros(3, dtype=torch.int64), topk=2)
     with pytest.raises(ValueError, match="expected bfloat16 or float32, got float8_e4m3fn"):
         ops.cast_transpose(data)
     name = "per_token_cast_and_transpose: "

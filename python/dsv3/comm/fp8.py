@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.comm.steps import Copies, Step, Sum, back
-from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast, GradientCast
+from dsv3.ops.fp8_linear import GRADIENT_FLOOR, Cast, Gathered, GradientCast
 from dsv3.ops.grad import Function
 from dsv3.ops.quant import per_token_cast
 from dsv3.reference.quant import dequantize, empty_row_scales
@@ -26,7 +26,11 @@ def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
     """x [T, H] in tiles of 1x128 -> e4m3 [R, H] and fp32 [R, ceil(H/128)], laid out as per_token_cast does."""
     cast = per_token_cast(x, pow2_scale=True, **settings)
     for step in steps:
-        cast = step.spread_cast(*cast) if isinstance(step, Copies) else _spread_in_turn(step, *cast)
+        if isinstance(step, Copies):
+            tokens, cast = cast, step.spread_cast(*cast)
+            cast[0].gathered = Gathered(tokens, step.source, step.position.shape[1])
+        else:
+            cast = _spread_in_turn(step, *cast)
     return cast
 
 

@@ -213,6 +213,21 @@ def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
     return made if made is not None and is_unchanged(x) else per_token_cast(x, pow2_scale=pow2_scale)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What rows in FP8 are copies of. Set as the codes' attribute `gathered`, it lets experts keep the tokens instead of the
+    rows, and transpose rows that are gone."""
+
+    tokens: Cast
+    source: Tensor  # int64 [R]: row r is token source[r] // topk
+    topk: int
+
+    @staticmethod
+    def of(cast: Cast) -> Gathered | None:
+        """That of a cast that is as it was made; None for others."""
+        return getattr(cast[0], "gathered", None) if is_unchanged(cast[0]) else None
+
+
 @dataclass
 class GradientCast:
     """Where a gradient that came as FP8 waits for the experts whose result it belongs to."""
@@ -251,6 +266,14 @@ class _MLP:
     gradient: GradientCast | None = None
 
 
+def _transposed(cast: Cast, offsets: Tensor | None, **settings: Any) -> Cast:
+    """cast_transpose of rows, from the tokens that they are copies of where these are known."""
+    made = Gathered.of(cast)
+    if made is None:
+        return cast_transpose(cast, offsets, **settings)
+    return cast_transpose(made.tokens, offsets, source=made.source, topk=made.topk, **settings)
+
+
 class _Fp8MLP(Function):
     """Keeps x in FP8 and what goes into SwiGLU; SwiGLU's output is made again."""
 
@@ -265,15 +288,16 @@ class _Fp8MLP(Function):
         cast: Cast,
         offsets: Tensor | None,
     ) -> Tensor:
-        gate_up = _product(cast, mlp.gate_up.data, offsets, x.dtype)
-        kept = cast if ctx.needs_input_grad[2] else (None, None)
+        gate_up, made = _product(cast, mlp.gate_up.data, offsets, x.dtype), Gathered.of(cast)
+        kept = (*cast, None) if made is None else (*made.tokens, made.source)
+        kept = kept if ctx.needs_input_grad[2] else (None, None, None)
         ctx.save_for_backward(gate_up_param, down_param, *kept, gate_up, weights, offsets)
-        ctx.mlp, ctx.gradient_cast = mlp, mlp.gradient
+        ctx.mlp, ctx.gradient_cast, ctx.topk = mlp, mlp.gradient, 1 if made is None else made.topk
         return _product(swiglu_cast(gate_up, weights, offsets=offsets), mlp.down.data, offsets, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (_, _, *x_cast, gate_up, weights, offsets), mlp = ctx.saved_tensors, ctx.mlp
+        (_, _, *x_cast, source, gate_up, weights, offsets), mlp, topk = ctx.saved_tensors, ctx.mlp, ctx.topk
         need_dx, _, need_first, need_second = ctx.needs_input_grad[:4]
         # What is large is let go as soon as it has been used: here a step's memory is at its highest.
         dy_cast = None if mlp.gradient is None else mlp.gradient.take(dy)
@@ -281,7 +305,7 @@ class _Fp8MLP(Function):
             dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
         else:
             settings = {"pow2_scale": mlp.pow2_scale, "amax_floor": GRADIENT_FLOOR}
-            dy_t = cast_transpose(dy_cast, offsets, **settings) if need_second else None
+            dy_t = _transposed(dy_cast, offsets, **settings) if need_second else None
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
@@ -307,7 +331,7 @@ class _Fp8MLP(Function):
         if need_first:
 
             def first() -> Tensor | None:
-                x_t = cast_transpose(tuple(x_cast), offsets, pow2_scale=mlp.pow2_scale)
+                x_t = cast_transpose(tuple(x_cast), offsets, pow2_scale=mlp.pow2_scale, source=source, topk=topk)
                 return _add_wgrad(dgate_up_t, x_t, mlp.gate_up.param, offsets)
 
             d_first = now_or_later(mlp.wgrad, mlp.gate_up.param, first)

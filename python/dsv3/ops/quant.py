@@ -55,11 +55,24 @@ def _supports_per_block(w: Tensor, pow2_scale: bool, transpose: bool) -> str | N
     return check_dtype("w", w, *_FLOATS)
 
 
-def empty_transposed(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_transposed(x: Tensor, offsets: Tensor | None, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What cast_transpose of x [T, K] fills."""
-    tokens, k = x.shape
+    tokens, k = len(x) if source is None else len(source), x.shape[1]
     slots = num_slots(tokens, None if offsets is None else offsets.shape[0] - 1)
     return _empty_fp8(x, k, slots), empty_row_scales(x, k, slots // TILE)
+
+
+def _launch_transpose(
+    outputs: Any,
+    x: Tensor,
+    x_sf: Tensor | None,
+    offsets: Tensor | None,
+    pow2_scale: bool,
+    amax_floor: float,
+    source: Tensor | None = None,
+    topk: int = 1,
+) -> None:
+    native().cast_transpose(*outputs, x, x_sf, offsets, source, topk, pow2_scale, amax_floor)
 
 
 def _allocate_both(
@@ -93,12 +106,13 @@ define(
     supports=lambda w, pow2_scale, *out: _supports_per_block(w, pow2_scale, True),
 )
 define(
-    "cast_transpose(Tensor x, Tensor? x_sf, Tensor? offsets, bool pow2_scale, float amax_floor) -> (Tensor, Tensor)",
-    shapes="x [T,K] bf16|fp32, or e4m3 with x_sf [T,ceil(K/128)] fp32, offsets int32 [G+1] -> xt_fp8 [K,Tp] e4m3, "
-    "xt_sf [K,Tp/128] fp32, strides (1, K up to 4); Tp = T (+ 127 G) up to 128",
+    "cast_transpose(Tensor x, Tensor? x_sf, Tensor? offsets, bool pow2_scale, float amax_floor, Tensor? source=None, "
+    "int topk=1) -> (Tensor, Tensor)",
+    shapes="x [T,K] bf16|fp32, or e4m3 with x_sf [T,ceil(K/128)] fp32, offsets int32 [G+1], source int64 [R] (e4m3) -> xt_fp8 "
+    "[K,Tp] e4m3, xt_sf [K,Tp/128] fp32, strides (1, K up to 4); Tp = T, or R (+ 127 G) up to 128",
     reference=reference.cast_transpose,
-    allocate=lambda x, x_sf, offsets, *settings: empty_transposed(x, offsets),
-    launch=lambda outputs, *args: native().cast_transpose(*outputs, *args),
+    allocate=lambda x, x_sf, offsets, pow2_scale, amax_floor, source=None, topk=1: empty_transposed(x, offsets, source),
+    launch=_launch_transpose,
 )
 define(
     "per_token_cast_and_transpose(Tensor x, Tensor? offsets, bool pow2_scale, float amax_floor)"
@@ -203,6 +217,8 @@ def cast_transpose(
     *,
     pow2_scale: bool = False,
     amax_floor: float = 1e-4,
+    source: Tensor | None = None,
+    topk: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Cast to FP8 in tiles of 128x1 and transpose: the operands of a weight gradient, K-major over the tokens.
 
@@ -217,6 +233,9 @@ def cast_transpose(
         offsets: int32 [G+1] on x's device, not decreasing, offsets[0] = 0; None is one group of all rows.
         pow2_scale: scales that are powers of two.
         amax_floor: smallest amax; 1e-30 for gradients.
+        source: int64 [R], with a cast x: its R rows in expert order are transposed, row r a copy of token source[r] // topk, as
+            `Permutation.source` of moe_permute has it; they need not exist. T is R then.
+        topk: of source.
 
     Returns:
         xt_fp8 [K, Tp] e4m3 and xt_sf [K, Tp/128] fp32 with strides (1, K rounded up to 4).
@@ -234,7 +253,13 @@ def cast_transpose(
         check_floats("cast_transpose", x)
     else:
         x_sf = row_scales("cast_transpose", x, x_sf)
-    return torch.ops.dsv3.cast_transpose(x.detach().contiguous(), x_sf, offsets, pow2_scale, amax_floor)
+    if source is not None and (x_sf is None or source.dtype != torch.int64 or source.dim() != 1 or topk < 1):
+        found = f"{source.dtype} {tuple(source.shape)}, topk {topk} and x {x.dtype}".replace("torch.", "")
+        raise ValueError(
+            f"cast_transpose: source must be int64 (R,), topk at least 1 and x a cast with its scales, got {found}"
+        )
+    settings = pow2_scale, amax_floor, source, topk
+    return torch.ops.dsv3.cast_transpose(x.detach().contiguous(), x_sf, offsets, *settings)
 
 
 def per_token_cast_and_transpose(

@@ -96,7 +96,7 @@ def _launch_both_casts(
     native().swiglu_backward(dgate_up, dweights, dout, gate_up, weights)
     native().swiglu(out, gate_up, weights)
     native().per_token_cast_and_transpose(data, sf, *transposed[:2], dgate_up, offsets, *settings)
-    native().cast_transpose(*transposed[2:], out, None, offsets, *reference.OUT_CAST)
+    native().cast_transpose(*transposed[2:], out, None, offsets, None, 1, *reference.OUT_CAST)
 
 
 def _supports_swiglu_cast(gate_up: Tensor) -> str | None:

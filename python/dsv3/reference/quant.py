@@ -78,12 +78,22 @@ def per_block_cast_out(w: Tensor, pow2_scale: bool, data: Tensor, sf: Tensor, da
 
 
 def cast_transpose(
-    x: Tensor, x_sf: Tensor | None, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
+    x: Tensor,
+    x_sf: Tensor | None,
+    offsets: Tensor | None,
+    pow2_scale: bool,
+    amax_floor: float,
+    source: Tensor | None = None,
+    topk: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """xt_fp8 [K, Tp] and xt_sf [K, Tp/128] of x [T, K] (dequantised first, where it has scales), in tiles of 128x1.
 
-    Rows offsets[g] to offsets[g+1] go to slots P[g] on, P[g+1] = P[g] + 128 * ceil(length / 128); other slots are 0.
+    Rows offsets[g] to offsets[g+1] go to slots P[g] on, P[g+1] = P[g] + 128 * ceil(length / 128); other slots are 0. With
+    source [R] the rows are x[source // topk].
     """
+    if source is not None:
+        token = source // topk
+        x, x_sf = x.view(torch.uint8).index_select(0, token).view(x.dtype), x_sf.index_select(0, token)
     tokens, k = x.shape
     ends = [0, tokens] if offsets is None else bounds(offsets, tokens)
     slots = num_slots(tokens, None if offsets is None else len(ends) - 1)
