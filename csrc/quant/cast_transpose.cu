@@ -62,13 +62,12 @@ template <class T>
 struct Shared {
   uint4 packs[kTile][kLanePacks];
   float sf[kIsCast<T> ? kTile : 4];
+  int tokens[kIsCast<T> ? kTile : 4];        // where rows are copies of tokens
   float scales[kLanePacks][Pack<T>::kSize];  // of a warp's columns: maxima, then inverses
 };
 
-// The row of x that is row t of the tile; any where there is none.
-template <bool kGathered>
-__device__ __forceinline__ int row_of(const CastTransposeParams& p, const Rows& rows, int t) {
-  if (!kGathered) return rows.first + t;
+// The row of x that row t of the tile is a copy of; any where there is none.
+__device__ __forceinline__ int token_of(const CastTransposeParams& p, const Rows& rows, int t) {
   if (t >= rows.count) return 0;
   const int token = p.topk.div(static_cast<int>(p.source[rows.first + t]));
   return min(max(token, 0), p.tokens - 1);  // whatever source says, it is one of x
@@ -81,17 +80,21 @@ __device__ __forceinline__ void copy_tile(Shared<T>& shared, const CastTranspose
   const int column = (column_tile * kLanePacks + pack) * Pack<T>::kSize;
   const int live = column < p.hidden ? rows.count : 0;
   const T* const x = static_cast<const T*>(p.x) + column;
+  const int t = threadIdx.x;
+  if constexpr (kGathered) {
+    if (t < kTile) shared.tokens[t] = token_of(p, rows, t);
+    __syncthreads();
+  }
   constexpr int kStep = kThreads / kLanePacks;  // a multiple of 32 tokens: the place in the line stays the same
 #pragma unroll
   for (int i = 0; i < kTile; i += kStep) {
-    const int64_t from = row_of<kGathered>(p, rows, row + i);
+    const int64_t from = kGathered ? shared.tokens[row + i] : rows.first + row + i;
     copy_async(&shared.packs[row + i][pack ^ row / 4 % 8], x + from * p.hidden, row + i < live);
   }
   if constexpr (kIsCast<T>) {
     static_assert(kLanePacks * Pack<T>::kSize == kTile && kThreads >= kTile);
-    const int t = threadIdx.x;
     const float* const sf = p.x_sf + column_tile * p.x_sf_stride;
-    if (t < kTile) copy_async(&shared.sf[t], sf + row_of<kGathered>(p, rows, t), t < rows.count);
+    if (t < kTile) copy_async(&shared.sf[t], sf + (kGathered ? shared.tokens[t] : rows.first + t), t < rows.count);
   }
   wait_for_copies();
   __syncthreads();

@@ -266,14 +266,6 @@ class _MLP:
     gradient: GradientCast | None = None
 
 
-def _transposed(cast: Cast, offsets: Tensor | None, **settings: Any) -> Cast:
-    """cast_transpose of rows, from the tokens that they are copies of where these are known."""
-    made = Gathered.of(cast)
-    if made is None:
-        return cast_transpose(cast, offsets, **settings)
-    return cast_transpose(made.tokens, offsets, source=made.source, topk=made.topk, **settings)
-
-
 class _Fp8MLP(Function):
     """Keeps x in FP8 and what goes into SwiGLU; SwiGLU's output is made again."""
 
@@ -305,7 +297,7 @@ class _Fp8MLP(Function):
             dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
         else:
             settings = {"pow2_scale": mlp.pow2_scale, "amax_floor": GRADIENT_FLOOR}
-            dy_t = _transposed(dy_cast, offsets, **settings) if need_second else None
+            dy_t = cast_transpose(dy_cast, offsets, **settings) if need_second else None
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
