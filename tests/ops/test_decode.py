@@ -141,13 +141,14 @@ def paged(lengths, width, steps, heads, device, spare=3):
     )
 
 
-LENGTHS = [[0], [1], [64], [65, 0, 7], [1000, 1024, 1025, 3, 513], [2049, 2]]
+LENGTHS = [[0], [1], [64], [65, 0, 7], [1000, 1024, 1025, 3, 513], [2049, 2], [4200, 7000, 2112]]
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (5, 3), (1, 32)])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_few_attention(lengths, rows, device):
-    q, *keys = paged(lengths, 34, *rows, device)
+    """Pieces of one, two and four pages."""
+    q, *keys = paged(lengths, 120 if max(lengths) > 2049 else 34, *rows, device)
     found = ops.few_attention(q, *keys, softmax_scale=0.07)
     settings = 0.07, 512
     exact = reference.few_attention(q.double(), keys[0].double(), *keys[1:], *settings)
@@ -161,15 +162,17 @@ def test_few_attention(lengths, rows, device):
 
 
 @pytest.mark.cuda
-def test_a_sequence_is_the_same_alone():
+@pytest.mark.parametrize(("lengths", "used"), [([700, 65, 1500], 26), ([1025, 2049, 6209], 98)])
+def test_a_sequence_is_the_same_alone(lengths, used):
+    """Whatever the width of the table, and the first token of two what it is without the second, also where that one is the first
+    of a page and of a piece."""
     device = torch.device("cuda")
-    q, cache, table, lengths = paged([700, 65, 1500], 34, 2, 16, device)
+    q, cache, table, lengths = paged(lengths, 100, 2, 16, device)
     whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
     for row in range(3):
         part = slice(row, row + 1)
-        alone = ops.few_attention(q[part], cache, table[part, :26], lengths[part], softmax_scale=0.07)
+        alone = ops.few_attention(q[part], cache, table[part, :used], lengths[part], softmax_scale=0.07)
         assert torch.equal(alone, whole[part])
-    # The first token of two is what it is without the second.
     first = ops.few_attention(q[:, :1], cache, table, lengths - 1, softmax_scale=0.07)
     assert torch.equal(first, whole[:, :1])
 
