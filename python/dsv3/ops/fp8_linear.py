@@ -111,10 +111,11 @@ class Fp8Weights:
             weight.refresh()
 
 
-def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _product(a: Cast, weight: Quantized, offsets: Tensor | None, dtype: torch.dtype, *, static: bool = False) -> Tensor:
+    """static: no kernel may still be writing the weight."""
     settings = {"out_dtype": dtype, "batch_invariant": is_batch_invariant()}
     if offsets is None:
-        return fp8_gemm(*a, weight.data, weight.sf, **settings)
+        return fp8_gemm(*a, weight.data, weight.sf, static_weights=static, **settings)
     return grouped_fp8_gemm(*a, weight.data, weight.sf, offsets, **settings)
 
 
@@ -204,7 +205,7 @@ def fp8_linear(
         raise ValueError(f"fp8_linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(n_k)}")
     cast = _cast_of(x, pow2_scale=shared_input)
     if isinstance(weight, Quantized):
-        return apply(_Quantized, x, None, lambda: _product(cast, weight, None, x.dtype))
+        return apply(_Quantized, x, None, lambda: _product(cast, weight, None, x.dtype, static=True))
     return apply(_Fp8Linear, x, weight.param, weight, cast, wgrad, shared_input)
 
 
@@ -334,8 +335,8 @@ def _quantized_mlp(
     x: Tensor, weights: Tensor | None, cast: Cast, gate_up: Quantized, down: Quantized, offsets: Tensor | None
 ) -> Tensor:
     def product() -> Tensor:
-        hidden = _product(cast, gate_up, offsets, x.dtype)
-        return _product(swiglu_cast(hidden, weights, offsets=offsets), down, offsets, x.dtype)
+        hidden = _product(cast, gate_up, offsets, x.dtype, static=True)
+        return _product(swiglu_cast(hidden, weights, offsets=offsets), down, offsets, x.dtype, static=True)
 
     return apply(_Quantized, x, weights, product)
 
