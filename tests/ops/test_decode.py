@@ -164,8 +164,8 @@ def test_few_attention(lengths, rows, device):
 @pytest.mark.cuda
 @pytest.mark.parametrize(("lengths", "used"), [([700, 65, 1500], 26), ([1025, 2049, 6209], 98)])
 def test_a_sequence_is_the_same_alone(lengths, used):
-    """Whatever the width of the table, and the first token of two what it is without the second, also where that one is the first
-    of a page and of a piece."""
+    """Whatever the width of the table, and the first token of two what it is without the second, also where that one is the
+    first of a page and of a piece."""
     device = torch.device("cuda")
     q, cache, table, lengths = paged(lengths, 100, 2, 16, device)
     whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
