@@ -127,7 +127,7 @@ void swiglu_backward_both_casts(Tensor dgate_up_fp8, Tensor dgate_up_sf, Tensor 
                                 bool pow2_scale, double amax_floor, cudaStream_t stream);
 
 // moe/gate.cu. logits, dlogits fp32 [T, E]; bias fp32 [E]; index int64 [T, k]; weights, dweights fp32 [T, k]; counts
-// int32 [E], zeroed by the caller.
+// int32 [E].
 void moe_gate(Tensor index, Tensor weights, Tensor counts, Tensor logits, std::optional<Tensor> bias,
               int64_t num_groups, int64_t topk_groups, double route_scale, bool softmax, bool top2_sum, bool normalize,
               cudaStream_t stream);

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) gate_kernel(GateParams p) {
   float* const affinity = shared.affinities[warp];
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp; token < p.tokens;
        token += static_cast<int64_t>(gridDim.x) * kWarps) {
-    float s[kPerLane], bias[kPerLane] = {};
+    alignas(16) float s[kPerLane], bias[kPerLane] = {};
     unsigned keys[kPerLane];
     int which[kPerLane];
     if (p.bias) read_row(p, p.bias, lane, 0.f, bias);
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpSize) gate_backward_kerne
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kBackwardWarps + threadIdx.x / kWarpSize;
   if (token >= p.tokens) return;
-  float s[kPerLane], ds[kPerLane] = {};
+  alignas(16) float s[kPerLane], ds[kPerLane] = {};
   affinities<kPerLane>(p, token, lane, s);
   float total = 1e-20f, dot = 0.f;
   // Every lane goes through all k choices: it needs their sums, and finds its own experts among them.

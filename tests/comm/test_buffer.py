@@ -178,6 +178,18 @@ def test_numbers_that_are_none(number: object) -> None:
         ExpertBuffer(num_experts=number)
 
 
+def test_a_dispatch_in_fp8_compiles() -> None:
+    """What it leaves with the rows, so that tokens can be kept instead, is not for graphs."""
+    buffer = ExpertBuffer(num_experts=4, transport="local", wire_dtype=FP8)
+    index, weights = torch.tensor([[0, 3], [2, 1], [3, 0]]), torch.rand(3, 2)
+
+    def arrived(x: Tensor) -> Tensor:
+        return dequantize(*buffer.dispatch(x, index, weights)[5:7])
+
+    x = torch.randn(3, 32)
+    assert torch.equal(torch.compile(arrived, fullgraph=True, backend="aot_eager")(x), arrived(x))
+
+
 def test_combine_takes_the_rows_as_they_came() -> None:
     buffer = ExpertBuffer(num_experts=8)
     handle = buffer.dispatch(torch.ones(2, 16), torch.tensor([[0, 3], [1, 0]]), torch.ones(2, 2))

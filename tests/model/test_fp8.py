@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3 import DeepSeekV3, ops
+from dsv3 import DeepSeekV3, Engine, SamplingParams, ops
 from dsv3.comm import ExpertBuffer
 from dsv3.model import Batch
 from dsv3.model.moe import MoE
@@ -176,11 +176,95 @@ def test_weights_in_fp8_multiply_as_the_copies_of_others_do(device):
     assert 0 < relative_error(model(tokens), expected) < 0.1
 
 
+@torch.no_grad()
+def test_a_quantised_model_generates_and_notices_other_weights(device):
+    """What decoding keeps of a weight follows it, in place and elsewhere; copies and other devices make their own."""
+    model = model_of("fp8", device, replace(CONFIG, num_nextn_predict_layers=0)).quantize_()
+    prompts, params = [[1, 2, 3], [5] * 20], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+    def check(changed):
+        found = [c.token_ids for c in engine.generate(prompts, params)]
+        fresh = copy.deepcopy(model)
+        assert all(block.attention._dense_kv_b is None for block in fresh.layers)
+        assert found == [c.token_ids for c in Engine(fresh).generate(prompts, params)]
+        assert (found != before[-1]) == changed
+        before.append(found)
+
+    engine, before = Engine(model), [None]
+    check(True)
+    kept = [block.attention._dense_kv_b for block in model.layers]
+    check(False)
+    kv_b = model.layers[0].attention.kv_b
+    kv_b.weight.sf.mul_(-4)
+    check(True)
+    assert kept == [block.attention._dense_kv_b for block in model.layers], "in place"
+    kv_b.weight = ops.Quantized(kv_b.weight.data, kv_b.weight.sf * -0.25)
+    check(True)
+    same = kv_b.weight
+    assert model.to(device).layers[0].attention.kv_b.weight is same
+
+
+@torch.no_grad()
+def test_a_quantised_model_is_saved_as_it_computes(device, tmp_path):
+    """Also where the halves of gate_up do not begin with a block, as those of 160 rows here: they are cast again."""
+    model = model_of("bf16", device).quantize_()
+    tokens = tokens_for(CONFIG, 2, 33).to(device)
+    expected = model(tokens)
+    model.save_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(DeepSeekV3.from_pretrained(tmp_path / "dense", device=device)(tokens), expected)
+    for dtype in (None, "fp8"):
+        model.save_pretrained(tmp_path / "fp8", dtype=dtype)
+        found = DeepSeekV3.from_pretrained(tmp_path / "fp8", dtype=torch.float32, device=device)(tokens)
+        assert relative_error(found, expected) < 0.03
+
+
+@torch.no_grad()
+def test_one_half_of_a_pair_in_fp8(device):
+    """As a checkpoint may have it: then the pair is multiplied in bf16, or layer by layer; and without `parameters` nothing but
+    Quantized weights is in FP8."""
+    model, tokens = model_of("fp8", device), tokens_for(CONFIG, 2, 33).to(device)
+    expected = model(tokens)
+    for layer, name in ((moes_of(model)[0].experts, "down"), (model.layers[0].mlp.gate_up, "weight")):
+        made = ops.Quantized(*ops.per_block_cast(getattr(layer, name)))
+        delattr(layer, name)
+        setattr(layer, name, made)
+    assert 0 < relative_error(model(tokens), expected) < 0.05
+    model.set_precision("fp8", parameters=False)
+    fp8 = {name for name, module in model.named_modules() if getattr(module, "fp8", False)}
+    assert fp8 == {"layers.1.moe.experts", "layers.0.mlp.gate_up"}
+    assert relative_error(model(tokens), expected) < 0.05
+
+
+@torch.no_grad()
+def test_a_weight_that_cannot_be_cast_stays(device):
+    model = model_of("bf16", device).double()
+    with pytest.raises(ValueError, match="expected bfloat16 or float32, got float64"):
+        model.quantize_()
+    assert model(tokens_for(CONFIG, 2, 33).to(device)).isfinite().all()
+
+
+def test_other_scales_than_those_of_the_tokens(device):
+    """Experts that are given other scales keep these rows, not the tokens."""
+    experts, x = moes_of(model_of("fp8", device))[0].experts, torch.randn(40, CONFIG.hidden_size, device=device)
+    buffer = ExpertBuffer(num_experts=4, transport="local", wire_dtype=torch.float8_e4m3fn)
+    index = torch.rand(40, 4, device=device).topk(2).indices
+    found = []
+    for keeps in (True, False):
+        handle = buffer.dispatch(x.requires_grad_(), index, torch.ones(40, 2, device=device))
+        data, sf = handle.cast
+        if not keeps:
+            data = data.clone()
+        experts.zero_grad()
+        experts(handle.rows, handle.topk_weights, handle.offsets, data, sf.mul(4)).sum().backward()
+        found.append(experts.gate_up.grad.clone())
+    assert torch.equal(*found)
+
+
 def test_weights_in_fp8_do_not_train(device):
     """What needs a gradient runs, and says so when the gradient is asked for."""
     model, tokens = model_of("fp8", device).quantize_(), tokens_for(CONFIG, 2, 33).to(device)
     loss = model.loss(Batch(tokens)).total
-    with pytest.raises(RuntimeError, match="weights that were loaded in FP8 do not train"):
+    with pytest.raises(RuntimeError, match="weights in FP8 do not train"):
         loss.backward()
 
 

@@ -74,11 +74,11 @@ class _Arrived(torch.autograd.Function):
         return dx, None, None
 
 
-def fp8_linear(x, weight, *, wgrad=None, shared_input=False):
+def fp8_linear(x, weight, *, wgrad=None, shared_input=False, static_weights=False):
     return _Linear.apply(x, weight.param, shared_input)
 
 
-def fp8_mlp(x, gate_up, down, *, wgrad=None):
+def fp8_mlp(x, gate_up, down, *, wgrad=None, static_weights=False):
     return _MLP.apply(x, None, gate_up.param, down.param, False)
 
 

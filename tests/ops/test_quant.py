@@ -444,9 +444,11 @@ def test_bad_arguments():
         ops.cast_transpose(x, offsets[:1])
     with pytest.raises(ValueError, match=r"got float8_e4m3fn \(4, 144\) with float32 \(4, 1\)"):
         ops.cast_transpose((data, sf[:, :1]))
-    with pytest.raises(ValueError, match=r"source must be int64 \(R,\).*got int32 \(3,\), topk 1 and x float8_e4m3fn"):
+    with pytest.raises(
+        ValueError, match=r"source must be int64 \(R,\).*got int32 \(3,\) on cpu, topk 1 and x float8_e4m3fn"
+    ):
         ops.cast_transpose((data, sf), source=torch.zeros(3, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"x a cast with its scales, got int64 \(3,\), topk 2 and x float32"):
+    with pytest.raises(ValueError, match=r"x a cast with its scales, got int64 \(3,\) on cpu, topk 2 and x float32"):
         ops.cast_transpose(x, source=torch.zeros(3, dtype=torch.int64), topk=2)
     with pytest.raises(ValueError, match="expected bfloat16 or float32, got float8_e4m3fn"):
         ops.cast_transpose(data)

@@ -36,7 +36,9 @@ class Aside:
         def receive() -> Result:
             current = torch.cuda.current_stream(device)
             current.wait_event(done)
-            _keep(result if isinstance(result, tuple) else (result,), current)
+            tensors = result if isinstance(result, tuple) else (result,)
+            gathered = [made for t in tensors if (made := getattr(t, "gathered", None)) is not None]
+            _keep([*tensors, *(t for made in gathered for t in (*made.tokens, made.source))], current)
             return result
 
         return Pending(receive)

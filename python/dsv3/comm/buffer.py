@@ -298,7 +298,8 @@ class ExpertBuffer:
     def dispatch_aside(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Pending[Dispatched]:
         """`dispatch` on the buffer's own stream: it begins when all has run that the current stream has been given so far, and
         what that is given from now on runs beside it, on the multiprocessors that num_sms leaves. So does its backward.
-        `receive` gives the handle and has the current stream wait for it. In exact mode the host waits for the counts.
+        `receive` gives the handle and has the current stream wait for it. Between ranks, in exact mode, the host waits for the
+        counts.
         """
         return self._aside.run(lambda: self.dispatch(x, topk_idx, topk_weights), (x, topk_idx, topk_weights))
 

@@ -28,7 +28,7 @@ def cast_there(x: Tensor, steps: Sequence[Step], **settings: float) -> Cast:
     for step in steps:
         if isinstance(step, Copies):
             tokens, cast = cast, step.spread_cast(*cast)
-            cast[0].gathered = Gathered(tokens, step.source, step.position.shape[1])
+            Gathered.note(cast, tokens, step.source, step.position.shape[1])
         else:
             cast = _spread_in_turn(step, *cast)
     return cast

@@ -28,6 +28,7 @@ from dsv3.inference.cache import PAGE, allocate_cache
 from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, probabilities, uniform
 from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
+from dsv3.model.attention import MLA
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p, top_k or min_p somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
@@ -150,6 +151,9 @@ class Decoder:
         """To be called when weights may have changed since the last round: graphs that know their old places are dropped, and
         tokens whose embedding is not finite are not drafted. A draft may stand beside the newest token, and what is not
         finite reaches it, though the draft is not accepted."""
+        for module in self.model.modules():
+            if isinstance(module, MLA):
+                module.dense_kv_b(self.model.embed.weight.dtype)
         if self.depth:
             self._unfit.copy_(self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite().logical_not_())
             self._any_unfit = bool(self._unfit.any())

@@ -98,10 +98,11 @@ class Engine:
             pieces of a long prompt then see rounded keys, so the output depends a little on where it is cut.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
-        batch_invariant: on a Hopper GPU a bf16 model gives a token the same bits whatever is decoded beside it, other sequences
-            or drafts, as long as a round has at most 64 tokens (a prompt's depend on what is prefilled with it). So speculation
-            gives the greedy tokens of plain decoding. False lets FP8 products of few rows and attention to few long sequences
-            divide their sums, which is faster.
+        batch_invariant: on a Hopper GPU a token of a bf16 model, in either precision, gets the same bits whatever is decoded
+            beside it, other sequences or drafts, as long as a round has at most 64 tokens and all experts are here (a prompt's
+            depend on what is prefilled with it; dequantised weights are another exception). So speculation gives the greedy
+            tokens of plain decoding. False lets FP8 products of few rows and attention to few long sequences divide their sums,
+            which is faster.
 
     Raises:
         ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU
@@ -164,9 +165,8 @@ class Engine:
         options = {"kv_cache_dtype": kv_cache_dtype, "cuda_graphs": graphs}
         self._decoder = Decoder(model, depth=self._depth, **sizes, **options)
         self._min_width = MIN_WIDTH if graphs else 1
-        self._batch_invariant = (
-            batch_invariant and native
-        )  # references would take a token at a time, and ask the device
+        # References would take a token at a time, and ask the device.
+        self._batch_invariant = bool(batch_invariant and native)
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
         self._busy = threading.Lock()
@@ -424,6 +424,7 @@ def engine_for(
     **options: Any,
 ) -> tuple[Engine, list[list[int]], list[SamplingParams]]:
     """An engine whose cache is as large as these prompts can fill at a time, the prompts as token ids, the parameters of each.
+    Without max_context it is that of the longest, which has a say in the kernels.
 
     Other options are those of Engine; num_pages, where it is given, is too. Raises ValueError as Engine and its generate do.
     """

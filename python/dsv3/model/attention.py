@@ -3,7 +3,7 @@ before them, chunk by chunk; absorbed over the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -180,7 +180,8 @@ class MLA(nn.Module):
         self.o = Linear(heads * config.v_head_dim, hidden, **at)
         self.gather = self.reduce = identity
         self.recompute = False
-        self._dense_kv_b: tuple[ops.Quantized, Tensor] | None = None
+        self._dense_kv_b: Tensor | None = None  # of a Quantized kv_b, for the absorbed form
+        self._dense_of: tuple[object, ...] = ()
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
@@ -268,14 +269,33 @@ class MLA(nn.Module):
         rows = self.num_heads * max(steps, 1 + depth, 2 * depth)
         return ops.attends_few(rows, ctx.max_context or ctx.block_table.shape[1] * cache.shape[1], cache)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MLA:
+        self._dense_kv_b = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_dense_kv_b": None}  # a copy makes its own
+
+    @torch.inference_mode(False)  # what an engine makes first must serve others too
+    @torch.no_grad()
+    def dense_kv_b(self, dtype: torch.dtype) -> Tensor:
+        """kv_b's weight [heads * (nope + v), kv_lora_rank] in `dtype`. A Quantized one is dequantised once and kept so beside
+        itself; where torch has changed it since, again and in place, so that graphs find it."""
+        weight = self.kv_b.weight
+        if not isinstance(weight, ops.Quantized):
+            return weight
+        parts = weight.data, weight.sf
+        now = weight, dtype, *(None if t.is_inference() else t._version for t in parts)
+        if self._dense_kv_b is None or self._dense_of[:2] != now[:2]:
+            self._dense_kv_b = weight.dequantize(dtype)
+        elif self._dense_of != now:
+            self._dense_kv_b.copy_(weight.dequantize(dtype))
+        self._dense_of = now
+        return self._dense_kv_b
+
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W_uk and W_uv of every head. A Quantized kv_b is dequantised once, and kept so beside itself."""
-        c, weight = self.config, self.kv_b.weight
-        if isinstance(weight, ops.Quantized):
-            kept = self._dense_kv_b
-            if kept is None or kept[0] is not weight or kept[1].dtype != dtype:
-                self._dense_kv_b = kept = weight, weight.dequantize(dtype)
-            weight = kept[1]
+        """W_uk and W_uv of every head."""
+        c, weight = self.config, self.dense_kv_b(dtype)
         w_uk, w_uv = weight.view(self.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         return w_uk, w_uv
 

@@ -50,7 +50,8 @@ class Linear(QuantizedModule):
         """`shared_input`: x is kept by what made it, so FP8 needs no copy of its own; see ops.fp8_linear."""
         weight = self.fp8_weight()
         if weight is not None:
-            return ops.fp8_linear(x, weight, wgrad=wgrad, shared_input=shared_input)
+            # Between what has quantised a weight and its use lie the kernels of the layers before, or of the embedding.
+            return ops.fp8_linear(x, weight, wgrad=wgrad, shared_input=shared_input, static_weights=True)
         return ops.linear(x, self.weight, wgrad=wgrad)
 
 
@@ -101,8 +102,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Tensor:
         x, gate_up, down = self.gather(x), self.gate_up.fp8_weight(), self.down.fp8_weight()
-        if gate_up is not None and down is not None:
-            return self.reduce(ops.fp8_mlp(x, gate_up, down, wgrad=wgrad))
+        if gate_up is not None and down is not None and type(gate_up) is type(down):
+            return self.reduce(ops.fp8_mlp(x, gate_up, down, wgrad=wgrad, static_weights=True))
         return self.reduce(self.down(ops.swiglu(self.gate_up(x, wgrad)), wgrad))
 
 

@@ -44,7 +44,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
         wide = torch.promote_types(x.dtype, torch.float32)
-        if len(x) <= ops.FEW_TOKENS and not torch.is_grad_enabled():
+        if len(x) <= ops.FEW_TOKENS and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
             (logits,) = ops.few_linear(x, [self.weight], out_dtype=wide)
         else:
             logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
@@ -88,7 +88,8 @@ class Experts(QuantizedModule):
     @property
     def in_fp8(self) -> bool:
         """Whether they multiply in FP8, and take rows that came so."""
-        return self.fp8 and self.fp8_copies.takes(self.gate_up) and self.fp8_copies.takes(self.down)
+        takes = self.fp8_copies.takes(self.gate_up) and self.fp8_copies.takes(self.down)
+        return self.fp8 and takes and isinstance(self.gate_up, ops.Quantized) == isinstance(self.down, ops.Quantized)
 
     def forward(
         self, x: Tensor, weights: Tensor, offsets: Tensor, *cast: Tensor, wgrad: ops.WgradQueue | None = None

@@ -106,23 +106,24 @@ class DeepSeekV3(nn.Module):
             elif isinstance(module, MLA):
                 module.recompute = "mla_up" in what
 
-    def set_precision(self, precision: str) -> None:
+    def set_precision(self, precision: str, *, parameters: bool = True) -> None:
         """How the linear layers of attention, dense MLPs, shared and routed experts multiply, in training and out of it.
 
         "bf16": in the dtype of their weights, and weights that were loaded in FP8 (ops.Quantized) dequantised. "fp8": forward
         and both gradients in block-scaled FP8, with copies of the weights that stay good until they change; call refresh_fp8
         then; Quantized weights as they are, without gradients. Embedding, head, gates, norms, attention itself and MTP's
-        eh_proj are the same in both, and so are parameters, activations and the state dict.
+        eh_proj are the same in both, and so are parameters, activations and the state dict. Without `parameters` only layers
+        with Quantized weights are in FP8.
         """
         check_precision(precision)
         fp8, layers = precision == "fp8", self._layers_of_blocks(Linear, Experts)
         for layer in layers:
-            layer.fp8 = fp8
+            layer.fp8 = fp8 and (parameters or any(isinstance(value, ops.Quantized) for value in vars(layer).values()))
         for norm in self._layers_of_blocks(RMSNorm):
             norm.cast = fp8
-        unfit = sum(fp8 and not layer.in_fp8 for layer in layers)
+        unfit = sum(layer.fp8 and not layer.in_fp8 for layer in layers)
         if unfit:
-            why = "their sizes are no multiples of 16"
+            why = "their sizes are no multiples of 16, or one of a pair is FP8 already"
             log.warning("%d of %d linear layers and experts do not multiply in FP8: %s", unfit, len(layers), why)
 
     def _layers_of_blocks(self, *kinds: type[nn.Module]) -> list[Any]:
@@ -131,14 +132,16 @@ class DeepSeekV3(nn.Module):
 
     @torch.no_grad()
     def quantize_(self) -> DeepSeekV3:
-        """Puts FP8 (ops.Quantized, blocks of 128 x 128) in the place of the weights that set_precision is about, for inference
-        in half the memory; they are parameters no more. With precision "fp8" results do not change, since the same codes stood
-        for the weights before. Returns the model."""
+        """Puts FP8 (ops.Quantized, blocks of 128 x 128) in the place of the weights that set_precision is about, where they can
+        be multiplied so, for inference in half the memory; they are parameters no more. With precision "fp8" the forward does
+        not change a bit, since the same codes stood for the weights before; decoding does, whose absorbed form takes kv_b as
+        it is, and then dequantised. Returns the model."""
         for layer in self._layers_of_blocks(Linear, Experts):
             for name, param in list(layer.named_parameters(recurse=False)):
                 if layer.fp8_copies.takes(param):
+                    made = ops.Quantized(*ops.per_block_cast(param.detach()))
                     delattr(layer, name)
-                    setattr(layer, name, ops.Quantized(*ops.per_block_cast(param.detach())))
+                    setattr(layer, name, made)
             layer.fp8_copies = ops.Fp8Weights()
         return self
 

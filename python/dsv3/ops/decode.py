@@ -298,10 +298,8 @@ def mla_absorb(
         or positions.shape != q.shape[:1]
     ):
         found = ", ".join(str(tuple(t.shape)) for t in (q, weight, cos, sin, positions))
-        raise ValueError(
-            "mla_absorb: expected q (T, G, Dn+Dr), weight (G, Dn, Dc), cos and sin (P, Dr/2), positions (T,), got "
-            + found
-        )
+        wanted = "q (T, G, Dn+Dr), weight (G, Dn, Dc), cos and sin (P, Dr/2), positions (T,)"
+        raise ValueError(f"mla_absorb: expected {wanted}, got {found}")
     _check_dtypes("mla_absorb", q, weight)
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
 

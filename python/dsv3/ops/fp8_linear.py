@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,21 +166,30 @@ class _Fp8Linear(Function):
 
 
 class _Quantized(Function):
-    """Products with weights that have no other form than FP8: there is nothing that a gradient could go to, or come through."""
+    """Products with weights that have no other form than FP8: there is nothing that a gradient could go to, or come through.
+    A graph that is being compiled cannot say so: there it is NaN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor | None, product: Callable[[], Tensor]) -> Tensor:
+        ctx.shape = x.shape
         return product()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "weights that were loaded in FP8 do not train: load them in bfloat16 and train with precision='fp8'"
-        )
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        if not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "weights in FP8 do not train: keep them in bfloat16, and use precision='fp8' for products in FP8"
+            )
+        return dy.new_full(ctx.shape, float("nan")), None, None
 
 
 def fp8_linear(
-    x: Tensor, weight: Fp8Weight | Quantized, *, wgrad: WgradQueue | None = None, shared_input: bool = False
+    x: Tensor,
+    weight: Fp8Weight | Quantized,
+    *,
+    wgrad: WgradQueue | None = None,
+    shared_input: bool = False,
+    static_weights: bool = False,
 ) -> Tensor:
     """x times weight transposed, in FP8 forward and backward; differentiable in both.
 
@@ -193,6 +202,7 @@ def fp8_linear(
         shared_input: x is kept by whatever made it, so backward keeps x itself and casts it again. For the projection after
             attention: the recipe keeps its input in more bits, and gives it scales that are powers of two, since one cast
             must agree with the other.
+        static_weights: of a Quantized weight, as in `few_linear`.
 
     Returns:
         [T, N] of x's dtype. In backward dW goes to `weight.param.main_grad` where the parameter has one.
@@ -205,7 +215,7 @@ def fp8_linear(
         raise ValueError(f"fp8_linear: x must be (T, K) and weight (N, K), got {tuple(x.shape)} and {tuple(n_k)}")
     cast = _cast_of(x, pow2_scale=shared_input)
     if isinstance(weight, Quantized):
-        return apply(_Quantized, x, None, lambda: _product(cast, weight, None, x.dtype, static=True))
+        return apply(_Quantized, x, None, lambda: _product(cast, weight, None, x.dtype, static=static_weights))
     return apply(_Fp8Linear, x, weight.param, weight, cast, wgrad, shared_input)
 
 
@@ -222,11 +232,24 @@ class Gathered:
     tokens: Cast
     source: Tensor  # int64 [R]: row r is token source[r] // topk
     topk: int
+    sf: Tensor  # the rows' scales
+    state: tuple[int | None, ...]  # of the rows, as torch knows it
+
+    @staticmethod
+    def note(cast: Cast, tokens: Cast, source: Tensor, topk: int) -> None:
+        """Leaves with the rows of a cast what they are copies of; not in a graph that is being compiled."""
+        if not torch.compiler.is_compiling():
+            cast[0].gathered = Gathered(tokens, source, topk, cast[1], _versions(cast))
 
     @staticmethod
     def of(cast: Cast) -> Gathered | None:
         """That of a cast that is as it was made; None for others."""
-        return getattr(cast[0], "gathered", None) if is_unchanged(cast[0]) else None
+        made = getattr(cast[0], "gathered", None)
+        return made if made is not None and cast[1] is made.sf and _versions(cast) == made.state else None
+
+
+def _versions(cast: Cast) -> tuple[int | None, ...]:
+    return tuple(None if t.is_inference() else t._version for t in cast)
 
 
 @dataclass
@@ -250,6 +273,9 @@ class GradientCast:
         """What was left. Raises RuntimeError where dy is not what stands for it."""
         made, stand_in = self.made, self.stand_in
         self.made = self.stand_in = None
+        for t in made or ():
+            if t.is_cuda:  # made on another stream, perhaps, and autograd knows nothing of it
+                t.record_stream(torch.cuda.current_stream(t.device))
         if made is not None and dy.numel() and dy.data_ptr() != stand_in.data_ptr():
             raise RuntimeError(
                 "fp8_experts: the gradient came as FP8 and has been changed, by a second use of the result or by a hook: give "
@@ -332,17 +358,28 @@ class _Fp8MLP(Function):
 
 
 def _quantized_mlp(
-    x: Tensor, weights: Tensor | None, cast: Cast, gate_up: Quantized, down: Quantized, offsets: Tensor | None
+    x: Tensor,
+    weights: Tensor | None,
+    cast: Cast,
+    gate_up: Quantized,
+    down: Quantized,
+    offsets: Tensor | None,
+    static: bool = False,
 ) -> Tensor:
     def product() -> Tensor:
-        hidden = _product(cast, gate_up, offsets, x.dtype, static=True)
-        return _product(swiglu_cast(hidden, weights, offsets=offsets), down, offsets, x.dtype, static=True)
+        hidden = _product(cast, gate_up, offsets, x.dtype, static=static)
+        return _product(swiglu_cast(hidden, weights, offsets=offsets), down, offsets, x.dtype, static=static)
 
     return apply(_Quantized, x, weights, product)
 
 
 def fp8_mlp(
-    x: Tensor, gate_up: Fp8Weight | Quantized, down: Fp8Weight | Quantized, *, wgrad: WgradQueue | None = None
+    x: Tensor,
+    gate_up: Fp8Weight | Quantized,
+    down: Fp8Weight | Quantized,
+    *,
+    wgrad: WgradQueue | None = None,
+    static_weights: bool = False,
 ) -> Tensor:
     """down(silu(gate) * up) with both layers in FP8 forward and backward; differentiable in x and both weights.
 
@@ -350,7 +387,7 @@ def fp8_mlp(
         x: [T, H] bf16 or fp32, with or without `cast`, as in `fp8_linear`.
         gate_up: of a parameter [2I, H] of x's dtype, the gate half first; or, like `down`, a Quantized, as in `fp8_linear`.
         down: of a parameter [H, I].
-        wgrad: as in `fp8_linear`.
+        wgrad, static_weights: as in `fp8_linear`.
 
     Returns:
         [T, H] of x's dtype. Backward keeps x in FP8 and gate_up's output; SwiGLU's output is made again.
@@ -360,7 +397,7 @@ def fp8_mlp(
     """
     _check_mlp("fp8_mlp", x, gate_up, down, ())
     if isinstance(gate_up, Quantized):
-        return _quantized_mlp(x, None, _cast_of(x, pow2_scale=False), gate_up, down, None)
+        return _quantized_mlp(x, None, _cast_of(x, pow2_scale=False), gate_up, down, None, static_weights)
     mlp = _MLP(gate_up, down, wgrad, pow2_scale=False)
     return apply(_Fp8MLP, x, None, gate_up.param, down.param, mlp, _cast_of(x, pow2_scale=False), None)
 

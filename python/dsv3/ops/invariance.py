@@ -15,7 +15,8 @@ _wanted = contextvars.ContextVar("batch_invariance", default=False)
 def batch_invariance(wanted: bool = True) -> Iterator[None]:
     """In this context, of this thread, the FP8 layers of a model and its attention over a cache keep the order of their sums
     whatever the number of tokens is: they pass `batch_invariant` to fp8_gemm and mla_decode. Generation runs so, and then
-    drafts that are verified together give the tokens of plain decoding. It costs the splits over K of few rows.
+    drafts that are verified together give the tokens of plain decoding. It costs the splits over K of few rows. Not to be held
+    across the yields of a generator, whose caller would be in it too.
     """
     before = _wanted.set(wanted)
     try:

@@ -36,7 +36,9 @@ class Quantized:
         return self.data.device
 
     def to(self, device: torch.device) -> Quantized:
-        """The same on a device."""
+        """The same on a device; itself where it is there."""
+        if self.data.device == self.sf.device == device:
+            return self
         return Quantized(self.data.to(device), self.sf.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -263,12 +263,14 @@ def moe_permute(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: on a CPU, experts that do not exist.
     """
-    data = x[0] if isinstance(x, tuple) else x
+    if not isinstance(x, Tensor) and (len(x) != 2 or not all(isinstance(part, Tensor) for part in x)):
+        raise ValueError("moe_permute: x must be a tensor, or e4m3 and its scales")
+    data = x if isinstance(x, Tensor) else x[0]
     if data.dim() != 2 or topk_idx.dim() != 2 or topk_idx.shape[0] != data.shape[0]:
         raise ValueError(
             f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(data.shape)} and {tuple(topk_idx.shape)}"
         )
-    sf = row_scales("moe_permute", *x) if isinstance(x, tuple) else None
+    sf = None if isinstance(x, Tensor) else row_scales("moe_permute", *x)
     handle = Permutation(*torch.ops.dsv3.moe_permutation(topk_idx, num_experts))
     if sf is not None:
         rows = torch.ops.dsv3.moe_permute_cast(data.detach().contiguous(), sf, handle.source, handle.position)

@@ -234,7 +234,8 @@ def cast_transpose(
         pow2_scale: scales that are powers of two.
         amax_floor: smallest amax; 1e-30 for gradients.
         source: int64 [R], with a cast x: its R rows in expert order are transposed, row r a copy of token source[r] // topk, as
-            `Permutation.source` of moe_permute has it; they need not exist. T is R then.
+            `Permutation.source` of moe_permute has it; they need not exist. T is R then. A token that there is not means, on
+            a GPU, the nearest.
         topk: of source.
 
     Returns:
@@ -253,11 +254,17 @@ def cast_transpose(
         check_floats("cast_transpose", x)
     else:
         x_sf = row_scales("cast_transpose", x, x_sf)
-    if source is not None and (x_sf is None or source.dtype != torch.int64 or source.dim() != 1 or topk < 1):
-        found = f"{source.dtype} {tuple(source.shape)}, topk {topk} and x {x.dtype}".replace("torch.", "")
-        raise ValueError(
-            f"cast_transpose: source must be int64 (R,), topk at least 1 and x a cast with its scales, got {found}"
-        )
+    if source is not None:
+        fits = source.dtype == torch.int64 and source.dim() == 1 and source.device == x.device and 1 <= topk < 2**31
+        if x_sf is None or not fits:
+            found = (
+                f"{source.dtype} {tuple(source.shape)} on {source.device}, topk {topk} and x {x.dtype} on {x.device}"
+            )
+            raise ValueError(
+                "cast_transpose: source must be int64 (R,) on x's device, topk at least 1 and x a cast with its scales, got "
+                + found.replace("torch.", "")
+            )
+        source = source.contiguous()
     settings = pow2_scale, amax_floor, source, topk
     return torch.ops.dsv3.cast_transpose(x.detach().contiguous(), x_sf, offsets, *settings)
 

@@ -50,8 +50,9 @@ def load_pretrained(
         device: where the model is to be; not "meta".
         mtp: False leaves the MTP modules out.
         precision: how linear layers multiply, see DeepSeekV3.set_precision. With dtype "fp8", "fp8" multiplies the bytes of the
-            files with activations in FP8, as the released model is served; "bf16" dequantises weights whenever they are used,
-            which gives the dequantised model's own results. None: "fp8" for such weights on a Hopper GPU, else "bf16".
+            files with activations in FP8, as the released model is served, and in bf16 what the files have so; "bf16"
+            dequantises weights whenever they are used, which gives the dequantised model's own results. None: "fp8" for such
+            weights on a Hopper GPU, else "bf16".
 
     Raises:
         ValueError: something is missing, has another shape or dtype than config.json asks for, or is no whole
@@ -75,7 +76,7 @@ def load_pretrained(
     tokenizer = folder / "tokenizer.json"
     if precision is None:
         precision = "fp8" if dtype == "fp8" and why_no_kernels(model.embed.weight.device) is None else "bf16"
-    model.set_precision(precision)
+    model.set_precision(precision, parameters=dtype != "fp8")
     model.tokenizer_path = tokenizer if tokenizer.is_file() else None
     model.generation_config = _generation_config(folder)
     return model

@@ -69,6 +69,10 @@ def records(
 def _record(piece: Piece, source: Source, found: Tensor | Quantized, dtype: torch.dtype | str | None) -> Record:
     keys = (piece.key, piece.key + SCALE_SUFFIX)
     if isinstance(found, Quantized):
+        *matrix, rows = piece.at
+        assert isinstance(rows, slice)
+        if rows.start % BLOCK or (rows.stop % BLOCK and rows.stop != found.shape[-2]):
+            return _cut_record(keys, Quantized(found.data[(*matrix,)], found.sf[(*matrix,)]), rows, dtype)
         part = Quantized(found.data[piece.at], found.sf[scale_at(piece)])
         if dtype in (None, "fp8"):
             return Record(keys, part.data.nbytes + part.sf.nbytes, lambda: (_host(part.data), _host(part.sf)))
@@ -82,6 +86,19 @@ def _record(piece: Piece, source: Source, found: Tensor | Quantized, dtype: torc
     wanted = {None: dense.dtype, "fp8": torch.bfloat16}.get(dtype, dtype)
     wanted = torch.float32 if piece.key.endswith(GATE_BIAS) else wanted
     return Record(keys[:1], dense.numel() * wanted.itemsize, lambda: (_host(dense.to(wanted)),))
+
+
+def _cut_record(keys: tuple[str, ...], matrix: Quantized, rows: slice, dtype: torch.dtype | str | None) -> Record:
+    """Rows of a matrix in FP8 that begin or end within a block, of which files have whole ones: in FP8 they are cast again."""
+    values = (rows.stop - rows.start) * matrix.shape[-1]
+    if isinstance(dtype, torch.dtype):
+        return Record(keys[:1], values * dtype.itemsize, lambda: (_host(matrix.dequantize(dtype)[rows]),))
+    blocks = -(-(rows.stop - rows.start) // BLOCK) * -(-matrix.shape[-1] // BLOCK)
+    return Record(
+        keys,
+        values + 4 * blocks,
+        lambda: tuple(_host(t) for t in ops.per_block_cast(matrix.dequantize(torch.float32)[rows])),
+    )
 
 
 def _host(tensor: Tensor) -> Tensor:
