@@ -280,7 +280,7 @@ __device__ __forceinline__ void consume(const FewRowsParams& p, FewRowsShared<C>
   const int group = warp / kWarpgroupWarps, token = group * C::kN;
   uint8_t* const scratch = shared.scratch[group];
   const FewRowsUnit first_unit(warp * C::kUnitsAWarp, p.splits);  // divides while the first stages are loaded
-  const auto target = [&] {  // of the warpgroup
+  const auto target = [&] {                                       // of the warpgroup
     const int begin = work.token_tile() * p.tokens;
     return Target<Out>{static_cast<Out*>(p.out) + static_cast<int64_t>(begin) * p.columns,
                        p.columns,
