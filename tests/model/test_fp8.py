@@ -179,7 +179,7 @@ def test_weights_in_fp8_multiply_as_the_copies_of_others_do(device):
 @torch.no_grad()
 def test_a_quantised_model_generates_and_notices_other_weights(device):
     """What decoding keeps of a weight follows it, in place and elsewhere; copies and other devices make their own."""
-    model = model_of("fp8", device, replace(CONFIG, num_nextn_predict_layers=0)).quantize_()
+    model = model_of("fp8", device, replace(CONFIG, num_attention_heads=8, num_nextn_predict_layers=0)).quantize_()
     prompts, params = [[1, 2, 3], [5] * 20], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
     def check(changed):
@@ -198,7 +198,8 @@ def test_a_quantised_model_generates_and_notices_other_weights(device):
     kv_b.weight.sf.mul_(-4)
     check(True)
     assert kept == [block.attention._dense_kv_b for block in model.layers], "in place"
-    kv_b.weight = ops.Quantized(kv_b.weight.data, kv_b.weight.sf * -0.25)
+    assert kv_b.weight.sf.numel() > 1
+    kv_b.weight = ops.Quantized(kv_b.weight.data.clone(), kv_b.weight.sf * -0.25)
     check(True)
     same = kv_b.weight
     assert model.to(device).layers[0].attention.kv_b.weight is same

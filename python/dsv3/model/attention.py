@@ -181,7 +181,7 @@ class MLA(nn.Module):
         self.gather = self.reduce = identity
         self.recompute = False
         self._dense_kv_b: Tensor | None = None  # of a Quantized kv_b, for the absorbed form
-        self._dense_of: tuple[object, ...] = ()
+        self._dense_of: tuple[ops.Quantized | None, tuple[int | None, ...]] = (None, ())  # and its versions
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
@@ -284,14 +284,14 @@ class MLA(nn.Module):
         weight = self.kv_b.weight
         if not isinstance(weight, ops.Quantized):
             return weight
-        parts = weight.data, weight.sf
-        now = weight, dtype, *(None if t.is_inference() else t._version for t in parts)
-        if self._dense_kv_b is None or self._dense_of[:2] != now[:2]:
-            self._dense_kv_b = weight.dequantize(dtype)
-        elif self._dense_of != now:
-            self._dense_kv_b.copy_(weight.dequantize(dtype))
-        self._dense_of = now
-        return self._dense_kv_b
+        kept, (made_of, before) = self._dense_kv_b, self._dense_of
+        now = tuple(None if t.is_inference() else t._version for t in (weight.data, weight.sf))
+        if kept is None or made_of is not weight or kept.dtype != dtype:
+            kept = self._dense_kv_b = weight.dequantize(dtype)
+        elif before != now:
+            kept.copy_(weight.dequantize(dtype))
+        self._dense_of = weight, now
+        return kept
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_uk and W_uv of every head."""
