@@ -152,8 +152,8 @@ class Decoder:
         tokens whose embedding is not finite are not drafted. A draft may stand beside the newest token, and what is not
         finite reaches it, though the draft is not accepted."""
         for module in self.model.modules():
-            if isinstance(module, MLA):
-                module.dense_kv_b(self.model.embed.weight.dtype)
+            if isinstance(module, MLA):  # what rounds read of a quantised kv_b is made here, outside of graphs
+                module.up_projections(self.model.embed.weight.dtype)
         if self.depth:
             self._unfit.copy_(self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite().logical_not_())
             self._any_unfit = bool(self._unfit.any())

@@ -278,24 +278,23 @@ class MLA(nn.Module):
 
     @torch.inference_mode(False)  # what an engine makes first must serve others too
     @torch.no_grad()
-    def dense_kv_b(self, dtype: torch.dtype) -> Tensor:
-        """kv_b's weight [heads * (nope + v), kv_lora_rank] in `dtype`. A Quantized one is dequantised once and kept so beside
-        itself; where torch has changed it since, again and in place, so that graphs find it."""
-        weight = self.kv_b.weight
-        if not isinstance(weight, ops.Quantized):
-            return weight
-        kept, (made_of, before) = self._dense_kv_b, self._dense_of
-        now = tuple(None if t.is_inference() else t._version for t in (weight.data, weight.sf))
+    def _dequantized(self, weight: ops.Quantized, dtype: torch.dtype) -> Tensor:
+        """kv_b's weight, dequantised once and kept so beside it; where torch has changed it since, again and in place, so that
+        graphs find it."""
+        kept, (made_of, versions) = self._dense_kv_b, self._dense_of
         if kept is None or made_of is not weight or kept.dtype != dtype:
             kept = self._dense_kv_b = weight.dequantize(dtype)
-        elif before != now:
+        elif versions != weight.versions:
             kept.copy_(weight.dequantize(dtype))
-        self._dense_of = weight, now
+        self._dense_of = weight, weight.versions
         return kept
 
-    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W_uk and W_uv of every head."""
-        c, weight = self.config, self.dense_kv_b(dtype)
+    def up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_uk [heads, nope, kv_lora_rank] and W_uv [heads, v, kv_lora_rank] for the absorbed form, as graphs of it may keep
+        them while kv_b's weight stays where it is."""
+        c, weight = self.config, self.kv_b.weight
+        if isinstance(weight, ops.Quantized):
+            weight = self._dequantized(weight, dtype)
         w_uk, w_uv = weight.view(self.num_heads, -1, c.kv_lora_rank).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         return w_uk, w_uv
 
@@ -306,7 +305,7 @@ class MLA(nn.Module):
         assert cache is not None
         assert ctx.block_table is not None
         assert ctx.seq_lens is not None
-        w_uk, w_uv = self._up_projections(q.dtype)
+        w_uk, w_uv = self.up_projections(q.dtype)
         q = ops.mla_absorb(q.view(-1, self.num_heads, c.qk_head_dim), w_uk, *tables, ctx.positions, static_weights=True)
         q = q.view(ctx.seq_lens.shape[0], -1, self.num_heads, c.latent_dim)
         keys = cache, ctx.block_table, ctx.seq_lens
@@ -326,7 +325,7 @@ class MLA(nn.Module):
         assert cache is not None
         assert ctx.block_table is not None
         assert ctx.seq_lens is not None
-        w_uk, w_uv = self._up_projections(q.dtype)
+        w_uk, w_uv = self.up_projections(q.dtype)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         query = q.new_empty(*q.shape[:2], c.latent_dim)
         torch.bmm(q_nope.transpose(0, 1), w_uk, out=query[..., : c.kv_lora_rank].transpose(0, 1))

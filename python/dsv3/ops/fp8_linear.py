@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad
 from dsv3.ops.grad import Function, apply
 from dsv3.ops.invariance import is_batch_invariant
-from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later
+from dsv3.ops.linear import Quantized, WgradQueue, is_unchanged, now_or_later, version
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
 from dsv3.ops.swiglu import swiglu_backward_both_casts, swiglu_cast, swiglu_cast_backward
 
@@ -67,7 +67,7 @@ def _state(param: Tensor) -> tuple[object, ...] | None:
     """What differs after a change that torch has made; None in a graph that is being compiled, which knows nothing of it."""
     if torch.compiler.is_compiling():
         return None
-    return param.data_ptr(), param.dtype, None if param.is_inference() else param._version
+    return param.data_ptr(), param.dtype, version(param)
 
 
 @dataclass
@@ -249,7 +249,7 @@ class Gathered:
 
 
 def _versions(cast: Cast) -> tuple[int | None, ...]:
-    return tuple(None if t.is_inference() else t._version for t in cast)
+    return tuple(map(version, cast))
 
 
 @dataclass

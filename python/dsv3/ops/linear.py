@@ -35,6 +35,11 @@ class Quantized:
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def versions(self) -> tuple[int | None, int | None]:
+        """What differs after a change that torch has made to it in place."""
+        return version(self.data), version(self.sf)
+
     def to(self, device: torch.device) -> Quantized:
         """The same on a device; itself where it is there."""
         if self.data.device == self.sf.device == device:
@@ -105,10 +110,15 @@ def _linear_wgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     return None
 
 
+def version(x: Tensor) -> int | None:
+    """How often torch has changed x in place; None where it does not count."""
+    return None if x.is_inference() else x._version
+
+
 def is_unchanged(x: Tensor) -> bool:
     """Whether x still holds what the op that made it wrote, so that what it carries (a recipe, a cast) stands for it; in a
     graph that is being compiled, and in inference mode, that is taken for granted."""
-    return torch.compiler.is_compiling() or x.is_inference() or not x._version
+    return torch.compiler.is_compiling() or not version(x)
 
 
 class _Linear(Function):

@@ -62,19 +62,6 @@ def empty_transposed(x: Tensor, offsets: Tensor | None, source: Tensor | None = 
     return _empty_fp8(x, k, slots), empty_row_scales(x, k, slots // TILE)
 
 
-def _launch_transpose(
-    outputs: Any,
-    x: Tensor,
-    x_sf: Tensor | None,
-    offsets: Tensor | None,
-    pow2_scale: bool,
-    amax_floor: float,
-    source: Tensor | None = None,
-    topk: int = 1,
-) -> None:
-    native().cast_transpose(*outputs, x, x_sf, offsets, source, topk, pow2_scale, amax_floor)
-
-
 def _allocate_both(
     x: Tensor, offsets: Tensor | None, pow2_scale: bool, amax_floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,7 +99,9 @@ define(
     "[K,Tp] e4m3, xt_sf [K,Tp/128] fp32, strides (1, K up to 4); Tp = T, or R (+ 127 G) up to 128",
     reference=reference.cast_transpose,
     allocate=lambda x, x_sf, offsets, pow2_scale, amax_floor, source=None, topk=1: empty_transposed(x, offsets, source),
-    launch=_launch_transpose,
+    launch=lambda outputs, x, x_sf, offsets, pow2_scale, amax_floor, source=None, topk=1: native().cast_transpose(
+        *outputs, x, x_sf, offsets, source, topk, pow2_scale, amax_floor
+    ),
 )
 define(
     "per_token_cast_and_transpose(Tensor x, Tensor? offsets, bool pow2_scale, float amax_floor)"

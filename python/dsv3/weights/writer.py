@@ -69,36 +69,37 @@ def records(
 def _record(piece: Piece, source: Source, found: Tensor | Quantized, dtype: torch.dtype | str | None) -> Record:
     keys = (piece.key, piece.key + SCALE_SUFFIX)
     if isinstance(found, Quantized):
-        *matrix, rows = piece.at
-        assert isinstance(rows, slice)
-        if rows.start % BLOCK or (rows.stop % BLOCK and rows.stop != found.shape[-2]):
-            return _cut_record(keys, Quantized(found.data[(*matrix,)], found.sf[(*matrix,)]), rows, dtype)
-        part = Quantized(found.data[piece.at], found.sf[scale_at(piece)])
-        if dtype in (None, "fp8"):
-            return Record(keys, part.data.nbytes + part.sf.nbytes, lambda: (_host(part.data), _host(part.sf)))
-        assert isinstance(dtype, torch.dtype)
-        return Record(keys[:1], part.data.numel() * dtype.itemsize, lambda: (_host(part.dequantize(dtype)),))
+        return _quantized_record(keys, piece, found, dtype)
     dense = found[piece.at]
     if dtype == "fp8" and source.quantizable:
-        blocks = math.prod(-(-n // BLOCK) for n in piece.shape)
-        return Record(keys, dense.numel() + 4 * blocks, lambda: tuple(_host(t) for t in ops.per_block_cast(dense)))
+        return _cast_record(keys, piece, lambda: dense)
     # The gate's bias is fp32 whatever the weights are: its steps of 0.001 would drown in bf16.
     wanted = {None: dense.dtype, "fp8": torch.bfloat16}.get(dtype, dtype)
     wanted = torch.float32 if piece.key.endswith(GATE_BIAS) else wanted
     return Record(keys[:1], dense.numel() * wanted.itemsize, lambda: (_host(dense.to(wanted)),))
 
 
-def _cut_record(keys: tuple[str, ...], matrix: Quantized, rows: slice, dtype: torch.dtype | str | None) -> Record:
-    """Rows of a matrix in FP8 that begin or end within a block, of which files have whole ones: in FP8 they are cast again."""
-    values = (rows.stop - rows.start) * matrix.shape[-1]
-    if isinstance(dtype, torch.dtype):
-        return Record(keys[:1], values * dtype.itemsize, lambda: (_host(matrix.dequantize(dtype)[rows]),))
-    blocks = -(-(rows.stop - rows.start) // BLOCK) * -(-matrix.shape[-1] // BLOCK)
-    return Record(
-        keys,
-        values + 4 * blocks,
-        lambda: tuple(_host(t) for t in ops.per_block_cast(matrix.dequantize(torch.float32)[rows])),
-    )
+def _quantized_record(keys: tuple[str, ...], piece: Piece, found: Quantized, dtype: torch.dtype | str | None) -> Record:
+    *matrix, rows = piece.at
+    assert isinstance(rows, slice)
+    if rows.start % BLOCK or (rows.stop % BLOCK and rows.stop != found.shape[-2]):
+        # They begin or end within a block, of which files have whole ones: dequantised with their neighbours, and cast again.
+        held, cut = Quantized(found.data[(*matrix,)], found.sf[(*matrix,)]), rows
+        if dtype in (None, "fp8"):
+            return _cast_record(keys, piece, lambda: held.dequantize(torch.float32)[cut])
+    else:
+        held, cut = Quantized(found.data[piece.at], found.sf[scale_at(piece)]), slice(None)
+        if dtype in (None, "fp8"):
+            return Record(keys, held.data.nbytes + held.sf.nbytes, lambda: (_host(held.data), _host(held.sf)))
+    assert isinstance(dtype, torch.dtype)
+    size = math.prod(piece.shape) * dtype.itemsize
+    return Record(keys[:1], size, lambda: (_host(held.dequantize(dtype)[cut]),))
+
+
+def _cast_record(keys: tuple[str, ...], piece: Piece, make: Callable[[], Tensor]) -> Record:
+    """What `make` gives in FP8 and its scales."""
+    blocks = math.prod(-(-n // BLOCK) for n in piece.shape)
+    return Record(keys, math.prod(piece.shape) + 4 * blocks, lambda: tuple(map(_host, ops.per_block_cast(make()))))
 
 
 def _host(tensor: Tensor) -> Tensor:
