@@ -1,4 +1,5 @@
-// The instructions that few_attention.cu is made of: asynchronous copies to shared memory, 8x8 matrices from there, products.
+// Instructions that few_attention.cu is made of, and some of them other kernels of few tokens: asynchronous copies to shared
+// memory, 8x8 matrices from there, products.
 #pragma once
 
 #include "../common/vector.cuh"
@@ -17,6 +18,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
                : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most so many groups of copies are under way.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 // Four 8x8 matrices, of which lane i names row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const bf16* row) {

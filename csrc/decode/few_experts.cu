@@ -3,27 +3,28 @@
 //   act[t, j] = swiglu(x[t] Wgu[e]^T) * weight[t, j],  y[t, j] = act[t, j] Wd[e]^T,  e = topk_idx[t, j],
 //
 // and slot j = k of the shared experts, which take every token and have no weight. Roofline: the weights of every expert
-// that is chosen, once. A block takes 32 rows of one expert's matrix (16 of the gate's half and 16 of the other) and all of
-// its tokens. It finds them in topk_idx itself: the n-th expert that occurs is the n-th job, and there are no more jobs
-// than choices. Rows of act and y are the choices, so nothing is moved. Products: few_tokens.cuh.
+// that is chosen, once. A tile is 64 rows of one expert's matrix (32 of the gate's half and 32 of the other) with all of its
+// tokens, which every warp finds in topk_idx itself: the n-th expert that occurs is the n-th job. Rows of act and y are the
+// choices, so nothing is moved. Products: few_tiles.cuh.
 #include <algorithm>
 
 #include "../ops.h"
-#include "few_tokens.cuh"
+#include "few_tiles.cuh"
 
 namespace dsv3 {
 namespace {
 
-constexpr int kMaxExperts = 512, kMaxPairs = 1024;
+constexpr int kMaxTokens = 64, kMaxExperts = 512, kMaxPairs = 1024;
+constexpr int kDepthMultiple = 32;  // of hidden and inner: half a tile's rows, and whole vectors of a box
 
 // One of the two matrices, of the routed experts or of the shared ones.
 struct Part {
-  const bf16* weight;  // [E, N, K], or [N, K]
+  CUtensorMap weight;  // [E N, K]
   const bf16* x;       // rows of K: tokens or choices
   bf16* out;           // rows of `columns`
   int rows, depth;     // N and K
   int columns;         // of out: N, or N / 2 where the halves meet in SwiGLU
-  int blocks;          // an expert
+  int tiles;           // an expert
 };
 
 struct FewExpertsParams {
@@ -36,161 +37,158 @@ struct FewExpertsParams {
 };
 
 struct Chosen {
-  unsigned occurs[kMaxExperts / 32];
-  int counts[kMaxWarps];
-  int pairs[kMaxPairs];  // choices (token * topk + j) of the block's expert, ascending
+  unsigned occurs[kMaxExperts / 32];  // a bit an expert
+  int16_t experts[kMaxPairs];         // of each choice (token * topk + j), -1 where there is none
 };
 
-// The n-th expert that occurs among the pairs, -1 where there are fewer. `occurs` must be zero.
-__device__ __forceinline__ int find_expert(const FewExpertsParams& p, Chosen& chosen, int n) {
-  const int pairs = p.tokens * p.topk;
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-    const int64_t e = p.topk_idx[i];
-    if (e >= 0 && e < p.experts) atomicOr(&chosen.occurs[e / 32], 1u << e % 32);
+template <class C>
+struct ExpertsShared {
+  TileShared<C> tile;
+  Chosen chosen;
+  int16_t pairs[C::kThreads / kWarpSize][kMaxPairs];  // a warp's list: choices of its tile's expert, ascending
+};
+
+// Reads the choices, and returns how many experts occur among them. By the whole block.
+__device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& chosen) {
+  for (int i = threadIdx.x; i < kMaxExperts / 32; i += blockDim.x) chosen.occurs[i] = 0u;
+  __syncthreads();
+  const int pairs = p.tokens * p.topk, lane = threadIdx.x % kWarpSize;
+  for (int i = threadIdx.x; i - lane < pairs; i += blockDim.x) {
+    const int64_t e = i < pairs ? p.topk_idx[i] : -1;
+    const bool there = e >= 0 && e < p.experts;
+    if (i < pairs) chosen.experts[i] = static_cast<int16_t>(there ? e : -1);
+    for (int word = 0; word * 32 < p.experts; ++word) {
+      const unsigned bits = __reduce_or_sync(0xffffffffu, there && e / 32 == word ? 1u << e % 32 : 0u);
+      if (lane == 0 && bits != 0u) atomicOr(&chosen.occurs[word], bits);
+    }
   }
   __syncthreads();
-  for (int word = 0; word * 32 < p.experts; ++word) {
-    unsigned bits = chosen.occurs[word];
-    const int count = __popc(bits);
-    if (n >= count) {
-      n -= count;
-      continue;
-    }
-    for (; n > 0; --n) bits &= bits - 1;
-    return word * 32 + __ffs(bits) - 1;
-  }
-  return -1;
-}
-
-// Fills chosen.pairs with the pairs of the expert and returns their number.
-__device__ __forceinline__ int list_pairs(const FewExpertsParams& p, Chosen& chosen, int expert) {
-  const int pairs = p.tokens * p.topk, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   int found = 0;
-  for (int first = 0; first < pairs; first += blockDim.x) {
-    const int pair = first + threadIdx.x;
-    const bool mine = pair < pairs && p.topk_idx[pair] == expert;
-    const unsigned votes = __ballot_sync(0xffffffffu, mine);
-    if (threadIdx.x % kWarpSize == 0) chosen.counts[warp] = __popc(votes);
-    __syncthreads();
-    int before = found;
-    for (int w = 0; w < warps; ++w) {
-      before += w < warp ? chosen.counts[w] : 0;
-      found += chosen.counts[w];
-    }
-    if (mine) chosen.pairs[before + __popc(votes & ((1u << threadIdx.x % kWarpSize) - 1))] = pair;
-    __syncthreads();
-  }
+  for (int word = 0; word * 32 < p.experts; ++word) found += __popc(chosen.occurs[word]);
   return found;
 }
 
-// What a block computes: rows from `row` on of a matrix for `count` choices, or tokens where shared.
-struct Work {
-  Part part;
-  int row, count;
-  bool shared;
+// The n-th expert that occurs.
+__device__ __forceinline__ int find_expert(const Chosen& chosen, int n) {
+  int word = 0;
+  unsigned bits = chosen.occurs[0];
+  for (int count; n >= (count = __popc(bits)); bits = chosen.occurs[++word]) n -= count;
+  for (; n > 0; --n) bits &= bits - 1;
+  return word * 32 + __ffs(bits) - 1;
+}
+
+// Lists the pairs of an expert and returns their number. By a whole warp, whose list it is.
+__device__ __forceinline__ int list_pairs(const Chosen& chosen, int pairs, int expert, int16_t* list) {
+  const int lane = threadIdx.x % kWarpSize;
+  int found = 0;
+  __syncwarp();
+  for (int first = 0; first < pairs; first += kWarpSize) {
+    const bool mine = first + lane < pairs && chosen.experts[first + lane] == expert;
+    const unsigned votes = __ballot_sync(0xffffffffu, mine);
+    if (mine) list[found + __popc(votes & ((1u << lane) - 1))] = static_cast<int16_t>(first + lane);
+    found += __popc(votes);
+  }
+  __syncwarp();
+  return found;
+}
+
+// Tiles of the shared experts come first, then those of the experts that occur. As few_tiles.cuh wants it.
+template <bool kSwiglu>
+struct ExpertsWork {
+  static constexpr int kColumns = kSwiglu ? kTileRows / 2 : kTileRows;  // of out a tile
+  const FewExpertsParams& p;
+  const Chosen& chosen;
+  int16_t* pairs;
+  int jobs;                              // of the routed experts
+  int job = -1, expert = 0, listed = 0;  // the job at hand, its expert and pairs
+  int column = 0;                        // of out, the tile's first
+  bool shared = false;
+
+  __device__ __forceinline__ const Part& part() const { return shared ? p.shared : p.routed; }
+  __device__ __forceinline__ int tiles() const { return p.shared.tiles + jobs * p.routed.tiles; }
+  __device__ __forceinline__ int depth() const { return part().depth; }
+  __device__ __forceinline__ int begin(int tile) {
+    shared = tile < p.shared.tiles;
+    column = tile * kColumns;
+    if (shared) return p.tokens;
+    const int routed = tile - p.shared.tiles, wanted = routed / p.routed.tiles;
+    column = (routed - wanted * p.routed.tiles) * kColumns;
+    if (wanted != job) {
+      job = wanted;
+      expert = find_expert(chosen, job);
+      listed = list_pairs(chosen, p.tokens * p.topk, expert, pairs);
+    }
+    return listed;
+  }
+  __device__ __forceinline__ void load(uint8_t* to, int from, uint64_t& full) const {
+    constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
+    const int row = (shared ? 0 : expert * part().rows) + column;
+    tma_load(to, part().weight, full, from, row, kOnce);
+    if constexpr (kSwiglu) tma_load(to + kBoxBytes / 2, part().weight, full, from, row + part().columns, kOnce);
+  }
+  // Of act and y a choice is a row; of x, a token.
+  __device__ __forceinline__ const bf16* row(int token) const {
+    const int at = shared ? token : kSwiglu ? pairs[token] / p.topk : pairs[token];
+    return part().x + static_cast<int64_t>(at) * depth();
+  }
+  template <int kTokens, int kStride>
+  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread) const {
+    constexpr int kVectors = kColumns / 2;
+    const int count = min((shared ? p.tokens : listed) - first, kTokens);
+    for (int i = thread; i < count * kVectors; i += kWarpgroup) {
+      const int at = i / kVectors, c = i % kVectors * 2;
+      if (column + c >= part().columns) continue;  // the end of a matrix whose rows are no whole tiles
+      const int choice = shared ? first + at : pairs[first + at];
+      int64_t to = choice;
+      float2 sum = *reinterpret_cast<const float2*>(&sums[at][c]);
+      if constexpr (kSwiglu) {
+        const float2 up = *reinterpret_cast<const float2*>(&sums[at][c + kColumns]);
+        const float weight = shared ? 1.f : p.topk_weights[choice];
+        sum = {activate(sum.x, up.x, weight), activate(sum.y, up.y, weight)};
+      } else {
+        to = shared ? choice * p.slots + p.topk : choice / p.topk * p.slots + choice % p.topk;
+      }
+      *reinterpret_cast<__nv_bfloat162*>(part().out + to * part().columns + column + c) =
+          __floats2bfloat162_rn(sum.x, sum.y);
+    }
+  }
+  // As if gate and up had been rounded on their way.
+  static __device__ __forceinline__ float activate(float gate, float up, float weight) {
+    gate = to_float(__float2bfloat16_rn(gate)), up = to_float(__float2bfloat16_rn(up));
+    return gate / (1.f + expf(-gate)) * up * weight;
+  }
 };
 
-template <bool kSwiglu>
-__device__ __forceinline__ void store_tile(const FewExpertsParams& p, const Work& work, const int* list,
-                                           const float* sums, int first) {
-  const int warps = blockDim.x / kWarpSize;
-  for (int i = threadIdx.x; i < kTokenTile * kRowTile; i += blockDim.x) {
-    const int at = first + i / kRowTile, r = i % kRowTile;
-    if (at >= work.count) return;
-    const int choice = work.shared ? at : list[at];
-    const float* const place = sums + i / kRowTile * kSumStride + r;
-    const float a = add_sums(place, warps, 2 * kSumTile), b = add_sums(place + kSumTile, warps, 2 * kSumTile);
-    bf16* const out = work.part.out + work.row + r;
-    if constexpr (kSwiglu) {
-      const float gate = to_float(__float2bfloat16_rn(a)), up = to_float(__float2bfloat16_rn(b));
-      const float weight = work.shared ? 1.f : p.topk_weights[choice];
-      const int64_t at_row = static_cast<int64_t>(choice) * work.part.columns;
-      out[at_row] = __float2bfloat16_rn(gate / (1.f + expf(-gate)) * up * weight);
-    } else {
-      const int slot = work.shared ? at * p.slots + p.topk : choice / p.topk * p.slots + choice % p.topk;
-      const int64_t at_row = static_cast<int64_t>(slot) * work.part.columns;
-      out[at_row] = __float2bfloat16_rn(a);
-      out[at_row + kRowTile] = __float2bfloat16_rn(b);
-    }
+template <class C, bool kSwiglu>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    few_experts_kernel(const __grid_constant__ FewExpertsParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<ExpertsShared<C>*>(raw);
+  if (threadIdx.x == 0) {
+    shared.tile.ring.init();
+    cute::prefetch_tma_descriptor(&p.routed.weight);
+    cute::prefetch_tma_descriptor(&p.shared.weight);
   }
-}
-
-template <int kTiles, bool kSwiglu>
-__device__ __forceinline__ void compute(const FewExpertsParams& p, const Work& work, Weights<2>& weights,
-                                        const bf16* const (&rows)[2], const int* list, float* sums) {
-  const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize, depth = work.part.depth;
-  for (int first = 0; first < work.count; first += kTiles * kTokenTile) {
-    const bf16* x[kTiles];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int at = first + i * kTokenTile + lane_row();
-      x[i] = nullptr;
-      if (at >= work.count) continue;
-      const int row = work.shared ? at : kSwiglu ? list[at] / p.topk : list[at];
-      x[i] = work.part.x + static_cast<int64_t>(row) * depth + lane_column();
-    }
-    float sum[kTiles][2][4] = {};
-    for (int chunk = warp; chunk * kChunk < depth; chunk += warps) {
-      weights.load(rows, chunk, depth);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        if (first + i * kTokenTile >= work.count) break;
-        uint4 values[kSteps];
-        load_tokens(values, x[i], chunk, depth);
-        multiply<2>(sum[i], weights, values);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (first + i * kTokenTile >= work.count) break;
-      leave_sums(sums + 2 * warp * kSumTile, sum[i][0]);
-      leave_sums(sums + (2 * warp + 1) * kSumTile, sum[i][1]);
-      __syncthreads();
-      store_tile<kSwiglu>(p, work, list, sums, first + i * kTokenTile);
-      __syncthreads();
-    }
-  }
-}
-
-template <int kTiles, bool kSwiglu>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_experts_kernel(FewExpertsParams p) {
-  extern __shared__ float sums[];  // [warps, 2, kSumTile]
-  __shared__ Chosen chosen;
-  const int warp = threadIdx.x / kWarpSize, index = blockIdx.x - p.shared.blocks;
-  const bool shared = index < 0;
-  const Part part = shared ? p.shared : p.routed;
-  const int row = (shared ? blockIdx.x : index % part.blocks) * (kSwiglu ? kRowTile : 2 * kRowTile);
-  const bf16* const first = part.weight + static_cast<int64_t>(row + lane_row()) * part.depth + lane_column();
-  const bf16* rows[2] = {first, first + static_cast<int64_t>(kSwiglu ? part.columns : kRowTile) * part.depth};
-  for (int i = threadIdx.x; i < kMaxExperts / 32; i += blockDim.x) chosen.occurs[i] = 0u;
-  Weights<2> weights;
-  if (shared && p.static_weights) weights.load(rows, warp, part.depth);
+  // What the down projection needs but act was there before the kernel ahead could let this one begin. Choices come of a kernel
+  // just before the first projection.
+  const bool early = !kSwiglu || (p.static_weights && p.experts == 0);
+  if (!early) wait_for_inputs();
+  const int jobs = p.experts ? read_choices(p, shared.chosen) : 0;
   __syncthreads();
-  wait_for_inputs();
-  release_dependents();
-  int count = p.tokens;
-  if (!shared) {
-    const int expert = find_expert(p, chosen, index / part.blocks);
-    if (expert < 0) return;
-    const int64_t offset = static_cast<int64_t>(expert) * part.rows * part.depth;
-    rows[0] += offset;
-    rows[1] += offset;
-    weights.load(rows, warp, part.depth);
-    count = list_pairs(p, chosen, expert);
-  }
-  compute<kTiles, kSwiglu>(p, Work{part, row, count, shared}, weights, rows, chosen.pairs, sums);
+  ExpertsWork<kSwiglu> work{p, shared.chosen, shared.pairs[uniform_warp()], jobs};
+  run_tiles(shared.tile, work, [&] {
+    if (early) wait_for_inputs();
+    release_dependents();
+  });
 }
 
 template <bool kSwiglu>
 void launch_few_experts(const FewExpertsParams& p, cudaStream_t stream) {
   const int jobs = p.experts ? std::min(p.tokens * p.topk, p.experts) : 0;
-  const int depth = std::max(p.routed.depth, p.shared.depth);
-  visit_tiles(p.tokens, [&](auto count) {
-    const int warps = depth_warps(depth);
-    const Launch shape{.grid = dim3(p.shared.blocks + jobs * p.routed.blocks),
-                       .block = dim3(warps * kWarpSize),
-                       .smem = sizeof(float) * warps * 2 * kSumTile};
-    launch("few_experts", few_experts_kernel<decltype(count)::value, kSwiglu>, shape, stream, p);
+  const int64_t tiles = p.shared.tiles + static_cast<int64_t>(jobs) * p.routed.tiles;
+  visit_tile_config(p.tokens, [&](auto config) {
+    using C = decltype(config);
+    launch("few_experts", few_experts_kernel<C, kSwiglu>, tile_launch<C>(tiles, sizeof(ExpertsShared<C>)), stream, p);
   });
 }
 
@@ -204,11 +202,27 @@ void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& d
                  down.size(-2) == hidden && down.numel() == experts * inner * hidden,
              "gate_up must be (..., 2 inner, hidden) and down (..., hidden, inner) for x ", x, ", got ", gate_up,
              " and ", down);
-  DSV3_CHECK(hidden % kStep == 0 && inner % kStep == 0, "hidden and inner must be multiples of ", kStep, ", got ",
-             gate_up);
+  DSV3_CHECK(hidden % kDepthMultiple == 0 && inner % kDepthMultiple == 0, "hidden and inner must be multiples of ",
+             kDepthMultiple, ", got ", gate_up);
   const int rows = static_cast<int>(2 * inner), columns = static_cast<int>(hidden), width = static_cast<int>(inner);
-  first = {gate_up.data<bf16>(), x.data<bf16>(), act, rows, columns, width, width / kRowTile};
-  second = {down.data<bf16>(), act, y.data<bf16>(), columns, width, columns, columns / (2 * kRowTile)};
+  const auto map = [](const Tensor& weight, int64_t of_rows, int64_t depth, int box_rows) {
+    return tensor_map({weight.data<void>(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, of_rows, depth, 2 * depth}, box_rows,
+                      kBoxColumns, true);
+  };
+  first = {map(gate_up, experts * rows, hidden, kTileRows / 2),
+           x.data<bf16>(),
+           act,
+           rows,
+           columns,
+           width,
+           ceil_div(width, kTileRows / 2)};
+  second = {map(down, experts * hidden, inner, kTileRows),
+            act,
+            y.data<bf16>(),
+            columns,
+            width,
+            columns,
+            ceil_div(columns, kTileRows)};
 }
 
 }  // namespace
@@ -217,7 +231,7 @@ void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx,
                  std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
                  std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream) {
   check_operand("x", x, Dtype::kBFloat16);
-  DSV3_CHECK(x.dim() == 2 && x.size(0) <= kFewTokens, "x must be (tokens, hidden) of at most ", kFewTokens,
+  DSV3_CHECK(x.dim() == 2 && x.size(0) <= kMaxTokens, "x must be (tokens, hidden) of at most ", kMaxTokens,
              " tokens, got ", x);
   const int64_t tokens = x.size(0), topk = topk_idx ? topk_idx->size(1) : 0;
   FewExpertsParams first{.tokens = static_cast<int>(tokens),

@@ -1,14 +1,16 @@
 // Linear layers of few tokens: out_i [T, N_i] = x W_i^T for up to kMatrices matrices that read the same x [T, K]; and
 // out [T, G, N] = x [T, G, K] W^T with a matrix for every head. Roofline: 2 N K bytes. A block takes 16 rows of a matrix, its
-// warps share K (few_tokens.cuh); weights that nobody writes are asked for before the kernel ahead has ended.
+// warps share K (few_tokens.cuh); of one matrix of many rows, 64 and all of K (few_tiles.cuh). Weights that nobody writes are
+// asked for before the kernel ahead has ended.
 #include "../ops.h"
+#include "few_tiles.cuh"
 #include "few_tokens.cuh"
 
 namespace dsv3 {
 namespace {
 
 constexpr int kMatrices = 4;
-constexpr int kManyRows = 8192;
+constexpr int kManyRows = 7168;  // of which there are tiles for nearly every multiprocessor
 
 struct Matrix {
   const bf16* weight;  // [N, K] of the first head
@@ -38,17 +40,15 @@ struct TokenRows {
   }
 };
 
-template <int kTiles, int kRowTiles>
+template <int kTiles>
 __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matrix& m, const float* sums, int first,
                                            int row) {
-  constexpr int kRows = kRowTiles * kRowTile;
   const int warps = blockDim.x / kWarpSize;
-  for (int i = threadIdx.x; i < kTiles * kTokenTile * kRows; i += blockDim.x) {
-    const int at = i / kRows, r = i % kRows, token = first + at;
+  for (int i = threadIdx.x; i < kTiles * kTokenTile * kRowTile; i += blockDim.x) {
+    const int at = i / kRowTile, r = i % kRowTile, token = first + at;
     if (token >= p.tokens) return;
-    const float* const place =
-        sums + (at / kTokenTile * kRowTiles + r / kRowTile) * kSumTile + at % kTokenTile * kSumStride + r % kRowTile;
-    const float sum = add_sums(place, warps, kTiles * kRowTiles * kSumTile);
+    const float* const place = sums + at / kTokenTile * kSumTile + at % kTokenTile * kSumStride + r;
+    const float sum = add_sums(place, warps, kTiles * kSumTile);
     const int64_t to = token * m.out_stride + blockIdx.y * p.out_head + row + r;
     if (p.wide_out) {
       static_cast<float*>(m.out)[to] = sum;
@@ -58,72 +58,124 @@ __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matri
   }
 }
 
-template <int kTiles, int kRowTiles>
+template <int kTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLinearParams p) {
-  extern __shared__ float sums[];  // [warps, kTiles, kRowTiles, kSumTile]
+  extern __shared__ float sums[];  // [warps, kTiles, kSumTile]
   const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-  int row = blockIdx.x * kRowTiles * kRowTile, index = 0;
+  int row = blockIdx.x * kRowTile, index = 0;
   for (; row >= p.matrices[index].rows; ++index) row -= p.matrices[index].rows;
   const Matrix& m = p.matrices[index];
-  const bf16* rows[kRowTiles];
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    rows[r] = m.weight + blockIdx.y * p.weight_head + static_cast<int64_t>(row + r * kRowTile + lane_row()) * p.depth +
-              lane_column();
-  }
-  Weights<kRowTiles> weights;
-  if (p.static_weights) weights.load(rows, warp, p.depth);
+  const bf16* const mine =
+      m.weight + blockIdx.y * p.weight_head + static_cast<int64_t>(row + lane_row()) * p.depth + lane_column();
+  Weights weights;
+  if (p.static_weights) weights.load(mine, warp, p.depth);
   wait_for_inputs();
   release_dependents();
   for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
     const TokenRows<kTiles> x(p.x + blockIdx.y * p.x_head, p.x_stride, first, p.tokens);
-    float sum[kTiles][kRowTiles][4] = {};
+    float sum[kTiles][4] = {};
     for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
-      weights.load(rows, chunk, p.depth);
+      weights.load(mine, chunk, p.depth);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         uint4 values[kSteps];
         load_tokens(values, x.rows[i], chunk, p.depth);
-        multiply<kRowTiles>(sum[i], weights, values);
+        multiply(sum[i], weights, values);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        leave_sums(sums + ((warp * kTiles + i) * kRowTiles + r) * kSumTile, sum[i][r]);
-      }
-    }
+    for (int i = 0; i < kTiles; ++i) leave_sums(sums + (warp * kTiles + i) * kSumTile, sum[i]);
     __syncthreads();
-    store_sums<kTiles, kRowTiles>(p, m, sums, first, row);
+    store_sums<kTiles>(p, m, sums, first, row);
     __syncthreads();
   }
-}
-
-template <int kTiles, int kRowTiles>
-void launch_tiles(const char* name, const FewLinearParams& p, int64_t rows, int heads, cudaStream_t stream) {
-  const int warps = depth_warps(p.depth);
-  const size_t smem = sizeof(float) * warps * kTiles * kRowTiles * kSumTile;
-  const dim3 grid(rows / (kRowTiles * kRowTile), heads);
-  const Launch shape{.grid = grid, .block = dim3(warps * kWarpSize), .smem = smem};
-  launch(name, few_linear_kernel<kTiles, kRowTiles>, shape, stream, p);
 }
 
 void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cudaStream_t stream) {
   int64_t rows = 0;
-  bool even = true;
-  for (const Matrix& m : p.matrices) {
-    rows += m.rows;
-    even = even && m.rows % (2 * kRowTile) == 0;
-  }
+  for (const Matrix& m : p.matrices) rows += m.rows;
   if (p.tokens == 0) return;
   visit_tiles(p.tokens, [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
-    // Every block reads all tokens. Where there are many of both, as in the head, these bytes count: twice the rows a block.
-    if constexpr (kTiles == 4) {
-      if (even && rows >= kManyRows) return launch_tiles<kTiles, 2>(name, p, rows, heads, stream);
+    const int warps = depth_warps(p.depth);
+    const Launch shape{.grid = dim3(rows / kRowTile, heads),
+                       .block = dim3(warps * kWarpSize),
+                       .smem = sizeof(float) * warps * kTiles * kSumTile};
+    launch(name, few_linear_kernel<kTiles>, shape, stream, p);
+  });
+}
+
+struct ManyRowsParams {
+  CUtensorMap weight;  // [N, K]
+  const bf16* x;       // [T, K]
+  void* out;           // [T, N]
+  int rows, depth, tokens;
+  bool wide_out, static_weights;
+};
+
+// As few_tiles.cuh wants it.
+struct ManyRowsWork {
+  const ManyRowsParams& p;
+  int row_of_tile = 0;  // the tile's first
+  __device__ __forceinline__ int tiles() const { return ceil_div(p.rows, kTileRows); }
+  __device__ __forceinline__ int depth() const { return p.depth; }
+  __device__ __forceinline__ int begin(int tile) {
+    row_of_tile = tile * kTileRows;
+    return p.tokens;
+  }
+  __device__ __forceinline__ void load(uint8_t* to, int column, uint64_t& full) const {
+    tma_load(to, p.weight, full, column, row_of_tile, cute::TMA::CacheHintSm90::EVICT_FIRST);
+  }
+  __device__ __forceinline__ const bf16* row(int token) const { return p.x + static_cast<int64_t>(token) * p.depth; }
+  template <int kTokens, int kStride>
+  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread) const {
+    constexpr int kPairs = kTileRows / 2;
+    for (int i = thread; i < min(p.tokens - first, kTokens) * kPairs; i += kWarpgroup) {
+      const int at = i / kPairs, r = i % kPairs * 2;
+      if (row_of_tile + r >= p.rows) continue;
+      const float2 sum = *reinterpret_cast<const float2*>(&sums[at][r]);
+      const int64_t to = static_cast<int64_t>(first + at) * p.rows + row_of_tile + r;
+      if (p.wide_out) {
+        *reinterpret_cast<float2*>(static_cast<float*>(p.out) + to) = sum;
+      } else {
+        *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(p.out) + to) = __floats2bfloat162_rn(sum.x, sum.y);
+      }
     }
-    launch_tiles<kTiles, 1>(name, p, rows, heads, stream);
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) many_rows_kernel(const __grid_constant__ ManyRowsParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<TileShared<C>*>(raw);
+  if (threadIdx.x == 0) {
+    shared.ring.init();
+    cute::prefetch_tma_descriptor(&p.weight);
+  }
+  __syncthreads();
+  if (!p.static_weights) wait_for_inputs();
+  ManyRowsWork work{p};
+  run_tiles(shared, work, [] {
+    wait_for_inputs();
+    release_dependents();
+  });
+}
+
+void launch_many_rows(const FewLinearParams& few, cudaStream_t stream) {
+  const Matrix& m = few.matrices[0];
+  const MatrixView view{m.weight, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, m.rows, few.depth, int64_t{2} * few.depth};
+  const ManyRowsParams p{.weight = tensor_map(view, kTileRows, kBoxColumns, true),
+                         .x = few.x,
+                         .out = m.out,
+                         .rows = m.rows,
+                         .depth = few.depth,
+                         .tokens = few.tokens,
+                         .wide_out = few.wide_out,
+                         .static_weights = few.static_weights};
+  visit_tile_config(p.tokens, [&](auto config) {
+    using C = decltype(config);
+    const Launch shape = tile_launch<C>(ceil_div(p.rows, kTileRows), sizeof(TileShared<C>));
+    launch("few_linear", many_rows_kernel<C>, shape, stream, p);
   });
 }
 
@@ -160,7 +212,8 @@ void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights,
                      .rows = static_cast<int>(rows)};
   }
   const DeviceGuard guard(x);
-  launch_few_linear("few_linear", p, 1, stream);
+  const bool many = weights.size() == 1 && p.matrices[0].rows >= kManyRows && p.tokens > 0;
+  many ? launch_many_rows(p, stream) : launch_few_linear("few_linear", p, 1, stream);
 }
 
 void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStream_t stream) {

@@ -57,25 +57,21 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A chunk of kRowTiles times 16 rows, in registers.
-template <int kRowTiles>
+// A chunk of 16 rows, in registers.
 struct Weights {
-  uint4 upper[kRowTiles][kSteps], lower[kRowTiles][kSteps];  // the lane's row of the first 8 and of the last 8
+  uint4 upper[kSteps], lower[kSteps];  // the lane's row of the first 8 and of the last 8
   int chunk = -1;
 
-  // rows: the lane's row of each tile at the lane's first column.
-  __device__ __forceinline__ void load(const bf16* const (&rows)[kRowTiles], int wanted, int depth) {
+  // row: the lane's of the first 8, at its first column.
+  __device__ __forceinline__ void load(const bf16* row, int wanted, int depth) {
     if (wanted == chunk) return;
     chunk = wanted;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        const int column = chunk * kChunk + s * kStep;
-        const bool inside = column < depth;
-        upper[r][s] = inside ? load_once(rows[r] + column) : uint4{};
-        lower[r][s] = inside ? load_once(rows[r] + column + static_cast<int64_t>(8) * depth) : uint4{};
-      }
+    for (int s = 0; s < kSteps; ++s) {
+      const int column = chunk * kChunk + s * kStep;
+      const bool inside = column < depth;
+      upper[s] = inside ? load_once(row + column) : uint4{};
+      lower[s] = inside ? load_once(row + column + static_cast<int64_t>(8) * depth) : uint4{};
     }
   }
 };
@@ -89,17 +85,12 @@ __device__ __forceinline__ void load_tokens(uint4 (&x)[kSteps], const bf16* row,
   }
 }
 
-template <int kRowTiles>
-__device__ __forceinline__ void multiply(float (&sum)[kRowTiles][4], const Weights<kRowTiles>& w,
-                                         const uint4 (&x)[kSteps]) {
+__device__ __forceinline__ void multiply(float (&sum)[4], const Weights& w, const uint4 (&x)[kSteps]) {
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const uint4 &up = w.upper[r][s], &low = w.lower[r][s];
-      mma(sum[r], up.x, low.x, up.y, low.y, x[s].x, x[s].y);
-      mma(sum[r], up.z, low.z, up.w, low.w, x[s].z, x[s].w);
-    }
+    const uint4 &up = w.upper[s], &low = w.lower[s];
+    mma(sum, up.x, low.x, up.y, low.y, x[s].x, x[s].y);
+    mma(sum, up.z, low.z, up.w, low.w, x[s].z, x[s].w);
   }
 }
 
