@@ -1,9 +1,11 @@
 // The queries of absorbed attention: out[t, h] = [q_nope[t, h] W_uk[h] | rope(q_rope[t, h])], for few tokens.
 //
 // q [T, Hq, Dn + Dr], W_uk [Hq, Dn, Dc] (views of kv_b's weight), out [T, Hq, Dc + Dr]; bf16. Roofline: W_uk once. A
-// block takes 64 columns of a head's W_uk, its four warps a quarter of Dn each; more blocks rotate. The matrix is
+// block takes 64 columns of a head's W_uk for some of the tokens, its four warps a quarter of Dn each; more blocks rotate. The matrix is
 // stored with its columns, not with the reduced dimension, in neighbouring places: a lane's 16 bytes are 8 columns of
 // one row, and values of two rows are paired in registers before the tensor core sees them. See few_tokens.cuh.
+#include <algorithm>
+
 #include "../ops.h"
 #include "few_tokens.cuh"
 
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) mla_absorb_kernel(AbsorbParams p) {
   extern __shared__ float sums[];  // [kWarps, kTiles, kMatrices, kSumTile]
   const int head = blockIdx.y, warp = threadIdx.x / kWarpSize, t = threadIdx.x % 4;
   if (blockIdx.x * kColumns >= p.latent) {
-    rotate(p, head, blockIdx.x - p.latent / kColumns);
+    if (blockIdx.z == 0) rotate(p, head, blockIdx.x - p.latent / kColumns);
     return;
   }
   const int column = blockIdx.x * kColumns + lane_row() * 8;
@@ -109,30 +111,27 @@ __global__ void __launch_bounds__(kThreads) mla_absorb_kernel(AbsorbParams p) {
   wait_for_inputs();
   release_dependents();
   if (!p.static_weights) load_weights();
-  for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
-    float sum[kTiles][kMatrices][4] = {};
+  const int first = blockIdx.z * kTiles * kTokenTile;
+  float sum[kTiles][kMatrices][4] = {};
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int token = first + i * kTokenTile + lane_row();
-      const bf16* const q = p.q + (static_cast<int64_t>(token) * p.heads + head) * (p.nope + p.rope) + 4 * t;
+  for (int i = 0; i < kTiles; ++i) {
+    const int token = first + i * kTokenTile + lane_row();
+    const bf16* const q = p.q + (static_cast<int64_t>(token) * p.heads + head) * (p.nope + p.rope) + 4 * t;
 #pragma unroll
-      for (int s = 0; s < kMaxSteps; ++s) {
-        const int row = (s * kWarps + warp) * kDepth;
-        if (row >= p.nope) break;
-        const uint2 b = token < p.tokens ? *reinterpret_cast<const uint2*>(q + row) : uint2{};
-        slabs[s].multiply<0>(sum[i][0], b.x, b.y);
-        slabs[s].multiply<1>(sum[i][1], b.x, b.y);
-        slabs[s].multiply<2>(sum[i][2], b.x, b.y);
-        slabs[s].multiply<3>(sum[i][3], b.x, b.y);
-      }
-#pragma unroll
-      for (int m = 0; m < kMatrices; ++m)
-        leave_sums(sums + ((warp * kTiles + i) * kMatrices + m) * kSumTile, sum[i][m]);
+    for (int s = 0; s < kMaxSteps; ++s) {
+      const int row = (s * kWarps + warp) * kDepth;
+      if (row >= p.nope) break;
+      const uint2 b = token < p.tokens ? *reinterpret_cast<const uint2*>(q + row) : uint2{};
+      slabs[s].multiply<0>(sum[i][0], b.x, b.y);
+      slabs[s].multiply<1>(sum[i][1], b.x, b.y);
+      slabs[s].multiply<2>(sum[i][2], b.x, b.y);
+      slabs[s].multiply<3>(sum[i][3], b.x, b.y);
     }
-    __syncthreads();
-    store_columns<kTiles>(p, sums, first, head);
-    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) leave_sums(sums + ((warp * kTiles + i) * kMatrices + m) * kSumTile, sum[i][m]);
   }
+  __syncthreads();
+  store_columns<kTiles>(p, sums, first, head);
 }
 
 }  // namespace
@@ -173,9 +172,12 @@ void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Ten
                        .rope = static_cast<int>(rope),
                        .latent = static_cast<int>(latent),
                        .static_weights = static_weights};
-  const dim3 grid(latent / kColumns + ceil_div(tokens * rope / 2, kThreads), heads);
-  visit_tiles(tokens, [&](auto count) {
+  const int64_t blocks = latent / kColumns + ceil_div(tokens * rope / 2, kThreads);
+  // Where there are few blocks, tokens are divided among more of them, which read the same weights from the L2 cache.
+  const int64_t at_a_time = latent / kColumns * heads <= sm_count() ? 16 : kFewTokens;
+  visit_tiles(std::min(tokens, at_a_time), [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
+    const dim3 grid(blocks, heads, ceil_div(tokens, kTiles * kTokenTile));
     const size_t smem = sizeof(float) * kWarps * kTiles * kMatrices * kSumTile;
     const Launch shape{.grid = grid, .block = dim3(kThreads), .smem = smem};
     launch("mla_absorb", mla_absorb_kernel<kTiles>, shape, stream, p);
