@@ -157,9 +157,10 @@ void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Ten
                 cudaStream_t stream);
 // few_attention.cu. q [B, S, G, 576] of at most 32 rows S G, cache [pages, 64, 1, 576], block_table int32 [B, W], seq_lens
 // int32 [B]; out [B, S, G, 512]; partial fp32 [B, few_attention_pieces(W), S G, 512] and partial_lse without 512 are workspace.
+// static_cache: cache, block_table and seq_lens are not written by the kernel ahead.
 int64_t few_attention_pieces(int64_t width);
 void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
-                   Tensor seq_lens, double softmax_scale, cudaStream_t stream);
+                   Tensor seq_lens, double softmax_scale, bool static_cache, cudaStream_t stream);
 // few_gate.cu. x, residual, sum, u [T, H]; norm_weight [H]; gate [E, H]; bias fp32 [E]; index int64, weights fp32 [T, k].
 // Settings: eps, num_groups, topk_groups, route_scale, softmax, top2_sum, normalize (as of moe_gate), static_weights.
 using FewGateSettings = std::tuple<double, int64_t, int64_t, double, bool, bool, bool, bool>;

@@ -122,9 +122,9 @@ def _attention_case(batch: int, heads: int, length: int) -> Case:
         flops=2.0 * batch * length * heads * (576 + 512),
         bytes=2 * batch * (length * 576 + heads * (576 + 512)),
         inputs=inputs,
-        run=lambda *inputs: torch.ops.dsv3.few_attention(*inputs, 192**-0.5, 512),
+        run=lambda *inputs: torch.ops.dsv3.few_attention(*inputs, 192**-0.5, 512, True),
         baselines={
-            "torch": Baseline(lambda *inputs: reference.few_attention(*inputs, 192**-0.5, 512)),
+            "torch": Baseline(lambda *inputs: reference.few_attention(*inputs, 192**-0.5, 512, True)),
             "mla_decode": Baseline(lambda *x: torch.ops.dsv3.mla_decode(*x, None, 192**-0.5, 512, True, False)[0]),
         },
     )

@@ -3,11 +3,11 @@
 //   out[b, s, h] = softmax_j(scale q[b, s, h] . c_j) c_j[:512],  j < seq_lens[b] - S + s + 1,  c_j = 576 cached bf16
 //
 // Roofline: the cached rows once. Where mla_decode keeps the multiprocessors evenly busy by a schedule, this kernel keeps
-// short sequences short: the pages of a sequence are divided into pieces, a block for each, which loads a page of 64 keys
-// with as many bytes in flight as it has, and multiplies with 16-row instructions instead of 64-row ones. A second kernel
-// adds up the pieces in their order. The first 32 pieces have a page each, the next 32 two, and so on: where one begins
-// depends neither on the sequence's length nor on the batch, so a token's bits do not change with what is beside it, nor
-// with the drafts behind it.
+// short sequences short: the pages of a sequence are divided into pieces, of which a block takes one after the other. While
+// it multiplies a page of 64 keys, with 16-row instructions instead of 64-row ones, the next page is on its way; what is left
+// is a chain of short steps, so 16 warps share each. A second kernel adds up the pieces in their order. The first 32 pieces
+// have a page each, the next 32 two, and so on: where one begins depends neither on the sequence's length nor on the batch,
+// so a token's bits do not change with what is beside it, nor with the drafts behind it.
 #include <algorithm>
 
 #include "../common/device_error.cuh"
@@ -19,14 +19,16 @@
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
 constexpr int kPage = 64, kLatent = 512, kWidth = 576;
 constexpr int kMaxRows = 32;
+constexpr unsigned kAll = 0xffffffffu;
 constexpr int kPiecesASize = 32;        // pieces of a page, then as many of two pages, of four, ...
 constexpr int kCombined = 16;           // pieces whose results are read at a time
 constexpr int kKeyStride = kWidth + 8;  // of rows in shared memory: 8 of them begin in 8 different groups of 4 banks
 constexpr int kScoreStride = kPage + 4, kProbabilityStride = kPage + 8;
 constexpr int kColumns = kLatent / kWarps;  // of the output a warp
+constexpr int kParts = 4;                   // of the columns of scores
 
 struct AttentionParams {
   bf16* out;           // [B, rows, 512]
@@ -37,8 +39,9 @@ struct AttentionParams {
   const int *block_table, *seq_lens;
   int64_t table_stride;
   int64_t pages;
-  int width, pieces, rows, steps, heads;  // pieces: of the width
-  float scale;                            // times log2 e
+  int batch, width, pieces, rows, steps, heads;  // pieces: of the width
+  float scale;                                   // times log2 e
+  bool static_cache;
   DeviceError* error;
 };
 
@@ -54,89 +57,191 @@ __host__ __device__ __forceinline__ int num_pieces(int pages) {
 
 // How a sequence is divided.
 struct Division {
-  int length, pages, pieces;
+  int length, needed, pages, pieces;  // pages: those of the needed ones that the table has
   __device__ __forceinline__ Division(const AttentionParams& p, int sequence) {
     length = max(p.seq_lens[sequence], 0);
-    pages = min(length / kPage + (length % kPage != 0), p.width);
+    needed = length / kPage + (length % kPage != 0);
+    pages = min(needed, p.width);
     pieces = num_pieces(pages);
   }
+};
+
+// A page that a block is to attend to.
+struct Stage {
+  int sequence, piece;  // no sequence: -1
+  int entry, end;       // of the table: the page, and where the piece ends
+  int length;           // of the sequence
+  int page;
+  __device__ __forceinline__ bool is_last() const { return entry + 1 == end; }
+  __device__ __forceinline__ bool is_known(const AttentionParams& p) const { return page >= 0 && page < p.pages; }
+  // Whether the table is too short for the sequence.
+  __device__ __forceinline__ bool is_cut(const AttentionParams& p) const {
+    return p.width < length / kPage + (length % kPage != 0);
+  }
+};
+
+// The pages of the block's pieces one by one; a block takes every gridDim.x-th piece of all sequences. Lane l of each warp keeps
+// sequence first + l: its length, and how many pieces lie before its end.
+class Stages {
+ public:
+  __device__ __forceinline__ explicit Stages(const AttentionParams& params)
+      : p(params), piece(static_cast<int>(blockIdx.x)) {
+    look(0);
+  }
+
+  // The first page of the block's next piece.
+  __device__ __forceinline__ Stage first() {
+    for (int total; piece - before >= (total = __shfl_sync(kAll, end, kWarpSize - 1));) {
+      if (first_sequence + kWarpSize >= p.batch) return {.sequence = -1};
+      before += total;
+      look(first_sequence + kWarpSize);
+    }
+    const int n = piece - before, owner = __ffs(__ballot_sync(kAll, end > n)) - 1;
+    Stage at{.sequence = first_sequence + owner, .piece = n - __shfl_sync(kAll, end - mine, owner)};
+    at.length = __shfl_sync(kAll, length, owner);
+    const int size = 1 << at.piece / kPiecesASize;
+    at.entry = kPiecesASize * (size - 1) + at.piece % kPiecesASize * size;
+    at.end = min(at.entry + size, min(at.length / kPage + (at.length % kPage != 0), p.width));
+    at.page = p.block_table[at.sequence * p.table_stride + at.entry];
+    piece += static_cast<int>(gridDim.x);
+    return at;
+  }
+  // The page behind `at`, maybe of the next piece.
+  __device__ __forceinline__ Stage next(Stage at) {
+    if (at.sequence < 0) return at;
+    if (at.is_last()) return first();
+    at.page = p.block_table[at.sequence * p.table_stride + ++at.entry];
+    return at;
+  }
+
+ private:
+  __device__ __forceinline__ void look(int sequence) {
+    const int lane = threadIdx.x % kWarpSize;
+    first_sequence = sequence;
+    mine = length = 0;
+    if (sequence + lane < p.batch) {
+      const Division d(p, sequence + lane);
+      mine = d.pieces, length = d.length;
+    }
+    end = mine;
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const int others = __shfl_up_sync(kAll, end, distance);
+      if (lane >= distance) end += others;
+    }
+  }
+
+  const AttentionParams& p;
+  int piece, before = 0, first_sequence;  // the next piece, and how many lie before the first sequence
+  int mine, end, length;
 };
 
 template <int kRowTiles>
 struct AttentionShared {
   static constexpr int kRows = kRowTiles * 16;
-  alignas(16) bf16 keys[kPage][kKeyStride];
+  alignas(16) bf16 keys[2][kPage][kKeyStride];
   alignas(16) bf16 queries[kRows][kKeyStride];
   alignas(16) bf16 probabilities[kRows][kProbabilityStride];
-  float scores[kRows][kScoreStride];
+  float scores[kParts][kRows][kScoreStride];  // of each part of the columns
   float max[kRows], sum[kRows], correction[kRows];
 };
 
-// The page's first `count` rows; zeros behind them, since nothing says what unused rows hold.
+// The page's first `count` rows; zeros behind them, since nothing says what unused rows hold. 8 lanes a row: every copy of a
+// thread is 128 bytes behind the one before.
 __device__ __forceinline__ void load_keys(bf16 (*keys)[kKeyStride], const bf16* page, int count) {
-  constexpr int kVectors = kWidth / 8;
-  for (int i = threadIdx.x; i < kPage * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = i % kVectors * 8;
-    copy_async(&keys[row][column], page + static_cast<int64_t>(row) * kWidth + column, row < count);
-  }
+  static_assert(kThreads == 8 * kPage);
+  const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
+  bf16* const to = &keys[row][column];
+  const bf16* const from = page + row * kWidth + column;
+#pragma unroll
+  for (int j = 0; j < kWidth; j += 64) copy_async(to + j, from + j, row < count);
 }
 
+__device__ __forceinline__ void load_stage(const AttentionParams& p, bf16 (*keys)[kKeyStride], const Stage& at) {
+  const bool known = at.is_known(p);
+  if (!known && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, at.sequence, at.page, at.entry, p.pages);
+  const int64_t page = known ? at.page : 0;
+  load_keys(keys, p.cache + page * kPage * kWidth, known ? at.length - at.entry * kPage : 0);
+}
+
+// A row a warp, or two.
 template <int kRowTiles>
 __device__ __forceinline__ void load_queries(const AttentionParams& p, AttentionShared<kRowTiles>& shared,
                                              int sequence) {
-  constexpr int kVectors = kWidth / 8;
-  const bf16* const q = p.q + static_cast<int64_t>(sequence) * p.rows * kWidth;
-  for (int i = threadIdx.x; i < AttentionShared<kRowTiles>::kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = i % kVectors * 8;
-    copy_async(&shared.queries[row][column], q + static_cast<int64_t>(min(row, p.rows - 1)) * kWidth + column, true);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int row = warp; row < AttentionShared<kRowTiles>::kRows; row += kWarps) {
+    const bf16* const q = p.q + (static_cast<int64_t>(sequence) * p.rows + min(row, p.rows - 1)) * kWidth;
+#pragma unroll
+    for (int column = lane * 8; column < kWidth; column += kWarpSize * 8) {
+      copy_async(&shared.queries[row][column], q + column, true);
+    }
   }
 }
 
-// Scores of all rows and the warp's 8 keys. The sum has two parts, so that two products are under way.
+// Scores of all rows: a warp takes 16 keys and a part of the columns.
 template <int kRowTiles>
-__device__ __forceinline__ void multiply_keys(AttentionShared<kRowTiles>& shared) {
+__device__ __forceinline__ void multiply_keys(AttentionShared<kRowTiles>& shared, const bf16 (*keys)[kKeyStride]) {
+  constexpr int kKeyWarps = kPage / 16, kDepth = kWidth / kParts;
+  static_assert(kWarps == kParts * kKeyWarps && kDepth % 16 == 0);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  float score[2][kRowTiles][4] = {};
-  const bf16* const key = &shared.keys[warp * 8 + lane % 8][lane / 8 * 8];
-#pragma unroll 6
-  for (int k = 0; k < kWidth; k += 32) {
+  const int first_key = warp % kKeyWarps * 16, part = warp / kKeyWarps;
+  float score[kRowTiles][2][4] = {};
+  const bf16* const key = &keys[first_key + lane / 16 * 8 + lane % 8][part * kDepth + lane / 8 % 2 * 8];
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
     uint32_t b[4];
     load_matrices(b, key + k);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        uint32_t a[4];
-        load_matrices(a, &shared.queries[r * 16 + lane % 16][k + half * 16 + lane / 16 * 8]);
-        multiply(score[half][r], a, b[2 * half], b[2 * half + 1]);
-      }
+    for (int r = 0; r < kRowTiles; ++r) {
+      uint32_t a[4];
+      load_matrices(a, &shared.queries[r * 16 + lane % 16][part * kDepth + k + lane / 16 * 8]);
+      multiply(score[r][0], a, b[0], b[1]);
+      multiply(score[r][1], a, b[2], b[3]);
     }
   }
-  const int row = lane / 4, column = warp * 8 + lane % 4 * 2;
+  const int row = lane / 4, column = first_key + lane % 4 * 2;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      shared.scores[r * 16 + row + i / 2 * 8][column + i % 2] = score[0][r][i] + score[1][r][i];
+      float* const to = &shared.scores[part][r * 16 + row + i % 2 * 8][column + i / 2 * 8];
+      *reinterpret_cast<float2*>(to) = float2{score[r][i / 2][i % 2 * 2], score[r][i / 2][i % 2 * 2 + 1]};
     }
   }
 }
 
-// Probabilities of a page whose first key is `begin`, relative to the largest score so far; a warp takes every eighth row.
+// Rows of softmax that a warp takes, every sixteenth, and how many keys of its sequence each sees, less the sequence's length:
+// none but the last token's sees all.
 template <int kRowTiles>
-__device__ __forceinline__ void soften(const AttentionParams& p, AttentionShared<kRowTiles>& shared, int begin,
-                                       int length) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int row = warp; row < AttentionShared<kRowTiles>::kRows; row += kWarps) {
-    const int step = min(row / p.heads, p.steps - 1), seen = length - p.steps + step + 1 - begin;
-    float x[2], most = shared.max[row];
+struct WarpRows {
+  int more[kRowTiles];
+  __device__ __forceinline__ explicit WarpRows(const AttentionParams& p) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column = 2 * lane + i;
-      x[i] = column < seen ? shared.scores[row][column] * p.scale : -INFINITY;
-      most = fmaxf(most, x[i]);
+    for (int r = 0; r < kRowTiles; ++r) more[r] = min(row(r) / p.heads, p.steps - 1) + 1 - p.steps;
+  }
+  __device__ __forceinline__ int row(int r) const { return static_cast<int>(threadIdx.x) / kWarpSize + r * kWarps; }
+};
+static_assert(kWarps == 16, "a warp has one row of each tile of 16");
+
+// Probabilities of a page, from whose first key on the sequence has `left` keys, relative to the largest score so far.
+template <int kRowTiles>
+__device__ __forceinline__ void soften(const AttentionParams& p, AttentionShared<kRowTiles>& shared,
+                                       const WarpRows<kRowTiles>& rows, int left) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    const int row = rows.row(r), seen = left + rows.more[r];
+    const float before = shared.max[row];
+    float2 score = {0.f, 0.f};
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const float2 more = *reinterpret_cast<const float2*>(&shared.scores[part][row][2 * lane]);
+      score.x += more.x, score.y += more.y;
     }
-    most = warp_reduce<Max>(most);
+    const float x[2] = {2 * lane < seen ? score.x * p.scale : -INFINITY,
+                        2 * lane + 1 < seen ? score.y * p.scale : -INFINITY};
+    const float most = warp_reduce<Max>(fmaxf(before, fmaxf(x[0], x[1])));
     const float base = most == -INFINITY ? 0.f : most;
     const __nv_bfloat162 rounded = __floats2bfloat162_rn(exp2f(x[0] - base), exp2f(x[1] - base));
     *reinterpret_cast<__nv_bfloat162*>(&shared.probabilities[row][2 * lane]) = rounded;
@@ -144,7 +249,7 @@ __device__ __forceinline__ void soften(const AttentionParams& p, AttentionShared
     const float2 values = __bfloat1622float2(rounded);
     const float sum = warp_reduce<Sum>(values.x + values.y);
     if (lane == 0) {
-      const float correction = exp2f(shared.max[row] - base);
+      const float correction = exp2f(before - base);
       shared.correction[row] = correction;
       shared.sum[row] = shared.sum[row] * correction + sum;
       shared.max[row] = most;
@@ -154,7 +259,8 @@ __device__ __forceinline__ void soften(const AttentionParams& p, AttentionShared
 
 // out = out * correction + probabilities times the warp's columns of the values.
 template <int kRowTiles>
-__device__ __forceinline__ void multiply_values(AttentionShared<kRowTiles>& shared,
+__device__ __forceinline__ void multiply_values(const AttentionShared<kRowTiles>& shared,
+                                                const bf16 (*keys)[kKeyStride],
                                                 float (&out)[kRowTiles][kColumns / 8][4]) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   uint32_t a[kRowTiles][kPage / 16][4];
@@ -171,7 +277,7 @@ __device__ __forceinline__ void multiply_values(AttentionShared<kRowTiles>& shar
       out[r][c][2] *= lower, out[r][c][3] *= lower;
     }
   }
-  const bf16* const value = &shared.keys[lane % 16][warp * kColumns + lane / 16 * 8];
+  const bf16* const value = &keys[lane % 16][warp * kColumns + lane / 16 * 8];
 #pragma unroll
   for (int c = 0; c < kColumns / 8; c += 2) {
 #pragma unroll
@@ -189,10 +295,11 @@ __device__ __forceinline__ void multiply_values(AttentionShared<kRowTiles>& shar
 
 template <int kRowTiles>
 __device__ __forceinline__ void store_piece(const AttentionParams& p, const AttentionShared<kRowTiles>& shared,
-                                            const float (&out)[kRowTiles][kColumns / 8][4], int sequence,
-                                            const Division& d, bool spoiled) {
+                                            const float (&out)[kRowTiles][kColumns / 8][4], const Stage& at,
+                                            bool spoiled) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t first = static_cast<int64_t>(sequence) * p.pieces + blockIdx.x;
+  const int64_t first = static_cast<int64_t>(at.sequence) * p.pieces + at.piece;
+  const bool whole = at.length <= kPage || p.width == 1;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -202,79 +309,110 @@ __device__ __forceinline__ void store_piece(const AttentionParams& p, const Atte
       const float sum = shared.sum[row], factor = spoiled ? NAN : sum > 0.f ? 1.f / sum : 0.f;
       const int column = warp * kColumns + lane % 4 * 2;
       float* const partial = p.partial + (first * p.rows + row) * kLatent + column;
-      bf16* const whole = p.out + (static_cast<int64_t>(sequence) * p.rows + row) * kLatent + column;
+      bf16* const target = p.out + (static_cast<int64_t>(at.sequence) * p.rows + row) * kLatent + column;
 #pragma unroll
       for (int c = 0; c < kColumns / 8; ++c) {
         const float x = out[r][c][2 * half] * factor, y = out[r][c][2 * half + 1] * factor;
-        if (d.pieces == 1) {
-          *reinterpret_cast<__nv_bfloat162*>(whole + 8 * c) = __floats2bfloat162_rn(x, y);
+        if (whole) {
+          *reinterpret_cast<__nv_bfloat162*>(target + 8 * c) = __floats2bfloat162_rn(x, y);
         } else {
           *reinterpret_cast<float2*>(partial + 8 * c) = float2{x, y};
         }
       }
-      if (d.pieces > 1 && warp == 0 && lane % 4 == 0)
-        p.partial_lse[first * p.rows + row] = shared.max[row] + log2f(sum);
+      if (!whole && warp == 0 && lane % 4 == 0) p.partial_lse[first * p.rows + row] = shared.max[row] + log2f(sum);
     }
   }
 }
 
 template <int kRowTiles>
-__global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(AttentionParams p) {
+__device__ __forceinline__ void begin_piece(AttentionShared<kRowTiles>& shared,
+                                            float (&out)[kRowTiles][kColumns / 8][4]) {
+  for (int row = threadIdx.x; row < shared.kRows; row += kThreads) shared.max[row] = -INFINITY, shared.sum[row] = 0.f;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) out[r][i / 4][i % 4] = 0.f;
+  }
+}
+
+template <int kRowTiles>
+__global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionParams p) {
   extern __shared__ __align__(16) char raw[];
   auto& shared = *reinterpret_cast<AttentionShared<kRowTiles>*>(raw);
-  const int sequence = blockIdx.y;
-  for (int row = threadIdx.x; row < shared.kRows; row += kThreads) shared.max[row] = -INFINITY, shared.sum[row] = 0.f;
-  wait_for_inputs();
+  if (!p.static_cache) wait_for_inputs();
+  const WarpRows<kRowTiles> rows(p);
+  Stages stages(p);
+  Stage now = stages.first();
+  if (now.sequence >= 0) load_stage(p, shared.keys[0], now);
+  commit_copies();
+  if (p.static_cache) wait_for_inputs();  // a block without a piece too: a grid must not end before the one ahead
   release_dependents();
-  const Division d(p, sequence);
-  const int piece = static_cast<int>(blockIdx.x), size = 1 << piece / kPiecesASize;
-  const int begin = kPiecesASize * (size - 1) + piece % kPiecesASize * size, end = min(begin + size, d.pages);
-  bool spoiled = p.width < d.length / kPage + (d.length % kPage != 0);
-  if (spoiled && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
-  if (begin >= end) return;
-  load_queries(p, shared, sequence);
-  float out[kRowTiles][kColumns / 8][4] = {};
-  for (int entry = begin; entry < end; ++entry) {
-    const int page = p.block_table[sequence * p.table_stride + entry];
-    const bool known = page >= 0 && page < p.pages;
-    if (!known && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, sequence, page, entry, p.pages);
-    spoiled = spoiled || !known;
-    const int count = known ? d.length - entry * kPage : 0;
-    load_keys(shared.keys, p.cache + static_cast<int64_t>(known ? page : 0) * kPage * kWidth, count);
-    wait_for_copies();
+  if (now.sequence < 0) return;
+  load_queries(p, shared, now.sequence);
+  commit_copies();
+  Stage next = stages.next(now);
+  float out[kRowTiles][kColumns / 8][4];
+  begin_piece(shared, out);
+  int buffer = 0;
+  for (bool spoiled = now.is_cut(p);; buffer ^= 1) {
+    const bf16(*keys)[kKeyStride] = shared.keys[buffer];
+    const bool last = now.is_last(), more = next.sequence >= 0;
+    if (more) load_stage(p, shared.keys[buffer ^ 1], next);
+    commit_copies();
+    wait_for_copies<1>();  // all but the next keys have come
     __syncthreads();
-    multiply_keys(shared);
+    multiply_keys(shared, keys);
     __syncthreads();
-    soften(p, shared, entry * kPage, d.length);
+    if (last && more) load_queries(p, shared, next.sequence);
+    commit_copies();
+    const Stage after = stages.next(next);
+    soften(p, shared, rows, now.length - now.entry * kPage);
     __syncthreads();
-    multiply_values(shared, out);
+    multiply_values(shared, keys, out);
+    spoiled = spoiled || !now.is_known(p);
+    if (last) store_piece(p, shared, out, now, spoiled);
+    if (!more) return;
     __syncthreads();
+    if (last) {
+      begin_piece(shared, out);
+      spoiled = next.is_cut(p);
+    }
+    now = next, next = after;
   }
-  store_piece(p, shared, out, sequence, d, spoiled);
 }
 
 // out = sum_i 2^(lse_i - lse) partial_i for sequences of several pieces, zeros for those without keys, NaN where the table
 // has no page. A block a row.
 __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionParams p) {
+  const int sequence = blockIdx.y, row = blockIdx.x, column = threadIdx.x * 4;
+  const Division d(p, sequence);  // of lengths that the kernel ahead had before it let this one begin
   wait_for_inputs();
   release_dependents();
-  const int sequence = blockIdx.y, row = blockIdx.x, column = threadIdx.x * 4;
-  const Division d(p, sequence);
+  if (d.pages < d.needed && row == 0 && threadIdx.x == 0)
+    report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
   if (d.pieces == 1) return;
   const int64_t first = static_cast<int64_t>(sequence) * p.pieces * p.rows + row;
   float most = -INFINITY, total = 0.f, sum[4] = {};
-  for (int i = 0; i < d.pieces; ++i) most = fmaxf(most, p.partial_lse[first + i * p.rows]);
   for (int begin = 0; begin < d.pieces; begin += kCombined) {
+    // All that is read is asked for before any of it is used.
     float4 values[kCombined];
+    float bases[kCombined], before = most;
 #pragma unroll
     for (int i = 0; i < kCombined; ++i) {
-      if (begin + i >= d.pieces) break;
-      values[i] = *reinterpret_cast<const float4*>(p.partial + (first + (begin + i) * p.rows) * kLatent + column);
+      const bool there = begin + i < d.pieces;
+      const int64_t at = first + (begin + i) * p.rows;
+      bases[i] = there ? p.partial_lse[at] : -INFINITY;
+      values[i] = there ? *reinterpret_cast<const float4*>(p.partial + at * kLatent + column) : float4{};
     }
 #pragma unroll
+    for (int i = 0; i < kCombined; ++i) most = fmaxf(most, bases[i]);
+    const float base = most == -INFINITY ? 0.f : most, correction = exp2f(before - base);
+    total *= correction;
+#pragma unroll
+    for (float& x : sum) x *= correction;
+#pragma unroll
     for (int i = 0; i < kCombined; ++i) {
-      if (begin + i >= d.pieces) break;
-      const float weight = most == -INFINITY ? 0.f : exp2f(p.partial_lse[first + (begin + i) * p.rows] - most);
+      const float weight = exp2f(bases[i] - base);
       total += weight;
       sum[0] += weight * values[i].x, sum[1] += weight * values[i].y;
       sum[2] += weight * values[i].z, sum[3] += weight * values[i].w;
@@ -288,9 +426,10 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
 }
 
 template <int kRowTiles>
-void launch_few_attention(const AttentionParams& p, int batch, cudaStream_t stream) {
-  const Launch shape{
-      .grid = dim3(std::max(p.pieces, 1), batch), .block = dim3(kThreads), .smem = sizeof(AttentionShared<kRowTiles>)};
+void launch_few_attention(const AttentionParams& p, cudaStream_t stream) {
+  Launch shape{.block = dim3(kThreads), .smem = sizeof(AttentionShared<kRowTiles>)};
+  const int64_t pieces = std::max<int64_t>(static_cast<int64_t>(p.batch) * p.pieces, 1);
+  shape.grid = dim3(std::min<int64_t>(pieces, some_clusters("few_attention", few_attention_kernel<kRowTiles>, shape)));
   launch("few_attention", few_attention_kernel<kRowTiles>, shape, stream, p);
 }
 
@@ -299,7 +438,7 @@ void launch_few_attention(const AttentionParams& p, int batch, cudaStream_t stre
 int64_t few_attention_pieces(int64_t width) { return num_pieces(static_cast<int>(width)); }
 
 void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
-                   Tensor seq_lens, double softmax_scale, cudaStream_t stream) {
+                   Tensor seq_lens, double softmax_scale, bool static_cache, cudaStream_t stream) {
   check_operand("q", q, Dtype::kBFloat16);
   DSV3_CHECK(q.dim() == 4, "q must be (batch, steps, heads, ", kWidth, "), got ", q);
   const int64_t batch = q.size(0), steps = q.size(1), heads = q.size(2), rows = steps * heads;
@@ -325,15 +464,16 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
                           .seq_lens = seq_lens.data<int>(),
                           .table_stride = block_table.stride(0),
                           .pages = cache.size(0),
+                          .batch = static_cast<int>(batch),
                           .width = static_cast<int>(block_table.size(1)),
                           .pieces = static_cast<int>(pieces),
                           .rows = static_cast<int>(rows),
                           .steps = static_cast<int>(steps),
                           .heads = static_cast<int>(heads),
                           .scale = static_cast<float>(softmax_scale * 1.4426950408889634),
+                          .static_cache = static_cache,
                           .error = device_error()};
-  rows <= 16 ? launch_few_attention<1>(p, static_cast<int>(batch), stream)
-             : launch_few_attention<2>(p, static_cast<int>(batch), stream);
+  rows <= 16 ? launch_few_attention<1>(p, stream) : launch_few_attention<2>(p, stream);
   const Launch shape{.grid = dim3(rows, batch), .block = dim3(kLatent / 4)};
   launch("few_attention", combine_pieces_kernel, shape, stream, p);
 }

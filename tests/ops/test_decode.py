@@ -53,10 +53,11 @@ def test_few_linear(tokens, depth, device):
     )
 
 
+@pytest.mark.parametrize("depth", [96, 1024])
 @pytest.mark.parametrize("rows", [(8192,), (64, 8224, 32), (8208,)])
-def test_few_linear_of_many_rows(rows, device):
-    """The head, where a block takes twice the rows; a token's bits are those of the few."""
-    x, weights = draw(40, 256, device=device), [draw(n, 256, device=device) for n in rows]
+def test_few_linear_of_many_rows(rows, depth, device):
+    """One matrix, as the head, in tiles of 64 rows; several as they are; a token's bits are its own."""
+    x, weights = draw(40, depth, device=device), [draw(n, depth, device=device) for n in rows]
     check_op(
         lambda x, *weights: tuple(ops.few_linear(x, weights)),
         lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
@@ -72,6 +73,11 @@ def test_few_linear_in_fp32_and_with_static_weights(device):
     (wide,) = ops.few_linear(x, [weight], out_dtype=torch.float32)
     torch.testing.assert_close(wide.double(), x.double() @ weight.double().t(), rtol=1e-4, atol=1e-3)
     (again,) = ops.few_linear(x, [weight], out_dtype=torch.float32, static_weights=True)
+    assert torch.equal(wide, again)
+    many = draw(7200, 1024, device=device)
+    (wide,) = ops.few_linear(x, [many], out_dtype=torch.float32)
+    torch.testing.assert_close(wide.double(), x.double() @ many.double().t(), rtol=1e-4, atol=1e-3)
+    (again,) = ops.few_linear(x, [many], out_dtype=torch.float32, static_weights=True)
     assert torch.equal(wide, again)
 
 
@@ -142,6 +148,7 @@ def paged(lengths, width, steps, heads, device, spare=3):
 
 
 LENGTHS = [[0], [1], [64], [65, 0, 7], [1000, 1024, 1025, 3, 513], [2049, 2], [4200, 7000, 2112]]
+LENGTHS.append([37 * i % 800 for i in range(70)])  # more pieces than blocks run at a time
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (5, 3), (1, 32)])
@@ -150,12 +157,12 @@ def test_few_attention(lengths, rows, device):
     """Pieces of one, two and four pages."""
     q, *keys = paged(lengths, 120 if max(lengths) > 2049 else 34, *rows, device)
     found = ops.few_attention(q, *keys, softmax_scale=0.07)
-    settings = 0.07, 512
+    settings = 0.07, 512, False
     exact = reference.few_attention(q.double(), keys[0].double(), *keys[1:], *settings)
     plain = reference.few_attention(q, *keys, *settings)
     # Beside the output's own rounding, that of the probabilities to bf16: half a unit in the last place of each.
     assert relative_error(found, exact) <= 2 * relative_error(plain, exact) + 2.0**-9
-    assert torch.equal(found, ops.few_attention(q, *keys, softmax_scale=0.07))
+    assert torch.equal(found, ops.few_attention(q, *keys, softmax_scale=0.07, static_cache=True))
     for row, length in enumerate(lengths):
         if length == 0:
             assert not found[row].any()
@@ -352,7 +359,7 @@ def _calls(device):
             *(draw(5, 2, 80, device=device), draw(2, 16, 64, device=device), *tables(device)),
             *(torch.arange(5, device=device), False),
         ),
-        "few_attention": (*paged([70, 3], 2, 1, 4, device), 0.07, 512),
+        "few_attention": (*paged([70, 3], 2, 1, 4, device), 0.07, 512, False),
         "decode_positions": (ids(5), ids(5), ids(5, 4).int(), 0, 2, 64, 99),
         "greedy_round": (ids(5, 3), ids(5, 2), ids(5), draw(5, 2, 64, device=device), ids(5)),
         "few_experts": (x, index, factors, *experts.values(), False),

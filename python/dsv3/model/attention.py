@@ -311,7 +311,7 @@ class MLA(nn.Module):
         keys = cache, ctx.block_table, ctx.seq_lens
         settings = {"softmax_scale": self.softmax_scale, "kv_lora_rank": c.kv_lora_rank}
         if self.attends_few(q.shape[1], ctx, cache):
-            latent = ops.few_attention(q, *keys, **settings)
+            latent = ops.few_attention(q, *keys, static_cache=True, **settings)
         else:
             settings |= {"schedule": ctx.schedule, "batch_invariant": ops.is_batch_invariant()}
             latent, _ = ops.mla_decode(q, *keys, **settings)

@@ -198,22 +198,22 @@ def _supports_attention(q: Tensor, cache: Tensor, *args: Any) -> str | None:
 
 
 def _launch_attention(
-    out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int
+    out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int, static: bool
 ) -> None:
     batch, steps, heads, _ = q.shape
     pieces = native().few_attention_pieces(block_table.shape[1])
     partial = q.new_empty(batch, pieces, steps * heads, LATENT, dtype=torch.float32)
     partial_lse = q.new_empty(batch, pieces, steps * heads, dtype=torch.float32)
-    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale)
+    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale, static)
 
 
 define(
-    "few_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank) "
-    "-> Tensor",
+    "few_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank, "
+    "bool static_cache) -> Tensor",
     shapes="q [B,S,G,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W] int32, seq_lens [B] int32 -> [B,S,G,Dc]; native: "
     "bf16, S G <= 32, Dc 512, Dr 64, pages of 64",
     reference=reference.few_attention,
-    allocate=lambda q, cache, table, lengths, scale, rank: q.new_empty(*q.shape[:3], rank),
+    allocate=lambda q, cache, table, lengths, scale, rank, static: q.new_empty(*q.shape[:3], rank),
     launch=_launch_attention,
     supports=_supports_attention,
 )
@@ -318,6 +318,7 @@ def few_attention(
     *,
     softmax_scale: float,
     kv_lora_rank: int = LATENT,
+    static_cache: bool = False,
 ) -> Tensor:
     """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
 
@@ -330,6 +331,7 @@ def few_attention(
         seq_lens: int32 [B], including the S new tokens, which are stored already; length 0 gives 0.
         softmax_scale: factor on the scores.
         kv_lora_rank: Dc, the columns of a cached row that are values.
+        static_cache: cache, block_table and seq_lens are as `static_weights` of `few_linear` says.
 
     Returns:
         [B, S, G, Dc] of q's dtype.
@@ -359,10 +361,8 @@ def few_attention(
     if not cache.is_contiguous():
         raise ValueError(f"few_attention: expected a contiguous cache, got strides {cache.stride()}")
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    settings = softmax_scale, kv_lora_rank
-    return torch.ops.dsv3.few_attention(
-        q.detach().contiguous(), cache.detach(), block_table, seq_lens.contiguous(), *settings
-    )
+    keys = cache.detach(), block_table, seq_lens.contiguous()
+    return torch.ops.dsv3.few_attention(q.detach().contiguous(), *keys, softmax_scale, kv_lora_rank, static_cache)
 
 
 def few_gate(

@@ -32,7 +32,13 @@ def mla_absorb(q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: T
 
 
 def few_attention(
-    q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, softmax_scale: float, kv_lora_rank: int
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    static_cache: bool,
 ) -> Tensor:
     """mla_decode's output, causal, for a few rows a sequence."""
     return mla_decode(q, cache, block_table, seq_lens, None, softmax_scale, kv_lora_rank, True, False)[0]
