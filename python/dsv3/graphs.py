@@ -66,6 +66,10 @@ class Graphs:
         return None
 
 
+# What most attributes of a module are, which there are thousands of.
+_NO_TENSORS = frozenset({bool, int, float, str, type(None), dict, set})
+
+
 def addresses(model: nn.Module) -> tuple[object, ...]:
     """Where the weights of a model lie and how they are multiplied: what a captured graph takes for granted.
 
@@ -74,8 +78,8 @@ def addresses(model: nn.Module) -> tuple[object, ...]:
     """
     found: list[object] = []
     for module in model.modules():
-        values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for value in values:
+        others = [value for value in vars(module).values() if type(value) not in _NO_TENSORS]
+        for value in (*module._parameters.values(), *module._buffers.values(), *others):
             if isinstance(value, Quantized):
                 found += [value.data.data_ptr(), value.sf.data_ptr()]
             elif isinstance(value, Tensor):

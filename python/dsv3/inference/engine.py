@@ -226,13 +226,13 @@ class Engine:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError(f"prompt {index}: texts and stop strings need a tokenizer, got none")
         try:
-            ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
+            ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(map(operator.index, prompt))
         except TypeError:
             raise _no_prompt(index, prompt) from None
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, got none")
-        outside = next((t for t in ids if not 0 <= t < vocab), None)
-        if outside is not None:
+        if min(ids) < 0 or max(ids) >= vocab:
+            outside = next(t for t in ids if not 0 <= t < vocab)
             raise ValueError(f"prompt {index}: expected tokens from 0 to {vocab - 1}, got {outside}")
         if len(ids) >= context:
             raise ValueError(

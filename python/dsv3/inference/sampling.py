@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import secrets
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 DRAFT, ACCEPT, DRAW = 0, 1, 2
 _STREAMS = 4
 _WORD = 1 << 64
+Word = TypeVar("Word", int, Tensor)
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -116,11 +118,12 @@ def noise_key(seed: int | None) -> int:
     """int64 key of the noise of `seed`: one step of SplitMix64, so that neighbouring seeds have nothing in common."""
     if seed is None:
         seed = secrets.randbits(64)
-    return int(_finalize(torch.tensor(_signed(seed + _GAMMA))))
+    return _signed(_finalize(_signed(seed + _GAMMA)))
 
 
-def _finalize(x: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap around."""
+def _finalize(x: Word) -> Word:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap around; of ints the lower
+    64 bits count."""
     for shift, factor in ((30, _MIX1), (27, _MIX2)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
     return x ^ (x >> 31 & (1 << 33) - 1)
