@@ -3,6 +3,7 @@ anywhere."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -49,6 +50,46 @@ def test_four_processes_on_one_gpu(transport: str) -> None:
 def test_one_process_a_gpu(transport: str) -> None:
     """collective goes over NCCL there."""
     run_workers(max(n for n in (2, 4, 8) if n <= torch.cuda.device_count()), transport, dict(os.environ))
+
+
+def leave(ranks: int, env: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    worker = [*torchrun, "-m", "tests.comm.leaving_worker", *map(str, arguments)]
+    done = subprocess.run(worker, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.cuda
+@pytest.mark.alone
+@pytest.mark.parametrize("num_sms", [3, 16])
+def test_kernels_take_num_sms_multiprocessors(num_sms: int, tmp_path: Path) -> None:
+    """As many blocks, or fewer; one at a time fits on a multiprocessor with those that move rows."""
+    path = tmp_path / "blocks.json"
+    leave(1, dict(os.environ), "ipc", num_sms, path)
+    blocks = json.loads(path.read_text())
+    found = {
+        kernel: max(n for name, counts in blocks.items() if f"::{kernel}" in name for n in counts)
+        for kernel in ("exchange_kernel", "dispatch_kernel", "combine_kernel")
+    }
+    assert found == {"exchange_kernel": 1, "dispatch_kernel": num_sms, "combine_kernel": num_sms}
+    others = [n for name, counts in blocks.items() if "order_scales" in name for n in counts]
+    assert all(n <= num_sms for n in others)
+
+
+@pytest.mark.cuda
+@pytest.mark.alone
+@pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
+def test_memory_is_freed_at_exit(transport: str, tmp_path: Path) -> None:
+    """Of processes that did not close their buffers: they end at once, say nothing, and leave the GPU as it was."""
+    free, _ = torch.cuda.mem_get_info()
+    with shared_gpu() as env:
+        done = leave(2, env, transport, 8, tmp_path / "unused")
+    assert "rror" not in done.stderr
+    deadline = time.monotonic() + 10  # the driver takes back what a process had just behind its end
+    while (lost := free - torch.cuda.mem_get_info()[0]) > 2**26 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert lost <= 2**26
 
 
 @pytest.fixture
