@@ -33,8 +33,13 @@ CALLED = tuple(family for family in FAMILIES if family != "comm")  # comm needs 
 # part of a block. A family's pairs of functions, of which one writes and the other reads, and what orders them.
 # NOTE: a race between the same two functions that nothing orders would be taken for one of these.
 RING = "the stage's mbarriers: full when the copy has landed, empty when every consumer warp is done with it"
+TILE = "the warpgroup's barrier, before a tile's sums are left and behind"
 SLOT = "kReady of the slot's owner; who writes a slot again has received a later tile from every other warpgroup"
 ORDERED = {
+    "decode": {
+        "consume and ExpertsWork::store": TILE,
+        "consume and ManyRowsWork::store": TILE,
+    },
     "gemm": {
         "SM90_BULK_COPY_G2S::copy and load_shared_float": RING,
         "SM90_BULK_COPY_G2S::copy and load_shared_float2": RING,
@@ -99,7 +104,23 @@ def _attention(device: torch.device) -> Iterator[Callable[[], Any]]:
             yield functools.partial(ops.mla_decode, q, cache, table, seq_lens, softmax_scale=192**-0.5)
 
 
-EXTRA = {"gemm": _gemm, "attention": _attention}
+def _decode(device: torch.device) -> Iterator[Callable[[], Any]]:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16) * shape[-1] ** -0.5
+
+    for tokens in (3, 12, 40):  # 8, 16 and 32 at a time, and a second pass
+        yield functools.partial(ops.few_linear, draw(tokens, 416), [draw(7216, 416)])
+        index = torch.rand(tokens, 12, device=device).topk(4).indices
+        weights = {"gate_up": draw(12, 192, 160), "down": draw(12, 160, 96)}
+        weights |= {"shared_gate_up": draw(128, 160), "shared_down": draw(160, 64)}
+        factors = torch.rand(tokens, 4, device=device)
+        yield functools.partial(ops.few_experts, draw(tokens, 160), index, factors, **weights)
+    for rows in (1, 2):
+        q, cache, table, seq_lens, *_ = decode_inputs([37 * i % 500 for i in range(40)], rows, 16, "bf16", device)
+        yield functools.partial(ops.few_attention, q, cache, table, seq_lens, softmax_scale=192**-0.5)
+
+
+EXTRA = {"gemm": _gemm, "attention": _attention, "decode": _decode}
 
 
 def call(family: str) -> None:

@@ -55,12 +55,14 @@ __host__ __device__ __forceinline__ int num_pieces(int pages) {
   return smaller + ceil_div(pages, size);
 }
 
-// How a sequence is divided.
+__device__ __forceinline__ int pages_of(int length) { return length / kPage + (length % kPage != 0); }
+
+// How a sequence is divided. NOTE: what may be read before the wait goes past L1, which keeps no order with other grids.
 struct Division {
   int length, needed, pages, pieces;  // pages: those of the needed ones that the table has
   __device__ __forceinline__ Division(const AttentionParams& p, int sequence) {
-    length = max(p.seq_lens[sequence], 0);
-    needed = length / kPage + (length % kPage != 0);
+    length = max(__ldcg(p.seq_lens + sequence), 0);
+    needed = pages_of(length);
     pages = min(needed, p.width);
     pieces = num_pieces(pages);
   }
@@ -75,9 +77,7 @@ struct Stage {
   __device__ __forceinline__ bool is_last() const { return entry + 1 == end; }
   __device__ __forceinline__ bool is_known(const AttentionParams& p) const { return page >= 0 && page < p.pages; }
   // Whether the table is too short for the sequence.
-  __device__ __forceinline__ bool is_cut(const AttentionParams& p) const {
-    return p.width < length / kPage + (length % kPage != 0);
-  }
+  __device__ __forceinline__ bool is_cut(const AttentionParams& p) const { return p.width < pages_of(length); }
 };
 
 // The pages of the block's pieces one by one; a block takes every gridDim.x-th piece of all sequences. Lane l of each warp keeps
@@ -101,8 +101,8 @@ class Stages {
     at.length = __shfl_sync(kAll, length, owner);
     const int size = 1 << at.piece / kPiecesASize;
     at.entry = kPiecesASize * (size - 1) + at.piece % kPiecesASize * size;
-    at.end = min(at.entry + size, min(at.length / kPage + (at.length % kPage != 0), p.width));
-    at.page = p.block_table[at.sequence * p.table_stride + at.entry];
+    at.end = min(at.entry + size, min(pages_of(at.length), p.width));
+    at.page = entry_of(at);
     piece += static_cast<int>(gridDim.x);
     return at;
   }
@@ -110,11 +110,15 @@ class Stages {
   __device__ __forceinline__ Stage next(Stage at) {
     if (at.sequence < 0) return at;
     if (at.is_last()) return first();
-    at.page = p.block_table[at.sequence * p.table_stride + ++at.entry];
+    ++at.entry;
+    at.page = entry_of(at);
     return at;
   }
 
  private:
+  __device__ __forceinline__ int entry_of(const Stage& at) const {
+    return __ldcg(p.block_table + at.sequence * p.table_stride + at.entry);
+  }
   __device__ __forceinline__ void look(int sequence) {
     const int lane = threadIdx.x % kWarpSize;
     first_sequence = sequence;
@@ -159,7 +163,6 @@ __device__ __forceinline__ void load_keys(bf16 (*keys)[kKeyStride], const bf16* 
 
 __device__ __forceinline__ void load_stage(const AttentionParams& p, bf16 (*keys)[kKeyStride], const Stage& at) {
   const bool known = at.is_known(p);
-  if (!known && threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, at.sequence, at.page, at.entry, p.pages);
   const int64_t page = known ? at.page : 0;
   load_keys(keys, p.cache + page * kPage * kWidth, known ? at.length - at.entry * kPage : 0);
 }
@@ -369,7 +372,10 @@ __global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionPar
     soften(p, shared, rows, now.length - now.entry * kPage);
     __syncthreads();
     multiply_values(shared, keys, out);
-    spoiled = spoiled || !now.is_known(p);
+    if (!now.is_known(p)) {
+      spoiled = true;
+      if (threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, now.sequence, now.page, now.entry, p.pages);
+    }
     if (last) store_piece(p, shared, out, now, spoiled);
     if (!more) return;
     __syncthreads();

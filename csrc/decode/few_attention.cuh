@@ -17,7 +17,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_pointer(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most so many groups of copies are under way.
 template <int kGroups>

@@ -54,7 +54,7 @@ __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& c
   __syncthreads();
   const int pairs = p.tokens * p.topk, lane = threadIdx.x % kWarpSize;
   for (int i = threadIdx.x; i - lane < pairs; i += blockDim.x) {
-    const int64_t e = i < pairs ? p.topk_idx[i] : -1;
+    const int64_t e = i < pairs ? __ldcg(p.topk_idx + i) : -1;  // past L1: before the wait, perhaps
     const bool there = e >= 0 && e < p.experts;
     if (i < pairs) chosen.experts[i] = static_cast<int16_t>(there ? e : -1);
     for (int word = 0; word * 32 < p.experts; ++word) {
@@ -202,8 +202,8 @@ void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& d
                  down.size(-2) == hidden && down.numel() == experts * inner * hidden,
              "gate_up must be (..., 2 inner, hidden) and down (..., hidden, inner) for x ", x, ", got ", gate_up,
              " and ", down);
-  DSV3_CHECK(hidden % kDepthMultiple == 0 && inner % kDepthMultiple == 0, "hidden and inner must be multiples of ",
-             kDepthMultiple, ", got ", gate_up);
+  DSV3_CHECK(experts > 0 && hidden > 0 && inner > 0 && hidden % kDepthMultiple == 0 && inner % kDepthMultiple == 0,
+             "there must be experts, hidden and inner multiples of ", kDepthMultiple, ", got ", gate_up);
   const int rows = static_cast<int>(2 * inner), columns = static_cast<int>(hidden), width = static_cast<int>(inner);
   const auto map = [](const Tensor& weight, int64_t of_rows, int64_t depth, int box_rows) {
     return tensor_map({weight.data<void>(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, of_rows, depth, 2 * depth}, box_rows,
@@ -230,6 +230,7 @@ void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& d
 void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
                  std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
                  std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream) {
+  const DeviceGuard guard(x);
   check_operand("x", x, Dtype::kBFloat16);
   DSV3_CHECK(x.dim() == 2 && x.size(0) <= kMaxTokens, "x must be (tokens, hidden) of at most ", kMaxTokens,
              " tokens, got ", x);
@@ -263,7 +264,6 @@ void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx,
   }
   DSV3_CHECK(act.numel() == used, "act must have ", used, " elements, got ", act);
   if (tokens == 0) return;
-  const DeviceGuard guard(x);
   launch_few_experts<true>(first, stream);
   launch_few_experts<false>(second, stream);
 }

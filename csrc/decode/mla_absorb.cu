@@ -1,9 +1,10 @@
 // The queries of absorbed attention: out[t, h] = [q_nope[t, h] W_uk[h] | rope(q_rope[t, h])], for few tokens.
 //
 // q [T, Hq, Dn + Dr], W_uk [Hq, Dn, Dc] (views of kv_b's weight), out [T, Hq, Dc + Dr]; bf16. Roofline: W_uk once. A
-// block takes 64 columns of a head's W_uk for some of the tokens, its four warps a quarter of Dn each; more blocks rotate. The matrix is
-// stored with its columns, not with the reduced dimension, in neighbouring places: a lane's 16 bytes are 8 columns of
-// one row, and values of two rows are paired in registers before the tensor core sees them. See few_tokens.cuh.
+// block takes 64 columns of a head's W_uk for some of the tokens, its four warps a quarter of Dn each; more blocks
+// rotate. The matrix is stored with its columns, not with the reduced dimension, in neighbouring places: a lane's 16
+// bytes are 8 columns of one row, and values of two rows are paired in registers before the tensor core sees them. See
+// few_tokens.cuh.
 #include <algorithm>
 
 #include "../ops.h"
@@ -173,8 +174,9 @@ void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Ten
                        .latent = static_cast<int>(latent),
                        .static_weights = static_weights};
   const int64_t blocks = latent / kColumns + ceil_div(tokens * rope / 2, kThreads);
-  // Where there are few blocks, tokens are divided among more of them, which read the same weights from the L2 cache.
-  const int64_t at_a_time = latent / kColumns * heads <= sm_count() ? 16 : kFewTokens;
+  // Tokens are divided among blocks, which read the same weights from the L2 cache: 32 a block, 16 where that leaves
+  // multiprocessors idle.
+  const int64_t at_a_time = latent / kColumns * heads <= sm_count() ? 16 : 32;
   visit_tiles(std::min(tokens, at_a_time), [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
     const dim3 grid(blocks, heads, ceil_div(tokens, kTiles * kTokenTile));

@@ -48,55 +48,62 @@ struct GreedyParams {
   int steps, vocab;
 };
 
-// Larger is better, and of equals the lower index; NaN is best of all.
-struct Candidate {
-  float value;
-  int index;
-  __device__ __forceinline__ void take(float other, int at) {
-    const bool better = other > value || (isnan(other) && !isnan(value));
-    const bool same = other == value || (isnan(other) && isnan(value));
-    if (better || (same && at < index)) value = other, index = at;
-  }
-};
-
-__device__ __forceinline__ Candidate warp_best(Candidate best) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const float value = __shfl_xor_sync(0xffffffffu, best.value, offset);
-    const int index = __shfl_xor_sync(0xffffffffu, best.index, offset);
-    best.take(value, index);
-  }
-  return best;
+// Unsigned integers in the order of the values: -0 is 0, NaN is above all.
+__device__ __forceinline__ unsigned key_of(bf16 x) {
+  const unsigned bits = __float_as_uint(to_float(x) + 0.f);
+  return __hisnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+__device__ __forceinline__ bf16 larger(const uint4& v, bf16 than) {
+  __nv_bfloat162 most{than, than};
+  for (const uint32_t word : {v.x, v.y, v.z, v.w})
+    most = __hmax2_nan(most, reinterpret_cast<const __nv_bfloat162&>(word));
+  return __hmax_nan(most.x, most.y);
+}
+
+// The first of 8 values with this key; 8 where none has it.
+__device__ __forceinline__ int first_with(unsigned key, const uint4& v) {
+  const bf16* const values = reinterpret_cast<const bf16*>(&v);
+  int first = 8;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    if (key_of(values[i]) == key) first = i;
+  }
+  return first;
+}
+
+// The best key of a row is found first, then the first place that has it, by the threads that have seen it.
 __global__ void __launch_bounds__(kThreads) greedy_round_kernel(GreedyParams p) {
-  __shared__ Candidate candidates[kWarps];
+  static_assert(kWarps == kWarpSize);
+  __shared__ unsigned keys[2][kWarps];
   __shared__ int best[kMaxSteps];
+  if (threadIdx.x < kMaxSteps) best[threadIdx.x] = p.vocab - 1;
   wait_for_inputs();
   release_dependents();
   const int64_t row = blockIdx.x;
   int64_t* const tokens = p.tokens + row * p.tokens_stride;
   int64_t* const result = p.result + row * p.result_stride;
   const int64_t length = p.lengths[row], active = p.active[row];
+  const int begin = threadIdx.x * 8;
   for (int step = 0; step < p.steps; ++step) {
     const bf16* const logits = p.logits + (row * p.steps + step) * p.vocab;
-    Candidate mine{-INFINITY, p.vocab};
+    const auto vector = [&](int i) { return *reinterpret_cast<const uint4*>(logits + i); };
+    bf16 most = __float2bfloat16_rn(-INFINITY);
 #pragma unroll 4
-    for (int i = threadIdx.x * 8; i < p.vocab; i += kThreads * 8) {
-      float values[8];
-      unpack(load(logits + i), values);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) mine.take(values[j], i + j);
-    }
-    mine = warp_best(mine);
-    if (threadIdx.x % kWarpSize == 0) candidates[threadIdx.x / kWarpSize] = mine;
+    for (int i = begin; i < p.vocab; i += kThreads * 8) most = larger(vector(i), most);
+    const unsigned mine = key_of(most), of_warp = __reduce_max_sync(0xffffffffu, mine);
+    if (threadIdx.x % kWarpSize == 0) keys[step % 2][threadIdx.x / kWarpSize] = of_warp;
     __syncthreads();
-    if (threadIdx.x < kWarpSize) {
-      mine = warp_best(threadIdx.x < kWarps ? candidates[threadIdx.x] : Candidate{-INFINITY, p.vocab});
-      if (threadIdx.x == 0) best[step] = min(mine.index, p.vocab - 1);
+    const unsigned key = __reduce_max_sync(0xffffffffu, keys[step % 2][threadIdx.x % kWarpSize]);
+    if (mine != key) continue;
+    for (int i = begin; i < p.vocab; i += kThreads * 8) {
+      const int at = first_with(key, vector(i));
+      if (at == 8) continue;
+      atomicMin(&best[step], i + at);
+      break;
     }
-    __syncthreads();
   }
+  __syncthreads();
   if (threadIdx.x != 0) return;
   int accepted = 0;
   while (accepted + 1 < p.steps && tokens[accepted + 1] == best[accepted]) ++accepted;

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,21 +30,26 @@ def step(buffer: ExpertBuffer) -> None:
     idx = torch.rand(512, 16, device="cuda").topk(4).indices
     weights = torch.rand(512, 4, device="cuda", requires_grad=True)
     handle = buffer.dispatch(x, idx, weights)
-    out = buffer.combine(handle.x * handle.topk_weights[:, None].to(x.dtype), handle)
+    out = buffer.combine(handle.rows * handle.topk_weights[:, None].to(x.dtype), handle)
     out.backward(out.detach())
     with torch.no_grad():
         masked = buffer.send(x[:64], idx[:64], weights[:64]).receive()
-        buffer.send_sums(masked.x, masked).receive()
+        buffer.send_sums(masked.x.to(x.dtype), masked).receive()
     torch.cuda.synchronize()
 
 
 settings = {"ranks_per_node": ranks if transport == "ipc" else ranks // 2, "low_latency": 64, "hidden": 1024}
-buffer = ExpertBuffer(num_experts=16, transport=transport, num_sms=num_sms, timeout=20, **settings)
-assert buffer.transport == transport
-step(buffer)
+buffers = [
+    ExpertBuffer(num_experts=16, transport=transport, num_sms=num_sms, wire_dtype=wire, timeout=20, **settings)
+    for wire in (None, torch.float8_e4m3fn)
+]
+for buffer in buffers:
+    assert buffer.transport == transport
+    step(buffer)
 if ranks == 1:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step(buffer)
+        for buffer in buffers:
+            step(buffer)
     found.export_chrome_trace(str(path))
     blocks = defaultdict(list)
     for event in json.loads(path.read_text())["traceEvents"]:
@@ -52,3 +58,4 @@ if ranks == 1:
     path.write_text(json.dumps(blocks))
 dist.barrier()
 dist.destroy_process_group()
+print("leaves at", time.time())

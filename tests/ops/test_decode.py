@@ -86,12 +86,21 @@ def test_a_token_is_the_same_alone():
     device = torch.device("cuda")
     x, weight = draw(64, 2048, device=device), draw(96, 2048, device=device)
     check_alone(lambda x: ops.few_linear(x, [weight]), x)
+    (several,) = ops.few_linear(x, [many := draw(7200, 2048, device=device)])
+    for part in (slice(3, 4), slice(9, 21), slice(17, 50)):  # 8, 16 and 32 tokens at a time
+        assert torch.equal(ops.few_linear(x[part], [many])[0], several[part])
     heads, matrix = draw(64, 4, 512, device=device), draw(4, 128, 512, device=device)
     check_alone(lambda x: ops.few_heads(x, matrix), heads)
     q, w_uk, positions = draw(64, 4, 192, device=device), draw(4, 128, 512, device=device), torch.arange(64).to(device)
     check_alone(lambda q, at: ops.mla_absorb(q, w_uk, *tables(device), at), q, positions)
     weights = expert_weights(24, 256, 96, 64, device)
-    check_alone(lambda *x: ops.few_experts(*x, **weights), draw(64, 256, device=device), *choices(64, 24, 8, device))
+    inputs = draw(64, 256, device=device), *choices(64, 24, 8, device)
+    check_alone(lambda *x: ops.few_experts(*x, **weights), *inputs)
+    whole = ops.few_experts(*inputs, **weights)
+    for part in (slice(9, 21), slice(17, 50)):
+        assert torch.equal(ops.few_experts(*(x[part] for x in inputs), **weights), whole[part])
+    q, w_uk = draw(64, 20, 192, device=device), draw(20, 128, 512, device=device)  # more heads, more tokens a block
+    check_alone(lambda q, at: ops.mla_absorb(q, w_uk, *tables(device), at), q, positions)
 
 
 # ---- heads ----
@@ -108,10 +117,10 @@ def test_few_heads(tokens, device):
     )
 
 
-@pytest.mark.parametrize("nope", [16, 128])
+@pytest.mark.parametrize(("heads", "nope"), [(3, 16), (3, 128), (20, 128)])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_mla_absorb(tokens, nope, device):
-    q, kv_b = draw(tokens, 3, nope + 64, device=device), draw(3, 256, 512, device=device)
+def test_mla_absorb(tokens, heads, nope, device):
+    q, kv_b = draw(tokens, heads, nope + 64, device=device), draw(heads, 256, 512, device=device)
     positions = torch.randint(POSITIONS, (tokens,), device=device)
     check_op(
         lambda q, w, c, s, at: ops.mla_absorb(q, w[:, :nope], c.float(), s.float(), at),
@@ -184,10 +193,24 @@ def test_a_sequence_is_the_same_alone(lengths, used):
     assert torch.equal(first, whole[:, :1])
 
 
-def test_few_attention_reports_pages_that_there_are_not(device):
+@pytest.mark.cuda
+def test_a_sequence_of_many_is_the_same_alone():
+    """Whose blocks go through several pieces each."""
+    device = torch.device("cuda")
+    q, cache, table, lengths = paged(LENGTHS[-1], 13, 1, 16, device)
+    whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
+    for row in (1, 20, 31, 32, 47, 69):
+        part = slice(row, row + 1)
+        alone = ops.few_attention(q[part], cache, table[part], lengths[part], softmax_scale=0.07)
+        assert torch.equal(alone, whole[part])
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_few_attention_reports_pages_that_there_are_not(static_cache, device):
     q, cache, table, lengths = paged([100, 70], 2, 1, 16, device)
     table[1, 1] = len(cache)
-    wrong, settings = rf"block_table\[1, 1\] = {len(cache)}", {"softmax_scale": 0.07}
+    settings = {"softmax_scale": 0.07, "static_cache": static_cache}
+    wrong = rf"block_table\[1, 1\] = {len(cache)}"
     if device.type == "cuda":  # at the next call
         found = ops.few_attention(q, cache, table, lengths, **settings)
         assert found[1].isnan().all()
@@ -250,6 +273,22 @@ def test_greedy_round(vocab, dtype, device):
     assert torch.equal(tokens[:, 1:3], drafts)
     assert lengths.tolist() == [3, 2, 3, 6, 4]
     assert not state[:, 4].any()
+
+
+@pytest.mark.parametrize("vocab", [8, 8200, 129280])
+def test_the_best_token_is_the_first_of_equals(vocab, device):
+    """Also of NaN, which is better than all, of zeros of both signs, and where every word is impossible."""
+    logits = torch.randn(6, 1, vocab, device=device).to(BF16)
+    logits[0] = -torch.inf
+    logits[1, 0, 3::4] = torch.nan
+    logits[2] = -1.0
+    logits[2, 0, 2], logits[2, 0, 5] = -0.0, 0.0
+    logits[3, 0, -1] = torch.inf
+    logits[4] = -torch.inf
+    logits[4, 0, -2] = -3e38
+    state = torch.zeros(6, 4, dtype=torch.int64, device=device)
+    ops.greedy_round(state[:, :2], state[:, 2:3], state[:, 3].clone(), logits, torch.ones_like(state[:, 0]))
+    assert state[:, 0].tolist() == [0, 3, 2, vocab - 1, vocab - 2, int(logits[5, 0].float().argmax())]
 
 
 # ---- the gate ----

@@ -14,7 +14,7 @@ from torch import Tensor
 DRAFT, ACCEPT, DRAW = 0, 1, 2
 _STREAMS = 4
 _WORD = 1 << 64
-Word = TypeVar("Word", int, Tensor)
+_Word = TypeVar("_Word", int, Tensor)
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -121,7 +121,7 @@ def noise_key(seed: int | None) -> int:
     return _signed(_finalize(_signed(seed + _GAMMA)))
 
 
-def _finalize(x: Word) -> Word:
+def _finalize(x: _Word) -> _Word:
     """The output function of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap around; of ints the lower
     64 bits count."""
     for shift, factor in ((30, _MIX1), (27, _MIX2)):

@@ -12,8 +12,8 @@ from dsv3.ops.moe import check_gate
 from dsv3.ops.registry import check_dtype, define, native, require_dtype
 from dsv3.reference import decode as reference
 
-FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh)
-STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kRowTile, kMaxExperts, kMaxPairs
+FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh), kMaxTokens (few_experts.cu)
+STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kDepthMultiple; kRowTile; kMaxExperts; kMaxPairs
 HIDDEN = 8192  # of combine_norm
 ROWS_A_SEQUENCE, KEYS = 32, 4096  # of few_attention: kMaxRows; with longer sequences mla_decode is faster
 LATENT, ROPE, PAGE = 512, 64, 64
@@ -360,9 +360,9 @@ def few_attention(
         )
     if not cache.is_contiguous():
         raise ValueError(f"few_attention: expected a contiguous cache, got strides {cache.stride()}")
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    keys = cache.detach(), block_table, seq_lens.contiguous()
-    return torch.ops.dsv3.few_attention(q.detach().contiguous(), *keys, softmax_scale, kv_lora_rank, static_cache)
+    table, lengths = (t if t.stride(-1) == 1 else t.contiguous() for t in (block_table, seq_lens))
+    settings = softmax_scale, kv_lora_rank, static_cache and table is block_table and lengths is seq_lens
+    return torch.ops.dsv3.few_attention(q.detach().contiguous(), cache.detach(), table, lengths, *settings)
 
 
 def few_gate(
