@@ -146,8 +146,8 @@ struct AttentionShared {
   alignas(16) bf16 keys[2][kPage][kKeyStride];
   alignas(16) bf16 queries[kRows][kKeyStride];
   alignas(16) bf16 probabilities[kRows][kProbabilityStride];
-  float scores[kParts][kRows][kScoreStride];  // of each part of the columns
-  float max[kRows], sum[kRows], correction[kRows];
+  float scores[kParts][kRows][kScoreStride];        // of each part of the columns
+  float max[kRows], sum[kRows], correction[kRows];  // as Softmax has them
 };
 
 // The page's first `count` rows; zeros behind them, since nothing says what unused rows hold. 8 lanes a row: every copy of a
@@ -214,51 +214,52 @@ __device__ __forceinline__ void multiply_keys(AttentionShared<kRowTiles>& shared
   }
 }
 
-// Rows of softmax that a warp takes, every sixteenth, and how many keys of its sequence each sees, less the sequence's length:
-// none but the last token's sees all.
+// The softmax of a warp's rows, every sixteenth. Lanes keep the same; what other warps need of it is in shared memory.
 template <int kRowTiles>
-struct WarpRows {
-  int more[kRowTiles];
-  __device__ __forceinline__ explicit WarpRows(const AttentionParams& p) {
+struct Softmax {
+  static_assert(kWarps == 16, "a warp has one row of each tile of 16");
+  int more[kRowTiles];                   // keys that a row sees, less those of its sequence: the last token's sees all
+  float max[kRowTiles], sum[kRowTiles];  // of the piece so far
+
+  __device__ __forceinline__ explicit Softmax(const AttentionParams& p) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) more[r] = min(row(r) / p.heads, p.steps - 1) + 1 - p.steps;
+    begin();
   }
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) max[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // Probabilities of a page, from whose first key on the sequence has `left` keys, relative to the largest score so far.
+  __device__ __forceinline__ void add(const AttentionParams& p, AttentionShared<kRowTiles>& shared, int left) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int at = row(r), seen = left + more[r];
+      float2 score = {0.f, 0.f};
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const float2 of_part = *reinterpret_cast<const float2*>(&shared.scores[part][at][2 * lane]);
+        score.x += of_part.x, score.y += of_part.y;
+      }
+      const float x[2] = {2 * lane < seen ? score.x * p.scale : -INFINITY,
+                          2 * lane + 1 < seen ? score.y * p.scale : -INFINITY};
+      const float before = max[r];
+      max[r] = warp_reduce<Max>(fmaxf(before, fmaxf(x[0], x[1])));
+      const float base = max[r] == -INFINITY ? 0.f : max[r], correction = exp2f(before - base);
+      const __nv_bfloat162 rounded = __floats2bfloat162_rn(exp2f(x[0] - base), exp2f(x[1] - base));
+      *reinterpret_cast<__nv_bfloat162*>(&shared.probabilities[at][2 * lane]) = rounded;
+      // The sum is that of what is multiplied: of the rounded values.
+      const float2 values = __bfloat1622float2(rounded);
+      sum[r] = sum[r] * correction + warp_reduce<Sum>(values.x + values.y);
+      if (lane == 0) shared.correction[at] = correction, shared.max[at] = max[r], shared.sum[at] = sum[r];
+    }
+  }
+
+ private:
   __device__ __forceinline__ int row(int r) const { return static_cast<int>(threadIdx.x) / kWarpSize + r * kWarps; }
 };
-static_assert(kWarps == 16, "a warp has one row of each tile of 16");
-
-// Probabilities of a page, from whose first key on the sequence has `left` keys, relative to the largest score so far.
-template <int kRowTiles>
-__device__ __forceinline__ void soften(const AttentionParams& p, AttentionShared<kRowTiles>& shared,
-                                       const WarpRows<kRowTiles>& rows, int left) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    const int row = rows.row(r), seen = left + rows.more[r];
-    const float before = shared.max[row];
-    float2 score = {0.f, 0.f};
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const float2 more = *reinterpret_cast<const float2*>(&shared.scores[part][row][2 * lane]);
-      score.x += more.x, score.y += more.y;
-    }
-    const float x[2] = {2 * lane < seen ? score.x * p.scale : -INFINITY,
-                        2 * lane + 1 < seen ? score.y * p.scale : -INFINITY};
-    const float most = warp_reduce<Max>(fmaxf(before, fmaxf(x[0], x[1])));
-    const float base = most == -INFINITY ? 0.f : most;
-    const __nv_bfloat162 rounded = __floats2bfloat162_rn(exp2f(x[0] - base), exp2f(x[1] - base));
-    *reinterpret_cast<__nv_bfloat162*>(&shared.probabilities[row][2 * lane]) = rounded;
-    // The sum is that of what is multiplied: of the rounded values.
-    const float2 values = __bfloat1622float2(rounded);
-    const float sum = warp_reduce<Sum>(values.x + values.y);
-    if (lane == 0) {
-      const float correction = exp2f(before - base);
-      shared.correction[row] = correction;
-      shared.sum[row] = shared.sum[row] * correction + sum;
-      shared.max[row] = most;
-    }
-  }
-}
 
 // out = out * correction + probabilities times the warp's columns of the values.
 template <int kRowTiles>
@@ -328,9 +329,7 @@ __device__ __forceinline__ void store_piece(const AttentionParams& p, const Atte
 }
 
 template <int kRowTiles>
-__device__ __forceinline__ void begin_piece(AttentionShared<kRowTiles>& shared,
-                                            float (&out)[kRowTiles][kColumns / 8][4]) {
-  for (int row = threadIdx.x; row < shared.kRows; row += kThreads) shared.max[row] = -INFINITY, shared.sum[row] = 0.f;
+__device__ __forceinline__ void clear(float (&out)[kRowTiles][kColumns / 8][4]) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -343,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionPar
   extern __shared__ __align__(16) char raw[];
   auto& shared = *reinterpret_cast<AttentionShared<kRowTiles>*>(raw);
   if (!p.static_cache) wait_for_inputs();
-  const WarpRows<kRowTiles> rows(p);
+  Softmax<kRowTiles> softmax(p);
   Stages stages(p);
   Stage now = stages.first();
   if (now.sequence >= 0) load_stage(p, shared.keys[0], now);
@@ -355,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionPar
   commit_copies();
   Stage next = stages.next(now);
   float out[kRowTiles][kColumns / 8][4];
-  begin_piece(shared, out);
+  clear(out);
   int buffer = 0;
   for (bool spoiled = now.is_cut(p);; buffer ^= 1) {
     const bf16(*keys)[kKeyStride] = shared.keys[buffer];
@@ -369,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionPar
     if (last && more) load_queries(p, shared, next.sequence);
     commit_copies();
     const Stage after = stages.next(next);
-    soften(p, shared, rows, now.length - now.entry * kPage);
+    softmax.add(p, shared, now.length - now.entry * kPage);
     __syncthreads();
     multiply_values(shared, keys, out);
     if (!now.is_known(p)) {
@@ -380,7 +379,8 @@ __global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionPar
     if (!more) return;
     __syncthreads();
     if (last) {
-      begin_piece(shared, out);
+      softmax.begin();
+      clear(out);
       spoiled = next.is_cut(p);
     }
     now = next, next = after;

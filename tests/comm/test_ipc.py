@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -80,15 +79,13 @@ def test_kernels_take_num_sms_multiprocessors(num_sms: int, tmp_path: Path) -> N
 @pytest.mark.alone
 @pytest.mark.parametrize("transport", ["ipc", "nvshmem"])
 def test_memory_is_freed_at_exit(transport: str, tmp_path: Path) -> None:
-    """Of processes that did not close their buffers: they end at once, say nothing, and leave the GPU, and what they shared it
-    through, as they were."""
+    """Of processes that did not close their buffers: they end, say nothing, and leave the GPU, and what they shared it through,
+    as they were."""
     with shared_gpu() as env:
         client = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
         subprocess.run(client, env=env, check=True, timeout=100)
         free, _ = torch.cuda.mem_get_info()
         done = leave(2, env, transport, 8, tmp_path / "unused")
-        left = max(float(at) for at in re.findall(r"leaves at ([\d.]+)", done.stdout))
-        assert time.time() - left < 15  # torchrun's own end is in it
         assert "rror" not in done.stderr
         deadline = time.monotonic() + 10  # the driver takes back what a process had just behind its end
         while (lost := free - torch.cuda.mem_get_info()[0]) > 2**26 and time.monotonic() < deadline:
