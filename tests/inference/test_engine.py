@@ -237,6 +237,8 @@ def test_training_goes_on_after_generating():
         ([[-1]], "prompt 0: expected tokens from 0 to 63, got -1"),
         ([[1], [1.5]], r"prompt 1: expected a text or token ids, got \[1.5\]"),
         ([None], "prompt 0: expected a text or token ids, got None"),
+        ([torch.tensor(3)], r"prompt 0: expected a text or token ids, got tensor\(3\)"),
+        ([[1] * 200 + [1.5]], r"prompt 0: expected a text or token ids, got \[1, 1, 1, 1, 1, 1, ...\]$"),
         ([[1] * 256], r"prompt 0: expected at most 255 tokens \(context of 256\), got 256"),
         ("text", "prompts must be a list of texts or of token ids, got one text"),
         (["text"], "prompt 0: texts and stop strings need a tokenizer, got none"),

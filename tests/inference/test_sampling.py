@@ -18,13 +18,19 @@ from tests.inference.chi_square import chi_square
         ("temperature", math.inf), ("temperature", "1"), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", 1.5),
         ("stop", ("",)), ("stop", (3,)), ("stop_token_ids", (-1,)), ("stop_token_ids", ("a",)), ("stop_token_ids", (True,)),
         ("stop_token_ids", False), ("stop_token_ids", 0.0), ("stop_token_ids", "<eos>"), ("stop_token_ids", (1.0,)),
-        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("logprobs", 1),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("logprobs", 1), ("stop", 5), ("ignore_eos", "no"),
     ],
 )  # fmt: skip
 def test_params_outside_their_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be .*, got") as error:
         SamplingParams(**{name: value})
     assert repr(value) in str(error.value)
+
+
+def test_numbers_may_be_those_of_numpy():
+    given = SamplingParams(seed=np.int64(7), max_tokens=np.int32(3), temperature=np.float32(0.5), top_k=np.uint8(2))
+    assert given == SamplingParams(seed=7, max_tokens=3, temperature=0.5, top_k=2)
+    assert type(given.seed) is int  # reckoned with modulo 2^64
 
 
 def test_stop_may_be_one_string_or_a_list():

@@ -433,6 +433,13 @@ def test_registration_compile_and_graph(name, device):
 BAD = [
     (lambda x, w: ops.few_linear(x, []), "few_linear: expected x"),
     (lambda x, w: ops.few_linear(x, [w[:, :32]]), "few_linear: expected x"),
+    (lambda x, w: ops.few_linear(x, w), r"few_linear: expected x \(T, K\) and a list of weights"),
+    (lambda x, w: ops.few_linear(x, [w], out_dtype=torch.int32), "few_linear: out_dtype must be torch.bfloat16 or"),
+    (
+        lambda x, w: ops.greedy_round(x[:, :1], x[:, :0], x[:, 0], x[:, :0, None], x[:, 0]),
+        "greedy_round: expected result",
+    ),
+    (lambda x, w: ops.few_experts(x, x, x, gate_up=w[None], down=w[0]), "few_experts: expected x"),
     (lambda x, w: ops.few_gate(x, x, w[0], w[:, :8], None, **gate_settings(32)), "few_gate: expected x"),
     (lambda x, w: ops.few_gate(x, x, w[0], w, None, **gate_settings(32, num_groups=3)), "few_gate: 4 of 3 groups"),
     (lambda x, w: ops.few_heads(x, w), "few_heads: expected x"),

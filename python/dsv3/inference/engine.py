@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -397,7 +398,7 @@ def _wants_logprobs(requests: list[Request]) -> bool:
 
 
 def _no_prompt(index: int, prompt: object) -> ValueError:
-    return ValueError(f"prompt {index}: expected a text or token ids, got {prompt!r}")
+    return ValueError(f"prompt {index}: expected a text or token ids, got {reprlib.repr(prompt)}")
 
 
 def generate(
@@ -433,8 +434,10 @@ def engine_for(
     tokenizer = _tokenizer(model, tokenizer)
     prompts = [encode(tokenizer, p) if tokenizer is not None and isinstance(p, str) else p for p in prompts]
     for index, prompt in enumerate(prompts):
-        if not hasattr(prompt, "__len__"):
-            raise _no_prompt(index, prompt)
+        try:
+            len(prompt)
+        except TypeError:
+            raise _no_prompt(index, prompt) from None
     each = _one_each(params, len(prompts))
     _check_int("max_batch", max_batch, 1)
     max_batch = min(max_batch, max(len(prompts), 1))

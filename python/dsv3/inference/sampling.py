@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import secrets
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -54,7 +55,10 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        for name, number in vars(self).copy().items():  # as numpy has them: what follows reckons with more bits
+            if isinstance(number, Real) and not isinstance(number, int | float):
+                object.__setattr__(self, name, int(number) if isinstance(number, Integral) else float(number))
+        object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         checks = [
             ("max_tokens", "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens >= 1),
@@ -66,6 +70,7 @@ class SamplingParams:
             ("stop_token_ids", "token ids of at least 0", all(t >= 0 for t in self.stop_token_ids)),
             ("min_p", "a number in [0, 1]", _is_number(self.min_p) and 0 <= self.min_p <= 1),
             ("logprobs", "True or False", isinstance(self.logprobs, bool)),
+            ("ignore_eos", "True or False", isinstance(self.ignore_eos, bool)),
         ]
         for name, expected, good in checks:
             if not good:
@@ -86,6 +91,13 @@ def _is_int(x: object) -> bool:
 
 def _is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e308
+
+
+def _strings(stop: object) -> tuple[object, ...]:
+    try:
+        return (stop,) if isinstance(stop, str) else tuple(stop or ())
+    except TypeError:
+        return (stop,)
 
 
 def _token_ids(ids: object) -> tuple[int, ...]:

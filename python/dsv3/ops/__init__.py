@@ -5,15 +5,14 @@ import dsv3.ops.mla_attention_backward  # noqa: F401  (registers the primitive)
 from dsv3.ops.attention import mla_append_kv, mla_cached_rows, mla_decode, mla_schedule
 from dsv3.ops.decode import (
     FEW_TOKENS,
-    attends_few,
     combine_norm,
-    few_attention,
     few_experts,
     few_gate,
     few_heads,
     few_linear,
     mla_absorb,
 )
+from dsv3.ops.few_attention import attends_few, few_attention
 from dsv3.ops.fp8_linear import Fp8Weight, Fp8Weights, fp8_experts, fp8_linear, fp8_mlp
 from dsv3.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_wgrad, masked_grouped_fp8_gemm
 from dsv3.ops.invariance import batch_invariance, is_batch_invariant

@@ -15,8 +15,6 @@ from dsv3.reference import decode as reference
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh), kMaxTokens (few_experts.cu)
 STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kDepthMultiple; kRowTile; kMaxExperts; kMaxPairs
 HIDDEN = 8192  # of combine_norm
-ROWS_A_SEQUENCE, KEYS = 32, 4096  # of few_attention: kMaxRows; with longer sequences mla_decode is faster
-LATENT, ROPE, PAGE = 512, 64, 64
 
 
 def _few(x: Tensor) -> str | None:
@@ -89,8 +87,8 @@ def _supports_experts(
     for weight in (down, shared_down):
         if weight is not None and (weight.shape[-1] % STEP or weight.shape[-2] % STEP):
             return f"experts of {weight.shape[-2]} x {weight.shape[-1]} are not of multiples of {STEP}"
-    if gate_up is not None and (gate_up.shape[0] > EXPERTS or topk_idx.numel() > CHOICES):
-        return f"{gate_up.shape[0]} experts and {topk_idx.numel()} choices are more than {EXPERTS} and {CHOICES}"
+    if gate_up is not None and (gate_up.shape[0] > EXPERTS or topk_idx.numel() > CHOICES or not topk_idx.shape[1]):
+        return f"{gate_up.shape[0]} experts and {topk_idx.numel()} choices are not up to {EXPERTS} and {CHOICES}"
     weights = [w for w in (gate_up, down, shared_gate_up, shared_down) if w is not None]
     return _few(x) or next((r for w in weights if (r := check_dtype("a weight", w, torch.bfloat16))), None)
 
@@ -125,7 +123,7 @@ def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -
 
 define(
     "few_linear(Tensor x, Tensor[] weights, ScalarType out_dtype, bool static_weights) -> Tensor[]",
-    shapes="x [T,K], weights [N_i,K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, K % 32, N_i % 16 == 0",
+    shapes="x [T,K], weights [N_i,K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, up to 4, K % 32, N_i % 16 == 0",
     reference=reference.few_linear,
     allocate=lambda x, weights, out_dtype, static: [
         x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype) for w in weights
@@ -170,7 +168,7 @@ define(
     "few_experts(Tensor x, Tensor? topk_idx, Tensor? topk_weights, Tensor? gate_up, Tensor? down, Tensor? shared_gate_up, "
     "Tensor? shared_down, bool static_weights) -> Tensor",
     shapes="x [T,H], topk_idx [T,k] int64, topk_weights [T,k] fp32, gate_up [E,2I,H], down [E,H,I], shared_gate_up [2J,H], "
-    "shared_down [H,J] -> [T,k+1,H]; native: bf16, T <= 64, H, I, J % 32 == 0, E <= 512",
+    "shared_down [H,J] -> [T,k+1,H]; native: bf16, T <= 64, T k <= 1024, H, I, J % 32 == 0, E <= 512",
     reference=reference.few_experts,
     allocate=lambda x, topk_idx, weights, gate_up, down, shared_gate_up, shared_down, static: x.new_empty(
         x.shape[0], _slots(topk_idx, shared_down), x.shape[1]
@@ -189,46 +187,16 @@ define(
 )
 
 
-def _supports_attention(q: Tensor, cache: Tensor, *args: Any) -> str | None:
-    if q.shape[1] * q.shape[2] > ROWS_A_SEQUENCE:
-        return f"{q.shape[1]} steps of {q.shape[2]} heads are more than {ROWS_A_SEQUENCE} rows"
-    if (q.shape[3], args[3], cache.shape[1]) != (LATENT + ROPE, LATENT, PAGE):
-        return f"rows of {args[3]} of {q.shape[3]} columns in pages of {cache.shape[1]}"
-    return check_dtype("q", q, torch.bfloat16) or check_dtype("cache", cache, torch.bfloat16)
-
-
-def _launch_attention(
-    out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int, static: bool
-) -> None:
-    batch, steps, heads, _ = q.shape
-    pieces = native().few_attention_pieces(block_table.shape[1])
-    partial = q.new_empty(batch, pieces, steps * heads, LATENT, dtype=torch.float32)
-    partial_lse = q.new_empty(batch, pieces, steps * heads, dtype=torch.float32)
-    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale, static)
-
-
-define(
-    "few_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, int kv_lora_rank, "
-    "bool static_cache) -> Tensor",
-    shapes="q [B,S,G,Dc+Dr], cache [pages,page,1,Dc+Dr], block_table [B,W] int32, seq_lens [B] int32 -> [B,S,G,Dc]; native: "
-    "bf16, S G <= 32, Dc 512, Dr 64, pages of 64",
-    reference=reference.few_attention,
-    allocate=lambda q, cache, table, lengths, scale, rank, static: q.new_empty(*q.shape[:3], rank),
-    launch=_launch_attention,
-    supports=_supports_attention,
-)
-
-
 def few_linear(
     x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, static_weights: bool = False
 ) -> list[Tensor]:
     """Linear layers that read the same few tokens, in one kernel; not differentiable.
 
-    A token's bits do not depend on the other tokens nor on their number.
+    Natively a token's bits do not depend on the other tokens nor on their number.
 
     Args:
         x: [T, K], made contiguous; native on Hopper for bf16 and T up to 64.
-        weights: 1 to 4 of [N_i, K], x's dtype.
+        weights: one or several of [N_i, K], x's dtype; native for up to 4.
         out_dtype: of the outputs, x's or fp32; None: x's.
         static_weights: no kernel that may still be running writes the weights, so that they may be read before the kernel
             ahead has ended. True where at least one kernel lies between what wrote them and this.
@@ -239,10 +207,17 @@ def few_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    if x.dim() != 2 or not weights or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights):
-        found = f"{tuple(x.shape)} and {[tuple(w.shape) for w in weights]}"
-        raise ValueError(f"few_linear: expected x (T, K) and weights (N, K), got {found}")
+    several = not isinstance(weights, Tensor)
+    weights = list(weights) if several else [weights]
+    shapes = [tuple(w.shape) for w in weights]
+    if x.dim() != 2 or not several or not shapes or any(len(s) != 2 or s[1] != x.shape[1] for s in shapes):
+        raise ValueError(
+            f"few_linear: expected x (T, K) and a list of weights (N, K), got {tuple(x.shape)} and "
+            f"{shapes if several else shapes[0]}"
+        )
     _check_dtypes("few_linear", x, *weights)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise ValueError(f"few_linear: out_dtype must be {x.dtype} or torch.float32, got {out_dtype}")
     detached = [w.detach().contiguous() for w in weights]
     return torch.ops.dsv3.few_linear(x.detach().contiguous(), detached, out_dtype or x.dtype, static_weights)
 
@@ -302,67 +277,6 @@ def mla_absorb(
         raise ValueError(f"mla_absorb: expected {wanted}, got {found}")
     _check_dtypes("mla_absorb", q, weight)
     return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
-
-
-def attends_few(rows: int, tokens: int, cache: Tensor) -> bool:
-    """Whether few_attention is to be preferred to mla_decode, for so many rows (steps times heads) a sequence, sequences of up
-    to `tokens` and this cache. An FP8 cache is read by mla_decode alone."""
-    return rows <= ROWS_A_SEQUENCE and tokens <= KEYS and cache.dtype != torch.uint8
-
-
-def few_attention(
-    q: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
-    softmax_scale: float,
-    kv_lora_rank: int = LATENT,
-    static_cache: bool = False,
-) -> Tensor:
-    """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
-
-    A token's bits depend neither on the other sequences nor on S: keys are taken in pieces that begin at fixed places.
-
-    Args:
-        q: [B, S, G, Dc+Dr], made contiguous; native on Hopper for bf16, S * G up to 32, Dc 512, Dr 64.
-        cache: [pages, page, 1, Dc+Dr] of q's dtype, contiguous; native for pages of 64.
-        block_table: int32 [B, W].
-        seq_lens: int32 [B], including the S new tokens, which are stored already; length 0 gives 0.
-        softmax_scale: factor on the scores.
-        kv_lora_rank: Dc, the columns of a cached row that are values.
-        static_cache: cache, block_table and seq_lens are as `static_weights` of `few_linear` says.
-
-    Returns:
-        [B, S, G, Dc] of q's dtype.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
-        RuntimeError: as mla_decode, for pages that there are not.
-    """
-    if (
-        q.dim() != 4
-        or cache.dim() != 4
-        or cache.shape[2:] != (1, q.shape[3])
-        or block_table.dim() != 2
-        or (*block_table.shape[:1], *seq_lens.shape) != (q.shape[0], q.shape[0])
-        or not 1 <= kv_lora_rank <= q.shape[3]
-    ):
-        found = ", ".join(str(tuple(t.shape)) for t in (q, cache, block_table, seq_lens))
-        raise ValueError(
-            "few_attention: expected q (B, S, G, D), cache (pages, page, 1, D), block_table (B, W), seq_lens (B,), got "
-            + found
-        )
-    if cache.dtype != q.dtype or (block_table.dtype, seq_lens.dtype) != (torch.int32, torch.int32):
-        found = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, cache, block_table, seq_lens))
-        raise ValueError(
-            f"few_attention: expected a cache of q's dtype and int32 block_table and seq_lens, got {found}"
-        )
-    if not cache.is_contiguous():
-        raise ValueError(f"few_attention: expected a contiguous cache, got strides {cache.stride()}")
-    table, lengths = (t if t.stride(-1) == 1 else t.contiguous() for t in (block_table, seq_lens))
-    settings = softmax_scale, kv_lora_rank, static_cache and table is block_table and lengths is seq_lens
-    return torch.ops.dsv3.few_attention(q.detach().contiguous(), cache.detach(), table, lengths, *settings)
 
 
 def few_gate(
@@ -444,6 +358,7 @@ def few_experts(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or neither routed nor shared experts.
+        RuntimeError: on a CPU, an expert that there is not; natively its slot of the result holds anything.
     """
     routed = topk_idx, topk_weights, gate_up, down
     shared = shared_gate_up, shared_down
@@ -451,17 +366,29 @@ def few_experts(
     shapes = [None if t is None else tuple(t.shape) for t in (*routed, *shared)]
     good = given[0] in (0, 4) and given[1] in (0, 2) and any(given) and x.dim() == 2
     if good and given[0]:
-        inner = down.shape[-1]
-        good = topk_idx.dim() == 2 and topk_idx.shape[0] == x.shape[0] and topk_weights.shape == topk_idx.shape
-        good = good and gate_up.shape[1:] == (2 * inner, x.shape[1]) and down.shape == (len(gate_up), x.shape[1], inner)
+        good = (
+            topk_idx.dim() == 2
+            and down.dim() == 3
+            and topk_idx.shape[0] == x.shape[0]
+            and topk_weights.shape == topk_idx.shape
+        )
+        good = good and down.shape[1] == x.shape[1] and gate_up.shape == (len(down), 2 * down.shape[2], x.shape[1])
     if good and given[1]:
-        good = shared_gate_up.shape == (2 * shared_down.shape[-1], x.shape[1]) and len(shared_down) == x.shape[1]
+        good = (
+            shared_down.dim() == 2
+            and shared_gate_up.shape == (2 * shared_down.shape[-1], x.shape[1])
+            and len(shared_down) == x.shape[1]
+        )
     if not good:
         raise ValueError(
             "few_experts: expected x (T, H) with topk_idx and topk_weights (T, k), gate_up (E, 2I, H) and down (E, H, I), "
             f"or shared_gate_up (2J, H) and shared_down (H, J), or both, got {tuple(x.shape)} with {shapes}"
         )
     _check_dtypes("few_experts", x, *(t for t in (gate_up, down, *shared) if t is not None))
+    if topk_idx is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        require_dtype("few_experts", "topk_idx of int64", torch.int64, topk_idx)
+        require_dtype("few_experts", f"topk_weights of {str(wide).removeprefix('torch.')}", wide, topk_weights)
     tensors = [None if t is None else t.detach().contiguous() for t in (*routed, *shared)]
     return torch.ops.dsv3.few_experts(x.detach().contiguous(), *tensors, static_weights)
 

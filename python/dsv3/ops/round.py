@@ -33,7 +33,7 @@ define(
 )
 define(
     "greedy_round(Tensor(a!) result, Tensor(b!) tokens, Tensor(c!) lengths, Tensor logits, Tensor active) -> ()",
-    shapes="result [B,S+1], tokens [B,S], lengths, active [B] int64, logits [B,S,V]; native: bf16, V % 8 == 0",
+    shapes="result [B,S+1], tokens [B,S], lengths, active [B] int64, logits [B,S,V]; native: bf16, S <= 32, V % 8 == 0",
     reference=reference.greedy_round,
     allocate=lambda *args: None,
     launch=lambda _, *args: native().greedy_round(*args),
@@ -88,11 +88,13 @@ def greedy_round(result: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor
         ValueError: shapes or dtypes that do not fit.
     """
     shapes = [tuple(t.shape) for t in (result, tokens, lengths, active)]
-    batch, steps = logits.shape[:2] if logits.dim() == 3 and logits.shape[2] > 0 else (-1, -1)
+    batch, steps = logits.shape[:2] if logits.dim() == 3 and min(logits.shape[1:]) > 0 else (-1, -1)
     if shapes != [(batch, steps + 1), (batch, steps), (batch,), (batch,)]:
         raise ValueError(
             f"greedy_round: expected result (B, S+1), tokens (B, S), lengths and active (B,) and logits (B, S, V), got "
             f"{shapes} and {tuple(logits.shape)}"
         )
     require_dtype("greedy_round", "tensors of int64", torch.int64, result, tokens, lengths, active)
+    if not logits.is_floating_point():
+        raise ValueError(f"greedy_round: expected logits of a floating dtype, got {logits.dtype}")
     torch.ops.dsv3.greedy_round(result, tokens, lengths, logits.contiguous(), active)
