@@ -33,13 +33,8 @@ CALLED = tuple(family for family in FAMILIES if family != "comm")  # comm needs 
 # part of a block. A family's pairs of functions, of which one writes and the other reads, and what orders them.
 # NOTE: a race between the same two functions that nothing orders would be taken for one of these.
 RING = "the stage's mbarriers: full when the copy has landed, empty when every consumer warp is done with it"
-TILE = "the warpgroup's barrier, before a tile's sums are left and behind"
 SLOT = "kReady of the slot's owner; who writes a slot again has received a later tile from every other warpgroup"
 ORDERED = {
-    "decode": {
-        "consume and ExpertsWork::store": TILE,
-        "consume and ManyRowsWork::store": TILE,
-    },
     "gemm": {
         "SM90_BULK_COPY_G2S::copy and load_shared_float": RING,
         "SM90_BULK_COPY_G2S::copy and load_shared_float2": RING,
