@@ -7,11 +7,8 @@ import functools
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,9 +25,7 @@ from dsv3.ops import Fp8Weight, fp8_experts, per_token_cast
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.reference.quant import dequantize
 from tests.comm.cases import CASES, FP8, Case, experts, inputs, over_wire
-
-ROOT = Path(__file__).parents[2]
-
+from tests.torchrun import torchrun
 
 ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport in ("ipc", "nvshmem")]
 
@@ -39,11 +34,8 @@ ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of eight ranks got. The workers themselves check that a second run gives the same bits."""
     out = tmp_path_factory.mktemp("buffer")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
-    command = [*torchrun, "-m", "tests.comm.buffer_worker", str(out), request.param]
     with nullcontext(os.environ) if request.param == "collective" else shared_gpu() as env:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+        torchrun(8, "-m", "tests.comm.buffer_worker", out, request.param, env=env)
     return [torch.load(out / f"{rank}.pt") for rank in range(8)]
 
 

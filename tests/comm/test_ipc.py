@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -21,17 +20,9 @@ from bench.shared_gpu import shared_gpu
 from dsv3.comm import ExpertBuffer, ipc
 from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat
 from dsv3.ops import registry
+from tests.torchrun import torchrun
 
-ROOT = Path(__file__).parents[2]
-
-
-def run_workers(ranks: int, transport: str, env: dict[str, str]) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.comm.ipc_worker", transport, "6"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+LEAVING = "-m", "tests.comm.leaving_worker"
 
 
 @pytest.mark.cuda
@@ -40,7 +31,7 @@ def run_workers(ranks: int, transport: str, env: dict[str, str]) -> None:
 def test_four_processes_on_one_gpu(transport: str) -> None:
     """Or on those that there are, in turn."""
     with shared_gpu() as env:
-        run_workers(4, transport, env)
+        torchrun(4, "-m", "tests.comm.ipc_worker", transport, 6, env=env)
 
 
 @pytest.mark.cuda
@@ -49,15 +40,8 @@ def test_four_processes_on_one_gpu(transport: str) -> None:
 @pytest.mark.parametrize("transport", ["collective", "ipc", "nvshmem"])
 def test_one_process_a_gpu(transport: str) -> None:
     """collective goes over NCCL there."""
-    run_workers(max(n for n in (2, 4, 8) if n <= torch.cuda.device_count()), transport, dict(os.environ))
-
-
-def leave(ranks: int, env: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    worker = [*torchrun, "-m", "tests.comm.leaving_worker", *map(str, arguments)]
-    done = subprocess.run(worker, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    ranks = max(n for n in (2, 4, 8) if n <= torch.cuda.device_count())
+    torchrun(ranks, "-m", "tests.comm.ipc_worker", transport, 6)
 
 
 @pytest.mark.cuda
@@ -66,7 +50,7 @@ def leave(ranks: int, env: dict[str, str], *arguments: object) -> subprocess.Com
 def test_kernels_take_num_sms_multiprocessors(num_sms: int, tmp_path: Path) -> None:
     """As many blocks, or fewer, of every kernel that waits for other ranks."""
     path = tmp_path / "blocks.json"
-    leave(1, dict(os.environ), "ipc", num_sms, path)
+    torchrun(1, *LEAVING, "ipc", num_sms, path, timeout=100)
     blocks = json.loads(path.read_text())
     kernels = ["exchange", "dispatch", "order_scales", "combine", "send", "receive", "send_sums", "receive_sums"]
     found = {k: [n for name, counts in blocks.items() if f"::{k}_kernel" in name for n in counts] for k in kernels}
@@ -85,7 +69,7 @@ def test_memory_is_freed_at_exit(transport: str, tmp_path: Path) -> None:
         client = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
         subprocess.run(client, env=env, check=True, timeout=100)
         free, _ = torch.cuda.mem_get_info()
-        done = leave(2, env, transport, 8, tmp_path / "unused")
+        done = torchrun(2, *LEAVING, transport, 8, tmp_path / "unused", env=env, timeout=100)
         assert "rror" not in done.stderr
         deadline = time.monotonic() + 10  # the driver takes back what a process had just behind its end
         while (lost := free - torch.cuda.mem_get_info()[0]) > 2**26 and time.monotonic() < deadline:
@@ -120,7 +104,6 @@ def test_what_cannot_be_reached_is_said_once(
 
 def test_a_rank_that_has_no_memory_leaves_all_to_collective(tmp_path: Path) -> None:
     """Its rings cannot be made; the others have theirs, and all of them still meet to take them down."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = tmp_path / "worker.py"
     worker.write_text(
         """
@@ -150,8 +133,7 @@ torch.testing.assert_close(buffer.combine(handle.x, handle), 2 * x)
 dist.destroy_process_group()
 """
     )
-    done = subprocess.run([*torchrun, str(worker)], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(2, worker, timeout=100)
     assert done.stderr.count("cudaMalloc of the rings: out of memory (rank 1)") == 1
 
 

@@ -4,8 +4,6 @@ stop, checkpoints that either can read."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,8 @@ import torch.distributed as dist
 from dsv3 import train
 from dsv3.parallel.data import DataParallel, ranks_share_gpus
 from dsv3.train import checkpoint, launch
+from tests.torchrun import torchrun
 from tests.train.common import Recorder, same_losses
-
-ROOT = Path(__file__).parents[2]
 
 
 def rows(out: Path) -> list[dict]:
@@ -27,10 +24,7 @@ def rows(out: Path) -> list[dict]:
 
 @pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.two_gpus)])
 def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = ["-m", "tests.train.parallel_worker", str(token_folder), str(tmp_path), on]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(2, "-m", "tests.train.parallel_worker", token_folder, tmp_path, on)
     for rank in (0, 1):
         assert (tmp_path / f"codes-{rank}").read_text() == "[130, 0, 0]"
     stopped = [line for line in done.stdout.splitlines() if line.startswith("saved ")]
@@ -88,7 +82,4 @@ def test_steps_are_captured_unless_ranks_share_a_gpu(
 @pytest.mark.cuda
 @pytest.mark.two_gpus
 def test_steps_in_graphs_are_the_steps_without(token_folder: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = ["-m", "tests.train.graph_worker", str(token_folder), str(tmp_path)]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "-m", "tests.train.graph_worker", token_folder, tmp_path)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tests.train.test_data_parallel import ROOT, rows
+from tests.torchrun import ROOT
+from tests.train.test_data_parallel import rows
 from tests.train.test_resume import tensors
 
 
