@@ -103,19 +103,38 @@ def _decode(device: torch.device) -> Iterator[Callable[[], Any]]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16) * shape[-1] ** -0.5
 
+    def same(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def quantize(weight: torch.Tensor) -> ops.Quantized:
+        return ops.Quantized(*ops.per_block_cast(weight))
+
     for tokens in (3, 12, 40):  # 8, 16 and 32 at a time, and a second pass
-        yield functools.partial(ops.few_linear, draw(tokens, 416), [draw(7216, 416)])
-        index = torch.rand(tokens, 12, device=device).topk(4).indices
-        weights = {"gate_up": draw(12, 192, 160), "down": draw(12, 160, 96)}
-        weights |= {"shared_gate_up": draw(128, 160), "shared_down": draw(160, 64)}
-        factors = torch.rand(tokens, 4, device=device)
-        yield functools.partial(ops.few_experts, draw(tokens, 160), index, factors, **weights)
+        for cast in (same, quantize):
+            yield functools.partial(ops.few_linear, draw(tokens, 416), [cast(draw(7216, 416))])
+            yield functools.partial(ops.few_linear, draw(tokens, 416), [cast(draw(144, 416))])
+            index = torch.rand(tokens, 12, device=device).topk(4).indices
+            weights = {"gate_up": draw(12, 192, 160), "down": draw(12, 160, 96)}
+            weights |= {"shared_gate_up": draw(128, 160), "shared_down": draw(160, 64)}
+            weights = {name: cast(weight) for name, weight in weights.items()}
+            factors = torch.rand(tokens, 4, device=device)
+            yield functools.partial(ops.few_experts, draw(tokens, 160), index, factors, **weights)
     for rows in (1, 2):
         q, cache, table, seq_lens, *_ = decode_inputs([37 * i % 500 for i in range(40)], rows, 16, "bf16", device)
         yield functools.partial(ops.few_attention, q, cache, table, seq_lens, softmax_scale=192**-0.5)
 
 
-EXTRA = {"gemm": _gemm, "attention": _attention, "decode": _decode}
+def _moe(device: torch.device) -> Iterator[Callable[[], Any]]:
+    settings = (8, 4, 6, 2.5, "sigmoid", "top2_sum", True)
+    for lengths in ([3, 0, 1, 60], [160, 160, 7, 0, 1, 300]):  # one cluster; more blocks, with ends inside them
+        logits, bias = torch.randn(sum(lengths), 64, device=device), torch.rand(64, device=device)
+        cu_seqlens = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
+        index, weights, _, _, affinity = torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *settings)
+        inputs = weights, affinity, logits, index, cu_seqlens
+        yield functools.partial(torch.ops.dsv3.moe_gate_loads_backward, *inputs, 2.5, "sigmoid", True)
+
+
+EXTRA = {"gemm": _gemm, "attention": _attention, "decode": _decode, "moe": _moe}
 
 
 def call(family: str) -> None:

@@ -73,6 +73,8 @@ PYBIND11_MODULE(_C, m) {
   define(m, "mla_attention_backward", dsv3::mla_attention_backward);
   define(m, "moe_gate", dsv3::moe_gate);
   define(m, "moe_gate_backward", dsv3::moe_gate_backward);
+  define(m, "moe_gate_loads", dsv3::moe_gate_loads);
+  define(m, "moe_gate_loads_backward", dsv3::moe_gate_loads_backward);
   define(m, "moe_permutation", dsv3::moe_permutation);
   define(m, "moe_permute", dsv3::moe_permute);
   define(m, "moe_permute_cast", dsv3::moe_permute_cast);

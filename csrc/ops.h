@@ -127,12 +127,19 @@ void swiglu_backward_both_casts(Tensor dgate_up_fp8, Tensor dgate_up_sf, Tensor 
                                 bool pow2_scale, double amax_floor, cudaStream_t stream);
 
 // moe/gate.cu. logits, dlogits fp32 [T, E]; bias fp32 [E]; index int64 [T, k]; weights, dweights fp32 [T, k]; counts
-// int32 [E].
+// int32 [E]. Settings: num_groups, topk_groups, route_scale, softmax, top2_sum, normalize.
+using GateSettings = std::tuple<int64_t, int64_t, double, bool, bool, bool>;
 void moe_gate(Tensor index, Tensor weights, Tensor counts, Tensor logits, std::optional<Tensor> bias,
-              int64_t num_groups, int64_t topk_groups, double route_scale, bool softmax, bool top2_sum, bool normalize,
-              cudaStream_t stream);
+              GateSettings settings, cudaStream_t stream);
 void moe_gate_backward(Tensor dlogits, Tensor dweights, Tensor logits, Tensor index, double route_scale, bool softmax,
                        bool normalize, cudaStream_t stream);
+
+// moe/gate_loads.cu. The same, and of n sequences, which begin at cu_seqlens int32 [n + 1], chosen int32 [n, E] and
+// affinity, daffinity fp64 [n, E].
+void moe_gate_loads(Tensor index, Tensor weights, Tensor counts, Tensor chosen, Tensor affinity, Tensor logits,
+                    std::optional<Tensor> bias, Tensor cu_seqlens, GateSettings settings, cudaStream_t stream);
+void moe_gate_loads_backward(Tensor dlogits, Tensor dweights, Tensor daffinity, Tensor logits, Tensor index,
+                             Tensor cu_seqlens, double route_scale, bool softmax, bool normalize, cudaStream_t stream);
 
 // moe/permute.cu. topk_idx, position int64 [T, k]; source int64 [T*k]; offsets int32 [E + 1]; block_counts int32
 // [blocks, E] is workspace, blocks <= 64; x, out float [T, H]; rows, y float [T*k, H]; weights fp32 [T, k].
@@ -144,12 +151,12 @@ void moe_permute_cast(Tensor rows, Tensor rows_sf, Tensor data, Tensor sf, Tenso
                       cudaStream_t stream);
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
 
-// decode/. What a decoding step does with at most 64 tokens, all bf16. static_weights: no kernel that may still run writes
+// decode/. What a decoding step does with at most 64 tokens, in bf16 but for weights that say otherwise. static_weights: no kernel that may still run writes
 // them.
-// few_linear.cu. x [T, K]; weights [N_i, K], outs [T, N_i], all bf16 or all fp32. x [T, G, K], weight
-// [G, N, K] with contiguous matrices, out [T, G, N].
-void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, bool static_weights,
-                cudaStream_t stream);
+// few_linear.cu. x [T, K]; weights [N_i, K], all bf16 with no scales, or all e4m3 with scales fp32 [N_i / 128, K / 128],
+// rounded up; outs [T, N_i], all bf16 or all fp32. x [T, G, K], weight [G, N, K] with contiguous matrices, out [T, G, N].
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                bool static_weights, cudaStream_t stream);
 void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStream_t stream);
 // mla_absorb.cu. q [T, G, Dn + Dr], weight [G, Dn, Dc] with contiguous matrices, out [T, G, Dc + Dr]; cos, sin fp32
 // [positions, Dr / 2]; positions int64 [T].
@@ -167,11 +174,13 @@ using FewGateSettings = std::tuple<double, int64_t, int64_t, double, bool, bool,
 void few_gate(Tensor sum, Tensor u, Tensor index, Tensor weights, Tensor x, Tensor residual, Tensor norm_weight,
               Tensor gate, std::optional<Tensor> bias, FewGateSettings settings, cudaStream_t stream);
 // few_experts.cu. x [T, H]; topk_idx int64 [T, k], topk_weights fp32 [T, k], gate_up [E, 2I, H], down [E, H, I], or none;
-// shared_gate_up [2J, H], shared_down [H, J], or none; y [T, k + 1, H], k where nothing is shared; act, T * (k I + J)
-// elements, is workspace.
+// shared_gate_up [2J, H], shared_down [H, J], or none; scales of weights that are e4m3, as of few_linear, [E, ...] where routed;
+// y [T, k + 1, H], k where nothing is shared; act, T * (k I + J) elements, is workspace.
 void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
                  std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
-                 std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream);
+                 std::optional<Tensor> shared_down, std::optional<Tensor> gate_up_sf, std::optional<Tensor> down_sf,
+                 std::optional<Tensor> shared_gate_up_sf, std::optional<Tensor> shared_down_sf, bool static_weights,
+                 cudaStream_t stream);
 // combine_norm.cu. residual, out, h [T, H]; y [T, S, H]; weight [H].
 void combine_norm(Tensor out, Tensor h, Tensor residual, Tensor y, Tensor weight, double eps, cudaStream_t stream);
 // round.cu. lengths, active int64 [B]; positions, slots int64 [B * S]; seq_lens int32 [B]; block_table int32 [B, W]; logits

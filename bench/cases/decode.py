@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Baseline, Case
+from dsv3 import ops
 from dsv3.reference import decode as reference
 
 BF16 = torch.bfloat16
+WEIGHTS = {}, {"weights": "fp8"}  # what a case says of them
 # Rows and depth of the matrices that read one input.
 LINEAR = {
     "mini q_a, kv_a": ((768, 576), 1024),
@@ -29,21 +31,29 @@ def _draw(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=BF16) * shape[-1] ** -0.5
 
 
-def _linear_case(name: str, rows: tuple[int, ...], depth: int, tokens: int) -> Case:
+def _quantize(weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes and scales."""
+    data, scales = zip(*map(ops.per_block_cast, weights), strict=True)
+    return list(data), list(scales)
+
+
+def _linear_case(name: str, rows: tuple[int, ...], depth: int, fp8: bool, tokens: int) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
-        return _draw(tokens, depth, device=device), [_draw(n, depth, device=device) for n in rows]
+        weights = [_draw(n, depth, device=device) for n in rows]
+        return _draw(tokens, depth, device=device), *(_quantize(weights) if fp8 else (weights, []))
 
-    def run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        return torch.ops.dsv3.few_linear(x, weights, BF16, True)
+    def run(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+        return torch.ops.dsv3.few_linear(x, weights, scales, BF16, True)
 
-    def plain(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        return reference.few_linear(x, weights, BF16, True)
+    def plain(x: Tensor, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+        return reference.few_linear(x, weights, scales, BF16, True)
 
+    size, blocks = 1 if fp8 else 2, sum(-(-n // 128) for n in rows) * -(-depth // 128) if fp8 else 0
     return Case(
         op="few_linear",
-        case={"layer": name, "tokens": tokens, "n": sum(rows), "k": depth},
+        case={"layer": name, "tokens": tokens, "n": sum(rows), "k": depth} | WEIGHTS[fp8],
         flops=2.0 * tokens * sum(rows) * depth,
-        bytes=2 * (sum(rows) * depth + tokens * (depth + sum(rows))),
+        bytes=size * sum(rows) * depth + 4 * blocks + 2 * tokens * (depth + sum(rows)),
         inputs=inputs,
         run=run,
         baselines={"torch": Baseline(plain)},
@@ -84,22 +94,24 @@ def _absorb_case(tokens: int, heads: int) -> Case:
     )
 
 
-def _experts_case(tokens: int, experts: int, hidden: int, inner: int) -> Case:
+def _experts_case(tokens: int, fp8: bool, experts: int, hidden: int, inner: int) -> Case:
     topk = min(8, experts)
     index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens)).topk(topk).indices
 
     def inputs(device: torch.device) -> tuple[Tensor, ...]:
         routed = _draw(experts, 2 * inner, hidden, device=device), _draw(experts, hidden, inner, device=device)
         shared = _draw(2 * inner, hidden, device=device), _draw(hidden, inner, device=device)
+        weights = [*routed, *shared]
+        data, scales = _quantize(weights) if fp8 else (weights, [None] * 4)
         factors = torch.rand(tokens, topk, device=device)
-        return _draw(tokens, hidden, device=device), index.to(device), factors, *routed, *shared
+        return _draw(tokens, hidden, device=device), index.to(device), factors, *data, *scales
 
-    chosen = len(index.unique()) + 1
+    chosen, size = len(index.unique()) + 1, 1 if fp8 else 2
     return Case(
         op="few_experts",
-        case={"tokens": tokens, "experts": experts, "topk": topk, "hidden": hidden, "inner": inner},
+        case={"tokens": tokens, "experts": experts, "topk": topk, "hidden": hidden, "inner": inner} | WEIGHTS[fp8],
         flops=6.0 * tokens * (topk + 1) * hidden * inner,
-        bytes=2 * (3 * chosen * hidden * inner + tokens * hidden * (topk + 2)) + 12 * tokens * topk,
+        bytes=3 * size * chosen * hidden * inner + 2 * tokens * hidden * (topk + 2) + 12 * tokens * topk,
         inputs=inputs,
         run=lambda *inputs: torch.ops.dsv3.few_experts(*inputs, True),
         baselines={"torch": Baseline(lambda *inputs: reference.few_experts(*inputs, True), tolerance=2e-2)},
@@ -215,11 +227,11 @@ def _combine_case(tokens: int, slots: int, hidden: int) -> Case:
 def cases(tiny: bool) -> list[Case]:
     """One token and 32."""
     heads, sizes = ((2, 3), (6, 64, 32)) if tiny else ((16, 128), (64, 1024, 512))
-    shapes = {name: ((32,) * len(rows), 64) if tiny else (rows, depth) for name, (rows, depth) in LINEAR.items()}
+    shapes = [(name, (32,) * len(rows), 64) if tiny else (name, rows, depth) for name, (rows, depth) in LINEAR.items()]
     return [
-        *(_linear_case(name, *shape, tokens) for name, shape in shapes.items() for tokens in (1, 32)),
+        *(_linear_case(*shape, fp8, n) for shape in shapes for fp8 in (False, True) for n in (1, 32)),
         *(make(tokens, count) for make in (_heads_case, _absorb_case) for count in heads for tokens in (1, 32)),
-        *(_experts_case(tokens, *sizes) for tokens in (1, 32)),
+        *(_experts_case(tokens, fp8, *sizes) for fp8 in (False, True) for tokens in (1, 32)),
         *(_combine_case(tokens, 9, sizes[1]) for tokens in (1, 32)),
         *(_attention_case(batch, heads[0], 70 if tiny else 544) for batch in (1, 32)),
         *(_gate_case(tokens, *sizes[:2]) for tokens in (1, 32)),

@@ -1,5 +1,6 @@
 """csrc/moe: SwiGLU at the sizes of V3's experts (inner 2048, with routing weights) and of its dense blocks (18432), also with
-its output cast to FP8; the gate over 256 experts, and the way of 4096 tokens to their 8 experts and back."""
+its output cast to FP8; the gate over 256 experts, alone and with the loads of a sequence; the way of 4096 tokens to their 8
+experts and back."""
 
 from __future__ import annotations
 
@@ -90,6 +91,24 @@ def _gate(tokens: int, experts: int) -> Case:
     )
 
 
+def _gate_loads(tokens: int, experts: int) -> Case:
+    """One sequence: all blocks add to the same sums."""
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        return torch.randn(tokens, experts, device=device), torch.rand(experts, device=device) - 0.5, cu_seqlens
+
+    return Case(
+        op="moe_gate_loads",
+        case={"tokens": tokens, "experts": experts, "topk": 8, "sequences": 1},
+        flops=12 * tokens * experts,
+        bytes=tokens * (4 * experts + 8 * 12) + 20 * experts + 8,  # bias, counts, chosen, affinity
+        inputs=inputs,
+        run=lambda *inputs: torch.ops.dsv3.moe_gate_loads(*inputs, *_GATE),
+        baselines=peers(lambda *inputs: reference.moe_gate_loads(*inputs, *_GATE)),
+    )
+
+
 def _order(tokens: int, experts: int, topk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     choice = torch.rand(tokens, experts, device=device).topk(topk, sorted=False).indices
     return reference.moe_permutation(choice, experts)
@@ -153,7 +172,8 @@ def _permute_cast(tokens: int, hidden: int, topk: int) -> Case:
 def cases(tiny: bool) -> list[Case]:
     """`hidden` is the width of the output."""
     tokens, hidden, topk = (32, 128, 4) if tiny else (4096, 7168, 8)
-    gates = [_gate(n, 64 if tiny else 256) for n in ((16, 32) if tiny else (128, 4096))]
+    sizes = [(16, 64), (32, 64)] if tiny else [(128, 256), (4096, 256)]
+    gates = [gate(*size) for gate in (_gate, _gate_loads) for size in sizes]
     moves = [
         *(_permute(tokens, hidden, topk, back=back) for back in (False, True)),
         _permute_cast(tokens, hidden, topk),

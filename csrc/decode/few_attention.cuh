@@ -13,9 +13,11 @@ __device__ __forceinline__ uint32_t shared_pointer(const void* p) {
 }
 
 // 16 bytes, or zeros.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_pointer(to)), "l"(from), "r"(there ? 16 : 0)
-               : "memory");
+  copy_async(shared_pointer(to), from, there);
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most so many groups of copies are under way.

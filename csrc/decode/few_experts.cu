@@ -5,7 +5,7 @@
 // and slot j = k of the shared experts, which take every token and have no weight. Roofline: the weights of every expert
 // that is chosen, once. A tile is 64 rows of one expert's matrix (32 of the gate's half and 32 of the other) with all of its
 // tokens, which every warp finds in topk_idx itself: the n-th expert that occurs is the n-th job. Rows of act and y are the
-// choices, so nothing is moved. Products: few_tiles.cuh.
+// choices, so nothing is moved. Weights are all bf16 or all FP8. Products: few_tiles.cuh.
 #include <algorithm>
 
 #include "../ops.h"
@@ -19,12 +19,13 @@ constexpr int kDepthMultiple = 32;  // of hidden and inner: half a tile's rows, 
 
 // One of the two matrices, of the routed experts or of the shared ones.
 struct Part {
-  CUtensorMap weight;  // [E N, K]
-  const bf16* x;       // rows of K: tokens or choices
-  bf16* out;           // rows of `columns`
-  int rows, depth;     // N and K
-  int columns;         // of out: N, or N / 2 where the halves meet in SwiGLU
-  int tiles;           // an expert
+  CUtensorMap weight;   // [E N, K]
+  const float* scales;  // of FP8, [E, blocks of N, blocks of K]
+  const bf16* x;        // rows of K: tokens or choices
+  bf16* out;            // rows of `columns`
+  int rows, depth;      // N and K
+  int columns;          // of out: N, or N / 2 where the halves meet in SwiGLU
+  int tiles;            // an expert
 };
 
 struct FewExpertsParams {
@@ -33,11 +34,12 @@ struct FewExpertsParams {
   const float* topk_weights;  // [T, k]
   int tokens, topk, experts;
   int slots;  // of y a token: topk, and one where there are shared experts
-  bool static_weights;
+  bool fp8, static_weights;
 };
 
 struct Chosen {
   unsigned occurs[kMaxExperts / 32];  // a bit an expert
+  int16_t jobs[kMaxExperts];          // the experts that occur, ascending
   int16_t experts[kMaxPairs];         // of each choice (token * topk + j), -1 where there is none
 };
 
@@ -48,7 +50,7 @@ struct ExpertsShared {
   int16_t pairs[C::kThreads / kWarpSize][kMaxPairs];  // a warp's list: choices of its tile's expert, ascending
 };
 
-// Reads the choices, and returns how many experts occur among them. By the whole block.
+// Reads the choices, and returns how many experts occur among them. By the whole block, which must meet before it uses them.
 __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& chosen) {
   for (int i = threadIdx.x; i < kMaxExperts / 32; i += blockDim.x) chosen.occurs[i] = 0u;
   __syncthreads();
@@ -64,17 +66,14 @@ __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& c
   }
   __syncthreads();
   int found = 0;
-  for (int word = 0; word * 32 < p.experts; ++word) found += __popc(chosen.occurs[word]);
+  for (int word = 0; word * 32 < p.experts; ++word) {
+    const unsigned bits = chosen.occurs[word];
+    if (threadIdx.x / kWarpSize == word % (blockDim.x / kWarpSize) && bits >> lane & 1u) {
+      chosen.jobs[found + __popc(bits & ((1u << lane) - 1))] = static_cast<int16_t>(word * 32 + lane);
+    }
+    found += __popc(bits);
+  }
   return found;
-}
-
-// The n-th expert that occurs.
-__device__ __forceinline__ int find_expert(const Chosen& chosen, int n) {
-  int word = 0;
-  unsigned bits = chosen.occurs[0];
-  for (int count; n >= (count = __popc(bits)); bits = chosen.occurs[++word]) n -= count;
-  for (; n > 0; --n) bits &= bits - 1;
-  return word * 32 + __ffs(bits) - 1;
 }
 
 // Lists the pairs of an expert and returns their number. By a whole warp, whose list it is.
@@ -92,8 +91,9 @@ __device__ __forceinline__ int list_pairs(const Chosen& chosen, int pairs, int e
   return found;
 }
 
-// Tiles of the shared experts come first, then those of the experts that occur. As few_tiles.cuh wants it.
-template <bool kSwiglu>
+// Tiles of the shared experts come first, one for every kN tokens, then those of the experts that occur. As few_tiles.cuh wants
+// it.
+template <class C, bool kSwiglu>
 struct ExpertsWork {
   static constexpr int kColumns = kSwiglu ? kTileRows / 2 : kTileRows;  // of out a tile
   const FewExpertsParams& p;
@@ -102,20 +102,26 @@ struct ExpertsWork {
   int jobs;                              // of the routed experts
   int job = -1, expert = 0, listed = 0;  // the job at hand, its expert and pairs
   int column = 0;                        // of out, the tile's first
+  int skipped = 0;                       // tokens of the shared experts before the tile's
   bool shared = false;
 
   __device__ __forceinline__ const Part& part() const { return shared ? p.shared : p.routed; }
-  __device__ __forceinline__ int tiles() const { return p.shared.tiles + jobs * p.routed.tiles; }
+  __device__ __forceinline__ int shared_tiles() const { return p.shared.tiles * ceil_div(p.tokens, C::kN); }
+  __device__ __forceinline__ int tiles() const { return shared_tiles() + jobs * p.routed.tiles; }
   __device__ __forceinline__ int depth() const { return part().depth; }
   __device__ __forceinline__ int begin(int tile) {
-    shared = tile < p.shared.tiles;
-    column = tile * kColumns;
-    if (shared) return p.tokens;
-    const int routed = tile - p.shared.tiles, wanted = routed / p.routed.tiles;
+    shared = tile < shared_tiles();
+    if (shared) {
+      const int turn = tile / p.shared.tiles;
+      skipped = turn * C::kN;
+      column = (tile - turn * p.shared.tiles) * kColumns;
+      return min(p.tokens - skipped, C::kN);
+    }
+    const int routed = tile - shared_tiles(), wanted = routed / p.routed.tiles;
     column = (routed - wanted * p.routed.tiles) * kColumns;
     if (wanted != job) {
       job = wanted;
-      expert = find_expert(chosen, job);
+      expert = chosen.jobs[job];
       listed = list_pairs(chosen, p.tokens * p.topk, expert, pairs);
     }
     return listed;
@@ -126,19 +132,26 @@ struct ExpertsWork {
     tma_load(to, part().weight, full, from, row, kOnce);
     if constexpr (kSwiglu) tma_load(to + kBoxBytes / 2, part().weight, full, from, row + part().columns, kOnce);
   }
+  __device__ __forceinline__ const float* scales(int row) const {
+    const int rows = part().rows;
+    const int of_expert = kSwiglu && row >= kColumns ? part().columns + column : column;
+    const int block = (shared ? 0 : expert * ceil_div(rows, kScaleBlock)) + of_expert / kScaleBlock;
+    return part().scales + static_cast<int64_t>(block) * ceil_div(depth(), kScaleBlock);
+  }
+  __device__ __forceinline__ const bf16* x() const { return part().x; }
   // Of act and y a choice is a row; of x, a token.
-  __device__ __forceinline__ const bf16* row(int token) const {
-    const int at = shared ? token : kSwiglu ? pairs[token] / p.topk : pairs[token];
-    return part().x + static_cast<int64_t>(at) * depth();
+  __device__ __forceinline__ int row(int token) const {
+    return shared ? skipped + token : kSwiglu ? pairs[token] / p.topk : pairs[token];
   }
   template <int kTokens, int kStride>
-  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread) const {
+  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread,
+                                        int threads) const {
     constexpr int kVectors = kColumns / 2;
-    const int count = min((shared ? p.tokens : listed) - first, kTokens);
-    for (int i = thread; i < count * kVectors; i += kWarpgroup) {
+    const int count = min((shared ? p.tokens - skipped : listed) - first, kTokens);
+    for (int i = thread; i < count * kVectors; i += threads) {
       const int at = i / kVectors, c = i % kVectors * 2;
       if (column + c >= part().columns) continue;  // the end of a matrix whose rows are no whole tiles
-      const int choice = shared ? first + at : pairs[first + at];
+      const int choice = shared ? skipped + at : pairs[first + at];
       int64_t to = choice;
       float2 sum = *reinterpret_cast<const float2*>(&sums[at][c]);
       if constexpr (kSwiglu) {
@@ -175,7 +188,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (!early) wait_for_inputs();
   const int jobs = p.experts ? read_choices(p, shared.chosen) : 0;
   __syncthreads();
-  ExpertsWork<kSwiglu> work{p, shared.chosen, shared.pairs[uniform_warp()], jobs};
+  ExpertsWork<C, kSwiglu> work{p, shared.chosen, shared.pairs[uniform_warp()], jobs};
   run_tiles(shared.tile, work, [&] {
     if (early) wait_for_inputs();
     release_dependents();
@@ -185,19 +198,30 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 template <bool kSwiglu>
 void launch_few_experts(const FewExpertsParams& p, cudaStream_t stream) {
   const int jobs = p.experts ? std::min(p.tokens * p.topk, p.experts) : 0;
-  const int64_t tiles = p.shared.tiles + static_cast<int64_t>(jobs) * p.routed.tiles;
-  visit_tile_config(p.tokens, [&](auto config) {
+  // Most experts should have their tokens in one pass; those that have more read their weights again. In bf16 16 tokens at a
+  // time are never slower than 8.
+  const int expected = p.experts ? std::max(2 * p.tokens * p.topk / p.experts, p.fp8 ? 1 : 16) : p.tokens;
+  visit_tile_config(std::min(p.tokens, expected), p.fp8, [&](auto config) {
     using C = decltype(config);
+    const int64_t tiles = p.shared.tiles * ceil_div(p.tokens, C::kN) + static_cast<int64_t>(jobs) * p.routed.tiles;
     launch("few_experts", few_experts_kernel<C, kSwiglu>, tile_launch<C>(tiles, sizeof(ExpertsShared<C>)), stream, p);
   });
 }
 
-// The parts of both matrices of `experts` experts, whose act begins at `act` and has `inner` columns.
-void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& down, const Tensor& x, const Tensor& y,
-               bf16* act, int64_t experts) {
+// The two matrices of `experts` experts, with the scales of FP8.
+struct Matrices {
+  const Tensor &gate_up, &down;
+  const std::optional<Tensor>&gate_up_sf, &down_sf;
+};
+
+// Their parts, whose act begins at `act` and has `inner` columns.
+void add_parts(const FewExpertsParams& p, Part& first, Part& second, const Matrices& m, const Tensor& x,
+               const Tensor& y, bf16* act, int64_t experts) {
+  const auto& [gate_up, down, gate_up_sf, down_sf] = m;
   const int64_t hidden = x.size(1), inner = down.size(-1);
-  check_operand("gate_up", gate_up, Dtype::kBFloat16);
-  check_operand("down", down, Dtype::kBFloat16);
+  const Dtype dtype = p.fp8 ? Dtype::kE4M3 : Dtype::kBFloat16;
+  check_operand("gate_up", gate_up, dtype);
+  check_operand("down", down, dtype);
   DSV3_CHECK(gate_up.size(-2) == 2 * inner && gate_up.numel() == experts * 2 * inner * hidden &&
                  down.size(-2) == hidden && down.numel() == experts * inner * hidden,
              "gate_up must be (..., 2 inner, hidden) and down (..., hidden, inner) for x ", x, ", got ", gate_up,
@@ -205,18 +229,24 @@ void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& d
   DSV3_CHECK(experts > 0 && hidden > 0 && inner > 0 && hidden % kDepthMultiple == 0 && inner % kDepthMultiple == 0,
              "there must be experts, hidden and inner multiples of ", kDepthMultiple, ", got ", gate_up);
   const int rows = static_cast<int>(2 * inner), columns = static_cast<int>(hidden), width = static_cast<int>(inner);
-  const auto map = [](const Tensor& weight, int64_t of_rows, int64_t depth, int box_rows) {
-    return tensor_map({weight.data<void>(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, of_rows, depth, 2 * depth}, box_rows,
-                      kBoxColumns, true);
+  const auto scales = [&](const char* name, const std::optional<Tensor>& sf, int64_t of_rows, int64_t depth) {
+    DSV3_CHECK(sf.has_value() == p.fp8, name, " belongs to weights of e4m3, and to these alone");
+    if (!p.fp8) return static_cast<const float*>(nullptr);
+    check_operand(name, *sf, Dtype::kFloat32);
+    const int64_t blocks = experts * ceil_div(of_rows, kScaleBlock) * ceil_div(depth, kScaleBlock);
+    DSV3_CHECK(sf->numel() == blocks, name, " must have a scale for each of ", blocks, " blocks, got ", *sf);
+    return static_cast<const float*>(sf->data<float>());
   };
-  first = {map(gate_up, experts * rows, hidden, kTileRows / 2),
+  first = {weight_map(gate_up.data<void>(), p.fp8, experts * rows, hidden, kTileRows / 2),
+           scales("gate_up_sf", gate_up_sf, rows, hidden),
            x.data<bf16>(),
            act,
            rows,
            columns,
            width,
            ceil_div(width, kTileRows / 2)};
-  second = {map(down, experts * hidden, inner, kTileRows),
+  second = {weight_map(down.data<void>(), p.fp8, experts * hidden, inner, kTileRows),
+            scales("down_sf", down_sf, hidden, inner),
             act,
             y.data<bf16>(),
             columns,
@@ -229,7 +259,9 @@ void add_parts(Part& first, Part& second, const Tensor& gate_up, const Tensor& d
 
 void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
                  std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
-                 std::optional<Tensor> shared_down, bool static_weights, cudaStream_t stream) {
+                 std::optional<Tensor> shared_down, std::optional<Tensor> gate_up_sf, std::optional<Tensor> down_sf,
+                 std::optional<Tensor> shared_gate_up_sf, std::optional<Tensor> shared_down_sf, bool static_weights,
+                 cudaStream_t stream) {
   const DeviceGuard guard(x);
   check_operand("x", x, Dtype::kBFloat16);
   DSV3_CHECK(x.dim() == 2 && x.size(0) <= kMaxTokens, "x must be (tokens, hidden) of at most ", kMaxTokens,
@@ -238,6 +270,7 @@ void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx,
   FewExpertsParams first{.tokens = static_cast<int>(tokens),
                          .topk = static_cast<int>(topk),
                          .slots = static_cast<int>(topk + shared_gate_up.has_value()),
+                         .fp8 = gate_up_sf || shared_gate_up_sf,
                          .static_weights = static_weights};
   check_operand("y", y, Dtype::kBFloat16, tokens, first.slots, x.size(1));
   check_operand("act", act, Dtype::kBFloat16);
@@ -254,12 +287,14 @@ void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx,
     first.experts = second.experts = static_cast<int>(experts);
     first.topk_idx = second.topk_idx = topk_idx->data<int64_t>();
     first.topk_weights = second.topk_weights = topk_weights->data<float>();
-    add_parts(first.routed, second.routed, *gate_up, *down, x, y, act.data<bf16>(), experts);
+    const Matrices matrices{*gate_up, *down, gate_up_sf, down_sf};
+    add_parts(first, first.routed, second.routed, matrices, x, y, act.data<bf16>(), experts);
     used = tokens * topk * down->size(-1);
   }
   if (shared_gate_up) {
     DSV3_CHECK(shared_down && shared_gate_up->dim() == 2, "shared_gate_up (2 inner, hidden) needs shared_down");
-    add_parts(first.shared, second.shared, *shared_gate_up, *shared_down, x, y, act.data<bf16>() + used, 1);
+    const Matrices matrices{*shared_gate_up, *shared_down, shared_gate_up_sf, shared_down_sf};
+    add_parts(first, first.shared, second.shared, matrices, x, y, act.data<bf16>() + used, 1);
     used += tokens * shared_down->size(-1);
   }
   DSV3_CHECK(act.numel() == used, "act must have ", used, " elements, got ", act);

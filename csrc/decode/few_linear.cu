@@ -1,7 +1,7 @@
 // Linear layers of few tokens: out_i [T, N_i] = x W_i^T for up to kMatrices matrices that read the same x [T, K]; and
-// out [T, G, N] = x [T, G, K] W^T with a matrix for every head. Roofline: 2 N K bytes. A block takes 16 rows of a matrix, its
-// warps share K (few_tokens.cuh); of one matrix of many rows, 64 and all of K (few_tiles.cuh). Weights that nobody writes are
-// asked for before the kernel ahead has ended.
+// out [T, G, N] = x [T, G, K] W^T with a matrix for every head. Roofline: N K weights, once; bf16, or FP8 without heads. A
+// block takes 16 rows of a matrix, its warps share K (few_tokens.cuh); of one matrix of many rows, 64 and all of K
+// (few_tiles.cuh). Weights that nobody writes are asked for before the kernel ahead has ended.
 #include "../ops.h"
 #include "few_tiles.cuh"
 #include "few_tokens.cuh"
@@ -13,9 +13,10 @@ constexpr int kMatrices = 4;
 constexpr int kManyRows = 7168;  // of which there are tiles for nearly every multiprocessor
 
 struct Matrix {
-  const bf16* weight;  // [N, K] of the first head
-  void* out;           // [T, N] of the first head
-  int64_t out_stride;  // elements between tokens
+  const void* weight;   // [N, K] of the first head
+  const float* scales;  // of FP8, [blocks of N, blocks of K]
+  void* out;            // [T, N] of the first head
+  int64_t out_stride;   // elements between tokens
   int rows;
 };
 
@@ -25,19 +26,7 @@ struct FewLinearParams {
   int64_t x_stride;                       // elements between tokens
   int64_t x_head, weight_head, out_head;  // elements between heads
   int tokens, depth;
-  bool wide_out, static_weights;
-};
-
-template <int kTiles>
-struct TokenRows {
-  const bf16* rows[kTiles];  // the lane's token of each tile, at its first column
-  __device__ __forceinline__ TokenRows(const bf16* x, int64_t stride, int first, int tokens) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int token = first + i * kTokenTile + lane_row();
-      rows[i] = token < tokens ? x + token * stride + lane_column() : nullptr;
-    }
-  }
+  bool wide_out, fp8, static_weights;
 };
 
 template <int kTiles>
@@ -58,30 +47,26 @@ __device__ __forceinline__ void store_sums(const FewLinearParams& p, const Matri
   }
 }
 
-template <int kTiles>
+template <int kTiles, class W>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) few_linear_kernel(FewLinearParams p) {
   extern __shared__ float sums[];  // [warps, kTiles, kSumTile]
   const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   int row = blockIdx.x * kRowTile, index = 0;
   for (; row >= p.matrices[index].rows; ++index) row -= p.matrices[index].rows;
   const Matrix& m = p.matrices[index];
-  const bf16* const mine =
-      m.weight + blockIdx.y * p.weight_head + static_cast<int64_t>(row + lane_row()) * p.depth + lane_column();
-  Weights weights;
-  if (p.static_weights) weights.load(mine, warp, p.depth);
+  const auto* const mine = static_cast<const typename W::Element*>(m.weight) + blockIdx.y * p.weight_head +
+                           static_cast<int64_t>(row + lane_row()) * p.depth;
+  const float* const scales = m.scales + static_cast<int64_t>(row / kScaleBlock) * ceil_div(p.depth, kScaleBlock);
+  W weights;
+  if (p.static_weights) weights.load(mine, scales, warp, p.depth);
   wait_for_inputs();
   release_dependents();
   for (int first = 0; first < p.tokens; first += kTiles * kTokenTile) {
     const TokenRows<kTiles> x(p.x + blockIdx.y * p.x_head, p.x_stride, first, p.tokens);
     float sum[kTiles][4] = {};
     for (int chunk = warp; chunk * kChunk < p.depth; chunk += warps) {
-      weights.load(mine, chunk, p.depth);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        uint4 values[kSteps];
-        load_tokens(values, x.rows[i], chunk, p.depth);
-        multiply(sum[i], weights, values);
-      }
+      weights.load(mine, scales, chunk, p.depth);
+      weights.multiply(sum, x, p.depth);
     }
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) leave_sums(sums + (warp * kTiles + i) * kSumTile, sum[i]);
@@ -101,14 +86,15 @@ void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cu
     const Launch shape{.grid = dim3(rows / kRowTile, heads),
                        .block = dim3(warps * kWarpSize),
                        .smem = sizeof(float) * warps * kTiles * kSumTile};
-    launch(name, few_linear_kernel<kTiles>, shape, stream, p);
+    launch(name, p.fp8 ? few_linear_kernel<kTiles, Codes> : few_linear_kernel<kTiles, Values>, shape, stream, p);
   });
 }
 
 struct ManyRowsParams {
-  CUtensorMap weight;  // [N, K]
-  const bf16* x;       // [T, K]
-  void* out;           // [T, N]
+  CUtensorMap weight;   // [N, K]
+  const float* scales;  // of FP8
+  const bf16* x;        // [T, K]
+  void* out;            // [T, N]
   int rows, depth, tokens;
   bool wide_out, static_weights;
 };
@@ -126,11 +112,16 @@ struct ManyRowsWork {
   __device__ __forceinline__ void load(uint8_t* to, int column, uint64_t& full) const {
     tma_load(to, p.weight, full, column, row_of_tile, cute::TMA::CacheHintSm90::EVICT_FIRST);
   }
-  __device__ __forceinline__ const bf16* row(int token) const { return p.x + static_cast<int64_t>(token) * p.depth; }
+  __device__ __forceinline__ const float* scales(int) const {
+    return p.scales + static_cast<int64_t>(row_of_tile / kScaleBlock) * ceil_div(p.depth, kScaleBlock);
+  }
+  __device__ __forceinline__ const bf16* x() const { return p.x; }
+  __device__ __forceinline__ int row(int token) const { return token; }
   template <int kTokens, int kStride>
-  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread) const {
+  __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread,
+                                        int threads) const {
     constexpr int kPairs = kTileRows / 2;
-    for (int i = thread; i < min(p.tokens - first, kTokens) * kPairs; i += kWarpgroup) {
+    for (int i = thread; i < min(p.tokens - first, kTokens) * kPairs; i += threads) {
       const int at = i / kPairs, r = i % kPairs * 2;
       if (row_of_tile + r >= p.rows) continue;
       const float2 sum = *reinterpret_cast<const float2*>(&sums[at][r]);
@@ -163,8 +154,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) many_rows_kernel(cons
 
 void launch_many_rows(const FewLinearParams& few, cudaStream_t stream) {
   const Matrix& m = few.matrices[0];
-  const MatrixView view{m.weight, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, m.rows, few.depth, int64_t{2} * few.depth};
-  const ManyRowsParams p{.weight = tensor_map(view, kTileRows, kBoxColumns, true),
+  const ManyRowsParams p{.weight = weight_map(m.weight, few.fp8, m.rows, few.depth, kTileRows),
+                         .scales = m.scales,
                          .x = few.x,
                          .out = m.out,
                          .rows = m.rows,
@@ -172,25 +163,29 @@ void launch_many_rows(const FewLinearParams& few, cudaStream_t stream) {
                          .tokens = few.tokens,
                          .wide_out = few.wide_out,
                          .static_weights = few.static_weights};
-  visit_tile_config(p.tokens, [&](auto config) {
+  visit_tile_config(p.tokens, few.fp8, [&](auto config) {
     using C = decltype(config);
     const Launch shape = tile_launch<C>(ceil_div(p.rows, kTileRows), sizeof(TileShared<C>));
     launch("few_linear", many_rows_kernel<C>, shape, stream, p);
   });
 }
 
-void check_depth(const char* name, const Tensor& x) {
+void check_depth(const char* name, const Tensor& x, int multiple) {
   DSV3_CHECK(x.size(0) <= kFewTokens, name, " must have at most ", kFewTokens, " tokens, got ", x);
-  DSV3_CHECK(x.size(-1) % kStep == 0 && x.size(-1) > 0, name, " must have a multiple of ", kStep, " columns, got ", x);
+  DSV3_CHECK(x.size(-1) % multiple == 0 && x.size(-1) > 0, name, " must have a multiple of ", multiple,
+             " columns, got ", x);
 }
 
 }  // namespace
 
-void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, bool static_weights,
-                cudaStream_t stream) {
+void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                bool static_weights, cudaStream_t stream) {
+  const bool fp8 = !scales.empty();
   check_operand("x", x, Dtype::kBFloat16);
   DSV3_CHECK(x.dim() == 2, "x must be (tokens, depth), got ", x);
-  check_depth("x", x);
+  check_depth("x", x, fp8 ? kStep / 2 : kStep);
+  DSV3_CHECK(!fp8 || scales.size() == weights.size(), "expected scales for each of ", weights.size(), " weights, got ",
+             scales.size());
   DSV3_CHECK(!weights.empty() && weights.size() <= kMatrices && outs.size() == weights.size(), "expected 1 to ",
              kMatrices, " weights and as many outputs, got ", weights.size(), " and ", outs.size());
   const Dtype dtype = outs[0].dtype();
@@ -200,13 +195,19 @@ void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights,
                     .tokens = static_cast<int>(x.size(0)),
                     .depth = static_cast<int>(x.size(1)),
                     .wide_out = dtype == Dtype::kFloat32,
+                    .fp8 = fp8,
                     .static_weights = static_weights};
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t rows = weights[i].size(0);
-    check_operand("weight", weights[i], Dtype::kBFloat16, rows, x.size(1));
+    check_operand("weight", weights[i], fp8 ? Dtype::kE4M3 : Dtype::kBFloat16, rows, x.size(1));
+    if (fp8) {
+      const int64_t blocks = ceil_div(x.size(1), kScaleBlock);
+      check_operand("scales", scales[i], Dtype::kFloat32, ceil_div(rows, kScaleBlock), blocks);
+    }
     check_operand("out", outs[i], dtype, x.size(0), rows);
     DSV3_CHECK(rows % kRowTile == 0, "weight must have a multiple of ", kRowTile, " rows, got ", weights[i]);
-    p.matrices[i] = {.weight = weights[i].data<bf16>(),
+    p.matrices[i] = {.weight = weights[i].data<void>(),
+                     .scales = fp8 ? scales[i].data<float>() : nullptr,
                      .out = outs[i].data<void>(),
                      .out_stride = rows,
                      .rows = static_cast<int>(rows)};
@@ -220,7 +221,7 @@ void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStr
   check_operand("x", x, Dtype::kBFloat16);
   DSV3_CHECK(x.dim() == 3 && weight.dim() == 3,
              "x must be (tokens, heads, depth) and weight (heads, rows, depth), got ", x, " and ", weight);
-  check_depth("x", x);
+  check_depth("x", x, kStep);
   const int64_t heads = x.size(1), depth = x.size(2), rows = weight.size(1);
   check_operand("out", out, Dtype::kBFloat16, x.size(0), heads, rows);
   check_shape("weight", weight, heads, rows, depth);
@@ -236,7 +237,7 @@ void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStr
                     .tokens = static_cast<int>(x.size(0)),
                     .depth = static_cast<int>(depth),
                     .static_weights = static_weights};
-  p.matrices[0] = {.weight = weight.data<bf16>(),
+  p.matrices[0] = {.weight = weight.data<void>(),
                    .out = out.data<void>(),
                    .out_stride = heads * rows,
                    .rows = static_cast<int>(rows)};

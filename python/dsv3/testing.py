@@ -90,15 +90,20 @@ def check_registration(name: str, *args: Any) -> None:
     torch can not compare e4m3, as its test of the schema does; with such arguments the test made here is whether the op
     leaves alone what its schema does not call mutable."""
     op = getattr(torch.ops.dsv3, name).default
-    if not any(isinstance(arg, Tensor) and arg.dtype == torch.float8_e4m3fn for arg in args):
+    if not any(x.dtype == torch.float8_e4m3fn for arg in args for x in _members(arg)):
         torch.library.opcheck(op, args)
         return
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, args, test_utils=tests)
-    pairs = [(p, arg) for p, arg in zip(op._schema.arguments, args, strict=True) if isinstance(arg, Tensor)]
-    fixed = [(arg, _bits(arg).clone()) for p, arg in pairs if p.alias_info is None]
+    pairs = [(p, x) for p, arg in zip(op._schema.arguments, args, strict=True) for x in _members(arg)]
+    fixed = [(x, _bits(x).clone()) for p, x in pairs if p.alias_info is None]
     op(*args)
     assert all(torch.equal(_bits(arg), before) for arg, before in fixed), f"{name} changes an input"
+
+
+def _members(arg: Any) -> list[Tensor]:
+    """The tensors of an argument that is one, or a list of them."""
+    return [x for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
 
 
 def check_compile(f: Callable[..., Any], *args: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,17 +31,17 @@ class Stage:
 @pytest.mark.parametrize("queued", [False, True])
 def test_stages_run_apart(queued):
     block: Block = random_model(BASE).layers[1]
-    ctx = AttentionContext.batch(2, 15)
+    ctx = replace(AttentionContext.batch(2, 15), balanced=True)
     x = torch.randn(30, BASE.hidden_size, requires_grad=True)
-    dout = torch.randn(30, BASE.hidden_size)
+    dout, daffinity = torch.randn(30, BASE.hidden_size), torch.randn(2, 12, dtype=torch.float64)
     expected, stats = block(x, ctx)
-    expected.backward(dout)
+    torch.autograd.backward([expected, stats.affinity], [dout, daffinity])
     grads = {name: param.grad for name, param in block.named_parameters()}
     block.zero_grad(set_to_none=True)
 
     queue = ops.WgradQueue() if queued else None
     attention = Stage(block.attention_stage, x, ctx, wgrad=queue)
-    residual, u, topk_idx, topk_weights, counts, logits = attention.outputs
+    residual, u, topk_idx, topk_weights, counts, chosen, affinity = attention.outputs
     dispatch = Stage(block.dispatch_stage, u, topk_idx, topk_weights)
     rows, weights, offsets, source, position = dispatch.outputs
     experts = Stage(block.experts_stage, u, rows, weights, offsets, wgrad=queue)
@@ -49,12 +51,13 @@ def test_stages_run_apart(queued):
     )
     assert torch.equal(combine.outputs[0], expected)
     assert torch.equal(counts, stats.counts)
-    assert torch.equal(logits, stats.logits)
+    assert torch.equal(chosen, stats.chosen)
+    assert torch.equal(affinity, stats.affinity)
 
     dresidual, dy, dshared = combine.backward(dout)
     du, drows, dweights, _ = experts.backward(dy, dshared)
     du_dispatch, _, dtopk_weights = dispatch.backward(drows, dweights, None, None, None)
-    dx = attention.backward(dresidual, du + du_dispatch, None, dtopk_weights, None, None)[0]
+    dx = attention.backward(dresidual, du + du_dispatch, None, dtopk_weights, None, None, daffinity)[0]
     if queue is not None:
         linear = [name for name, param in block.named_parameters() if param.dim() > 1]
         assert all(param.grad is None for param in block.parameters() if param.dim() > 1)
@@ -63,6 +66,17 @@ def test_stages_run_apart(queued):
     torch.testing.assert_close(dx, x.grad, rtol=1e-4, atol=1e-6)
     for name, param in block.named_parameters():
         torch.testing.assert_close(param.grad, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gates_sum_up_only_where_the_context_is_balanced():
+    block, x, ctx = random_model(BASE).layers[1], torch.randn(30, BASE.hidden_size), AttentionContext.batch(2, 15)
+    out, stats = block(x, ctx)
+    assert (stats.chosen, stats.affinity) == (None, None)
+    assert len(block.attention_stage(x, ctx)) == 5
+    again, balanced = block(x, replace(ctx, balanced=True))
+    assert torch.equal(out, again)
+    assert balanced.chosen.sum(-1).tolist() == [15 * 3] * 2
+    torch.testing.assert_close(balanced.affinity.sum(-1), torch.full((2,), 15.0).double())
 
 
 def test_dense_block():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3 import DeepSeekV3
+from dsv3 import Batch, DeepSeekV3, ops
 from dsv3.model import AttentionContext
 from dsv3.model.moe import balance_loss
-from tests.model.cases import BASE, CASES, V2, random_model
+from tests.model.cases import BASE, CASES, V2, random_model, tokens_for
 
 
 def run(block, u):
     """The MoE part of a block on u [T, H]."""
-    topk_idx, topk_weights, counts, _ = block.moe.gate(u)
+    topk_idx, topk_weights, counts = block.moe.gate(u)
     handle = block.dispatch_stage(u, topk_idx, topk_weights)
     y = block.experts_stage(u, handle.rows, handle.topk_weights, handle.offsets)
     return block.combine_stage(torch.zeros_like(u), handle, *y), topk_idx, topk_weights, counts
@@ -48,11 +50,14 @@ def test_gate_computes_in_fp32(device):
     """bf16 logits would choose other experts."""
     block = random_model(BASE, device=device).bfloat16().layers[1]
     u = torch.randn(500, BASE.hidden_size, device=device).bfloat16()
-    _, weights, _, logits = block.moe.gate(u)
-    exact = u.double() @ block.moe.gate.weight.double().t()
-    assert logits.dtype == weights.dtype == torch.float32
-    assert (logits - exact).norm() < 1e-6 * exact.norm()
-    (logits.square().sum() + weights.sum()).backward()
+    gate = block.moe.gate
+    index, weights, _ = gate(u)
+    exact = u.double() @ gate.weight.double().t()
+    expected, expected_weights, _ = ops.moe_gate(exact, gate.bias.double(), **gate.settings)
+    assert weights.dtype == torch.float32
+    assert torch.equal(index, expected)
+    assert (weights - expected_weights).norm() < 1e-6 * expected_weights.norm()
+    weights.sum().backward()
     assert block.moe.gate.weight.grad.dtype == torch.bfloat16
 
 
@@ -81,44 +86,70 @@ def plain_balance(logits, topk, score):
     return total
 
 
+def balance_of(layers, lengths, score):
+    """balance_loss of logits [L, T, E] in sequences of these lengths, two experts a token."""
+    cu_seqlens = torch.tensor([0, *lengths], device=layers.device).cumsum(0).int()
+    settings = {"num_groups": 1, "topk_groups": 1, "topk": 2, "route_scale": 1.0, "score": score}
+    bias = torch.rand(layers.shape[-1], device=layers.device)
+    loads = [ops.moe_gate_loads(logits, bias, cu_seqlens, **settings)[3:] for logits in layers]
+    return balance_loss(*map(torch.stack, zip(*loads, strict=True)), cu_seqlens, topk=2)
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_balance_loss(score):
-    logits = torch.randn(2, 36, 6, dtype=torch.float64, requires_grad=True)  # two layers
-    lengths = [9, 9, 9, 9]
-    expected = sum(plain_balance(part, 2, score) for layer in logits for part in layer.split(lengths)) / 4
-    found = balance_loss(logits, 4, topk=2, score=score)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("lengths", [[9] * 4, [1, 24, 0, 11], [36]])
+def test_balance_loss(score, lengths, device):
+    logits = torch.randn(2, 36, 6, device=device, requires_grad=True)  # two layers
+    parts = [part for layer in logits.double() for part in layer.split([n for n in lengths if n])]
+    expected = sum(plain_balance(part, 2, score) for part in parts) / sum(n > 0 for n in lengths)
+    found = balance_of(logits, lengths, score)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     grads = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*grads)
-
-    segment = torch.repeat_interleave(torch.tensor(lengths))
-    torch.testing.assert_close(balance_loss(logits, segment, topk=2, score=score), expected)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
 
 
-def test_balance_loss_of_unequal_sequences():
-    logits = torch.randn(20, 6, dtype=torch.float64)
-    lengths = [1, 12, 7]
-    segment = torch.tensor([0] + [1] * 12 + [3] * 7)  # segment 2 is empty
-    expected = sum(plain_balance(part, 2, "sigmoid") for part in logits.split(lengths)) / 3
-    torch.testing.assert_close(balance_loss(logits, segment, topk=2, score="sigmoid"), expected)
-
-
-def test_balance_is_wanted_in_every_sequence():
+def test_balance_is_wanted_in_every_sequence(device):
     """Two sequences, each on experts of its own: even over the batch, uneven in both."""
-    logits = torch.full((2, 8, 4), -10.0)
+    logits = torch.full((2, 8, 4), -10.0, device=device)
     logits[0, :, :2] = 10.0
     logits[1, :, 2:] = 10.0
-    assert abs(balance_loss(logits.view(16, 4), 2, topk=2, score="sigmoid") - 2) < 1e-3
-    assert abs(balance_loss(logits.view(16, 4), 1, topk=2, score="sigmoid") - 1) < 1e-3
+    assert abs(balance_of(logits.view(1, 16, 4), [8, 8], "sigmoid") - 2) < 1e-3
+    assert abs(balance_of(logits.view(1, 16, 4), [16], "sigmoid") - 1) < 1e-3
 
 
 def test_balance_ignores_the_bias():
-    """The bias moves the choice, not the logits that the loss is made of."""
+    """The bias moves the choice, not what the loss is made of."""
     model = random_model(BASE)
     tokens = torch.randint(BASE.vocab_size, (40,))
-    ctx = AttentionContext.batch(2, 20)
+    ctx = replace(AttentionContext.batch(2, 20), balanced=True)
     before = model.hidden(tokens, ctx)[1][0]
     model.layers[1].moe.gate.bias += torch.randn(12)
     after = model.hidden(tokens, ctx)[1][0]
-    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.chosen, after.chosen)
+    assert torch.equal(before.affinity, after.affinity)
     assert not torch.equal(before.counts, after.counts)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["groups and q_lora", "one group", "v2 greedy", "v2 groups"])
+def test_the_models_balance_is_that_of_its_logits(name, packed, monkeypatch):
+    """The loss and its gradients are those of the formula over the logits of all layers, MTP's among them."""
+    model = random_model(replace(CASES[name], num_nextn_predict_layers=1)).double()
+    lengths = [7, 1, 12, 16] if packed else [18, 18]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    batch = Batch(tokens_for(BASE, 2, 19), cu_seqlens=cu_seqlens)
+    seen, gate = [], ops.moe_gate_loads
+    monkeypatch.setattr(ops, "moe_gate_loads", lambda logits, *a, **k: seen.append(logits) or gate(logits, *a, **k))
+    loss = model.loss(batch, balance_alpha=0.5)
+    assert len(seen) == 3
+    parts = [part for logits in seen for part in logits.split(lengths)]
+    expected = 0.5 * sum(plain_balance(part, 3, model.config.scoring_func) for part in parts) / len(lengths)
+    torch.testing.assert_close(loss.balance, expected)
+
+    def gradients(total):
+        return torch.autograd.grad(total, list(model.parameters()), retain_graph=True, materialize_grads=True)
+
+    without = gradients(model.loss(batch, balance_alpha=0.0).total)
+    assert len(seen) == 3, "without the loss nothing is summed up"
+    for all_of_it, rest, of_balance in zip(gradients(loss.total), without, gradients(expected), strict=True):
+        torch.testing.assert_close(all_of_it - rest, of_balance, rtol=1e-6, atol=1e-10)

@@ -13,6 +13,7 @@ from tests.ops.few import BF16, draw, paged
 
 TOKENS = [0, 1, 3, 8, 9, 16, 31, 33, 64, 65]
 POSITIONS = 300
+UNSCALED = (None,) * 4  # weights in bf16
 
 
 def tables(device):
@@ -44,7 +45,7 @@ def test_few_linear(tokens, depth, device):
     x, weights = draw(tokens, depth, device=device), [draw(n, depth, device=device) for n in (16, 208)]
     check_op(
         lambda x, *weights: tuple(ops.few_linear(x, weights)),
-        lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
+        lambda x, *weights: tuple(reference.few_linear(x, weights, [], x.dtype, False)),
         *(x, *weights),
         gradients=False,
     )
@@ -57,7 +58,7 @@ def test_few_linear_of_many_rows(rows, depth, device):
     x, weights = draw(40, depth, device=device), [draw(n, depth, device=device) for n in rows]
     check_op(
         lambda x, *weights: tuple(ops.few_linear(x, weights)),
-        lambda x, *weights: tuple(reference.few_linear(x, weights, x.dtype, False)),
+        lambda x, *weights: tuple(reference.few_linear(x, weights, [], x.dtype, False)),
         *(x, *weights),
         gradients=False,
     )
@@ -253,7 +254,7 @@ def test_few_experts(tokens, sizes, device):
     def plain(x, *rest):
         given = dict(zip(names, rest, strict=False))
         order = [given.get(name) for name in ("gate_up", "down", "shared_gate_up", "shared_down")]
-        return reference.few_experts(x, index, rest[len(names)] if experts else None, *order, False)
+        return reference.few_experts(x, index, rest[len(names)] if experts else None, *order, *UNSCALED, False)
 
     check_op(ours, plain, x, *weights.values(), *([factors] if experts else []), gradients=False)
 
@@ -268,7 +269,7 @@ def test_all_tokens_for_the_same_experts(device):
     found = ops.few_experts(x, index, factors, **weights)
     first = {name: w[:8] for name, w in weights.items()}
     expected = reference.few_experts(
-        x.double(), index, factors.double(), *(w.double() for w in first.values()), None, None, False
+        x.double(), index, factors.double(), *(w.double() for w in first.values()), None, None, *UNSCALED, False
     )
     torch.testing.assert_close(found.double(), expected, rtol=3e-2, atol=3e-2)
 
@@ -295,7 +296,7 @@ def _calls(device):
     index, factors = choices(5, 12, 4, device)
     experts = expert_weights(12, 64, 32, 64, device)
     return {
-        "few_linear": (x, [weight, weight], BF16, False),
+        "few_linear": (x, [weight, weight], [], BF16, False),
         "few_gate": (x, x, factor, 1e-6, weight, None, 4, 2, 6, 2.5, "sigmoid", "top2_sum", True, False),
         "few_heads": (draw(5, 2, 64, device=device), draw(2, 32, 64, device=device), False),
         "mla_absorb": (
@@ -305,7 +306,7 @@ def _calls(device):
         "few_attention": (*paged([70, 3], 2, 1, 4, device), 0.07, 512, False),
         "decode_positions": (ids(5), ids(5), ids(5, 4).int(), 0, 2, 64, 99),
         "greedy_round": (ids(5, 3), ids(5, 2), ids(5), draw(5, 2, 64, device=device), ids(5)),
-        "few_experts": (x, index, factors, *experts.values(), False),
+        "few_experts": (x, index, factors, *experts.values(), *UNSCALED, False),
         "combine_norm": (x, draw(5, 3, 64, device=device), factor, 1e-6),
     }
 

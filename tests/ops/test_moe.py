@@ -6,7 +6,7 @@ import torch
 from dsv3 import ops
 from dsv3.comm import ExpertBuffer
 from dsv3.reference import moe as reference
-from dsv3.testing import check_compile, check_op, check_registration
+from dsv3.testing import check_compile, check_graph, check_op, check_registration, relative_error
 
 V3 = {"num_groups": 4, "topk_groups": 2, "topk": 3, "route_scale": 2.5}
 V2 = {
@@ -120,6 +120,165 @@ def test_gate_gradient(name, device):
     check_op(lambda x: ops.moe_gate(x, bias, **settings)[1], plain, logits)
 
 
+# ---- the gate with the loads of every sequence ----
+LENGTHS = {
+    "one": [133],
+    "equal": [32] * 4,
+    "ragged": [50, 3, 17, 63],
+    "one token": [16, 1, 16, 1],
+    "empty ones": [0, 40, 0, 0, 7, 0],
+    "many in a block": [1, 2, 1, 3, 2, 4, 0, 1, 5, 1, 1],
+    "no tokens": [0],
+}  # fmt: skip
+
+
+def starts(lengths, device):
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def plain_loads(logits, lengths, topk, score):
+    """chosen and affinity by equations 18 to 20 in loops: the experts in order of s, largest first, ties as they come."""
+    chosen, affinity = [], []
+    for rows in logits.double().cpu().split(lengths):
+        s = (rows.sigmoid() if score == "sigmoid" else rows.softmax(-1)).tolist()
+        best = [sorted(range(len(row)), key=lambda e, row=row: -row[e])[:topk] for row in s]
+        experts = range(logits.shape[1])
+        chosen.append([sum(e in choice for choice in best) for e in experts])
+        affinity.append([sum(row[e] / sum(row) for row in s) for e in experts])
+    return chosen, torch.tensor(affinity, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_loads_against_the_equations(name, lengths, biased, device):
+    logits = torch.randn(sum(lengths), 16, device=device)
+    bias = torch.rand(16, device=device) - 0.5 if biased else None
+    *routed, chosen, affinity = ops.moe_gate_loads(logits, bias, starts(lengths, device), **SETTINGS[name])
+    assert (chosen.dtype, affinity.dtype) == (torch.int32, torch.float64)
+    expected, expected_affinity = plain_loads(logits, lengths, 3, SETTINGS[name].get("score", "sigmoid"))
+    assert chosen.tolist() == expected
+    torch.testing.assert_close(affinity.cpu(), expected_affinity, rtol=2e-6, atol=1e-9)
+    for x, y in zip(routed, ops.moe_gate(logits, bias, **SETTINGS[name]), strict=True):
+        assert torch.equal(x, y)
+    if SETTINGS[name] is ONE_GROUP and not biased:
+        assert torch.equal(chosen.sum(0), routed[2]), "then the choice is the unbiased one"
+
+
+def cut(tokens, pieces):
+    """Lengths of so many sequences by chance, some of them 0."""
+    at = torch.randint(tokens + 1, (pieces - 1,)).sort().values.tolist()
+    return [b - a for a, b in zip([0, *at], [*at, tokens], strict=True)]
+
+
+@pytest.mark.parametrize("experts", [16, 32, 64, 128, 160, 256])
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(("score", "group_score"), [("sigmoid", "top2_sum"), ("softmax", "max")])
+def test_loads_are_the_reference(experts, groups, score, group_score, device):
+    """Choices bit for bit, among equals too, of so many tokens that a warp has several and of what one cluster takes, in long
+    sequences and in many short ones; another run gives the same bits. Of softmax logits as in the test of the gate."""
+    logits = torch.randn(6000, experts, device=device) * 3
+    bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
+    logits[1000 if score == "sigmoid" else 0 :].mul_(2).round_().div_(2)
+    logits[-200:-100] *= 20
+    args = (groups, max(1, groups // 2), min(8, experts // 4), 1.0, score, group_score, False)
+    for tokens, pieces in ((6000, 1), (6000, 8), (6000, 700), (4096, 4), (0, 2), (1, 1), (17, 3), (128, 2), (129, 40)):
+        rows, cu_seqlens = logits[len(logits) - tokens :], starts(cut(tokens, pieces), device)
+        found = torch.ops.dsv3.moe_gate_loads(rows, bias, cu_seqlens, *args)
+        expected = reference.moe_gate_loads(rows, bias, cu_seqlens, *args)
+        for i in (0, 2, 3):  # topk_idx, counts, chosen
+            assert torch.equal(found[i], expected[i])
+        assert relative_error(found[4], expected[4]) < 1e-6
+        torch.testing.assert_close(found[4], expected[4], rtol=2e-6, atol=1e-8)
+        if device.type == "cuda":
+            again = torch.ops.dsv3.moe_gate_loads(rows, bias, cu_seqlens, *args)
+            assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        if score == "sigmoid":
+            assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("lengths", [[33], [10, 0, 1, 22]])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loads_gradient(name, lengths, device):
+    logits, bias = torch.randn(33, 16, device=device), torch.rand(16, device=device) - 0.5
+    settings, cu_seqlens = SETTINGS[name], starts(lengths, device)
+    index = ops.moe_gate(logits, bias, **settings)[0]
+
+    def plain(x):
+        s = x.softmax(-1) if settings.get("score") == "softmax" else x.sigmoid()
+        w = s.gather(1, index)
+        w = (w / w.sum(-1, keepdim=True) if settings.get("normalize", True) else w) * settings["route_scale"]
+        p = s / s.sum(-1, keepdim=True)
+        return w, torch.stack([part.sum(0) for part in p.split(lengths)])
+
+    check_op(lambda x: ops.moe_gate_loads(x, bias, cu_seqlens, **settings)[1::3], plain, logits)
+    for part in (0, 1):  # a gradient of the weights alone, and of the affinities alone
+        check_op(
+            lambda x, part=part: ops.moe_gate_loads(x, bias, cu_seqlens, **settings)[1::3][part],
+            lambda x, part=part: plain(x)[part],
+            logits,
+        )
+
+
+@pytest.mark.parametrize("experts", [32, 64, 128, 160, 256])
+def test_loads_gradient_of_many_experts(experts, device):
+    logits, bias = torch.randn(300, experts, device=device), torch.rand(experts, device=device)
+    cu_seqlens = starts([150, 0, 149, 1], device)
+    args = (8, 4, 6, 2.5, "sigmoid", "top2_sum" if experts > 32 else "max", True)
+    index, weights, _, _, affinity = torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *args)
+    grads = torch.randn_like(weights), torch.randn_like(affinity)
+    others = index, cu_seqlens, 2.5, "sigmoid", True
+    found = torch.ops.dsv3.moe_gate_loads_backward(*grads, logits, *others)
+    plain, exact = (reference.moe_gate_loads_backward(*grads, x, *others) for x in (logits, logits.double()))
+    assert relative_error(found, exact) < 2 * relative_error(plain, exact) + 2e-6
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_loads_of_logits_that_are_not_finite(bad, score, device):
+    """What is not a number makes its sequence's affinities none, and no other's; a sigmoid of infinity is a number."""
+    logits, cu_seqlens = torch.randn(200, 64, device=device), starts([90, 60, 50], device)
+    settings = {"num_groups": 1, "topk_groups": 1, "topk": 4, "route_scale": 1.0, "score": score}
+    before = ops.moe_gate_loads(logits, None, cu_seqlens, **settings)
+    logits[100, 7] = bad
+    chosen, affinity = ops.moe_gate_loads(logits, None, cu_seqlens, **settings)[3:]
+    broken = bad != bad or (score, bad) == ("softmax", torch.inf)
+    assert affinity.isnan().all(-1).tolist() == affinity.isnan().any(-1).tolist() == [False, broken, False]
+    for q in (0, 2):
+        assert torch.equal(chosen[q], before[3][q])
+        assert torch.equal(affinity[q], before[4][q])
+    assert chosen.sum(-1).tolist() == [360, 240, 200]
+
+
+def test_tokens_behind_the_last_sequence_count_in_none(device):
+    logits = torch.randn(50, 16, device=device, requires_grad=True)
+    found = ops.moe_gate_loads(logits, None, starts([20, 13], device), **V3)
+    expected = ops.moe_gate_loads(logits[:33], None, starts([20, 13], device), **V3)
+    assert torch.equal(found[3], expected[3])
+    torch.testing.assert_close(found[4], expected[4], rtol=1e-6, atol=0)
+    assert found[2].sum() == 150
+    found[4].sum().backward(retain_graph=True)
+    assert not logits.grad[33:].any()
+    (found[4] * torch.arange(16, device=device)).sum().backward()
+    assert logits.grad[:33].any(-1).all()
+
+
+def test_loads_in_a_graph(device):
+    logits, bias = torch.randn(300, 64, device=device), torch.rand(64, device=device)
+    cu_seqlens, args = starts([100, 7, 193], device), (4, 2, 6, 2.5, "sigmoid", "top2_sum", True)
+    index = torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *args)[0]
+    grads = torch.randn(300, 6, device=device), torch.randn(3, 64, device=device, dtype=torch.float64)
+
+    def backward(logits, *grads):
+        return torch.ops.dsv3.moe_gate_loads_backward(*grads, logits, index, cu_seqlens, 2.5, "sigmoid", True)
+
+    if device.type == "cuda":
+        check_graph(lambda x, b: torch.ops.dsv3.moe_gate_loads(x, b, cu_seqlens, *args), logits, bias)
+        check_graph(backward, logits, *grads)
+    else:
+        assert backward(logits, *grads).shape == logits.shape
+
+
 # ---- permutation ----
 @pytest.mark.parametrize("tokens", [0, 1, 127])
 @pytest.mark.parametrize("topk", [1, 3])
@@ -214,6 +373,11 @@ def test_registration_and_compile(device):
     check_registration("moe_gate", logits, None, *args)
     index, weights, _ = torch.ops.dsv3.moe_gate(logits, bias, *args)
     check_registration("moe_gate_backward", weights, logits, index, 2.5, "sigmoid", True)
+    cu_seqlens = starts([4, 0, 5], device)
+    check_registration("moe_gate_loads", logits, bias, cu_seqlens, *args)
+    daffinity = torch.randn(3, 16, device=device, dtype=torch.float64)
+    operands = weights, daffinity, logits, index, cu_seqlens
+    check_registration("moe_gate_loads_backward", *operands, 2.5, "sigmoid", True)
     check_registration("moe_permutation", index, 16)
     _, source, position = torch.ops.dsv3.moe_permutation(index, 16)
     x = torch.randn(9, 32, device=device)
@@ -229,6 +393,7 @@ def test_registration_and_compile(device):
         return ops.moe_unpermute(rows, handle, weights)
 
     check_compile(route, logits, bias, x)
+    check_compile(lambda x, b: ops.moe_gate_loads(x, b, cu_seqlens, **V3), logits.requires_grad_(), bias)
 
 
 def test_bad_arguments():
@@ -245,6 +410,16 @@ def test_bad_arguments():
         ops.moe_gate(logits, None, **{**V3, "num_groups": 0, "topk_groups": 4})
     with pytest.raises(ValueError, match=r"top2_sum needs groups of at least 2 experts, got 16 in 16 groups"):
         ops.moe_gate(logits, None, **{**V3, "num_groups": 16, "topk_groups": 16})
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"moe_gate_loads: logits must be .*, got \(2, 16\) and \(8,\)"):
+        ops.moe_gate_loads(logits, torch.zeros(8), cu_seqlens, **V3)
+    for wrong, found in ((cu_seqlens.long(), r"int64 \(2,\)"), (cu_seqlens[:0], r"int32 \(0,\)")):
+        with pytest.raises(
+            ValueError, match=rf"cu_seqlens must be int32 \(n\+1,\), got {found} for logits of \(2, 16\)"
+        ):
+            ops.moe_gate_loads(logits, None, wrong, **V3)
+    with pytest.raises(ValueError, match="moe_gate_loads: 2 of 3 groups do not divide 16 experts"):
+        ops.moe_gate_loads(logits, None, cu_seqlens, **{**V3, "num_groups": 3})
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(3, 1\)"):
         ops.moe_permute(logits, torch.zeros(3, 1, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"got float32 \(2, 16\) with float32 \(2, 1\)"):

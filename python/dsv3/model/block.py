@@ -18,7 +18,8 @@ class BlockStats(NamedTuple):
     """What an MoE block says about its routing."""
 
     counts: Tensor  # int32 [E], tokens of each expert
-    logits: Tensor  # fp32 [T, E]
+    chosen: Tensor | None = None  # int32 [n, E] and
+    affinity: Tensor | None = None  # fp64 [n, E], of ops.moe_gate_loads, where the context is balanced
 
 
 class Block(nn.Module):
@@ -42,10 +43,11 @@ class Block(nn.Module):
     def attention_stage(
         self, x: Tensor, ctx: AttentionContext, cache: Tensor | None = None, wgrad: ops.WgradQueue | None = None
     ) -> tuple[Tensor, ...]:
-        """x [T, H] -> (residual [T, H], input of the MLP [T, H]) and, with experts, the fields of Routed."""
+        """x [T, H] -> (residual [T, H], input of the MLP [T, H]) and, with experts, what the gate returns."""
         out = self.attention(self.attn_norm(x), ctx, cache, wgrad)
         u, residual = self.mlp_norm.add(out, x)
-        return (residual, u, *self.moe.gate(u, wgrad)) if self.is_moe else (residual, u)
+        cu_seqlens = ctx.cu_seqlens_q if ctx.balanced else None
+        return (residual, u, *self.moe.gate(u, wgrad, cu_seqlens=cu_seqlens)) if self.is_moe else (residual, u)
 
     def dispatch_stage(self, u: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends the tokens to their experts' ranks."""
@@ -77,7 +79,7 @@ class Block(nn.Module):
         residual, u, *routed = self.attention_stage(x, ctx, cache, wgrad)
         if not self.is_moe:
             return residual + self.mlp(u, wgrad), None
-        topk_idx, topk_weights, counts, logits = routed
+        topk_idx, topk_weights, *stats = routed
         handle = self.dispatch_stage(u, topk_idx, topk_weights)
         y = self.experts_stage(u, handle.rows, handle.topk_weights, handle.offsets, *handle.cast, wgrad=wgrad)
-        return self.combine_stage(residual, handle, *y), BlockStats(counts, logits)
+        return self.combine_stage(residual, handle, *y), BlockStats(*stats)

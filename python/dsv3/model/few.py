@@ -5,8 +5,10 @@ Activations go from block to block as two tensors, the residual and its norm, si
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3 import ops
 from dsv3.model.attention import LATENT_NORM_EPS, MLA, AttentionContext
@@ -20,7 +22,7 @@ STATIC = {"static_weights": True}
 
 
 def fits(block: Block, ctx: AttentionContext, tokens: int) -> bool:
-    """Whether `run` can stand for the block: decoding without gradients, all heads and experts here, weights not FP8."""
+    """Whether `run` can stand for the block: decoding without gradients, all heads and experts here."""
     if ctx.block_table is None or tokens > ops.FEW_TOKENS or torch.is_grad_enabled():
         return False
     weight = block.attn_norm.weight
@@ -30,20 +32,33 @@ def fits(block: Block, ctx: AttentionContext, tokens: int) -> bool:
         return False
     if block.is_moe and (block.moe.buffer.transport, block.moe.buffer.room) != ("local", None):
         return False
-    return all(map(_plain, block.modules()))
+    return _alike(_mlp_weights(block).values())
 
 
-def _plain(module: nn.Module) -> bool:
-    if isinstance(module, Linear):
-        return not module.fp8 and isinstance(module.weight, Tensor)
-    if isinstance(module, Experts):
-        return not module.fp8 and isinstance(module.gate_up, Tensor) and isinstance(module.down, Tensor)
-    return True
+def _weight(module: Linear | Experts, name: str = "weight") -> Tensor | ops.Quantized:
+    """The weight that has this name: in FP8 where it is kept so, or where the module multiplies in FP8."""
+    weight = module.fp8_copies.of(name, getattr(module, name)) if module.fp8 else None
+    weight = getattr(module, name) if weight is None else weight
+    return weight.data if isinstance(weight, ops.Fp8Weight) else weight
+
+
+def _alike(weights: Iterable[Tensor | ops.Quantized]) -> bool:
+    """Whether one kernel can take them."""
+    return len({isinstance(w, ops.Quantized) for w in weights}) == 1
+
+
+def _mlp_weights(block: Block) -> dict[str, Tensor | ops.Quantized]:
+    """Those of the experts, or of the dense MLP, as few_experts names them."""
+    shared = block.moe.shared if block.is_moe else block.mlp
+    weights = {name: _weight(block.moe.experts, name) for name in ("gate_up", "down")} if block.is_moe else {}
+    if shared is not None:
+        weights |= {"shared_gate_up": _weight(shared.gate_up), "shared_down": _weight(shared.down)}
+    return weights
 
 
 def linear(layer: Linear, x: Tensor) -> Tensor:
     """The layer's output for few tokens."""
-    return ops.few_linear(x, [layer.weight], **STATIC)[0]
+    return ops.few_linear(x, [_weight(layer)], **STATIC)[0]
 
 
 def run(blocks: list[Block], norm: RMSNorm, x: Tensor, ctx: AttentionContext, caches: list[Tensor]) -> Tensor:
@@ -59,7 +74,9 @@ def run(blocks: list[Block], norm: RMSNorm, x: Tensor, ctx: AttentionContext, ca
 def attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor:
     """m(h), absorbed: h [T, H] -> [T, H]."""
     c = m.config
-    q, kv_a = ops.few_linear(h, [(m.q_a if c.q_lora_rank else m.q).weight, m.kv_a.weight], **STATIC)
+    layers = m.q_a if c.q_lora_rank else m.q, m.kv_a
+    weights = [_weight(layer) for layer in layers]
+    q, kv_a = ops.few_linear(h, weights, **STATIC) if _alike(weights) else [linear(layer, h) for layer in layers]
     if ctx.slot_mapping is not None:
         tables, place = rope_tables(m.rope, h.device), (ctx.positions, ctx.slot_mapping, cache)
         ops.mla_append_kv(kv_a, m.kv_a_norm.weight, *tables, *place, eps=LATENT_NORM_EPS)
@@ -71,15 +88,11 @@ def attention(m: MLA, h: Tensor, ctx: AttentionContext, cache: Tensor) -> Tensor
 def _mlp(block: Block, out: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The attention's out [T, H] with its residual, and what is to be added to that: y [T, S, H], to be summed over S, of the
     chosen experts and the shared ones, or of the dense MLP."""
-    norm = block.mlp_norm
+    norm, weights = block.mlp_norm, _mlp_weights(block)
     if not block.is_moe:
         u, x = norm.add(out, residual)
-        dense = {"shared_gate_up": block.mlp.gate_up.weight, "shared_down": block.mlp.down.weight}
-        return x, ops.few_experts(u, **dense, **STATIC)
-    moe, gate = block.moe, block.moe.gate
-    weights = {"gate_up": moe.experts.gate_up, "down": moe.experts.down}
-    if moe.shared is not None:
-        weights |= {"shared_gate_up": moe.shared.gate_up.weight, "shared_down": moe.shared.down.weight}
+        return x, ops.few_experts(u, **weights, **STATIC)
+    gate = block.moe.gate
     matrices = norm.weight, gate.weight, gate.bias
     x, u, *choice = ops.few_gate(out, residual, *matrices, eps=norm.eps, **gate.settings, **STATIC)
     return x, ops.few_experts(u, *choice, **weights, **STATIC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,6 @@ from dsv3 import ops
 from dsv3.comm import Dispatched, ExpertBuffer
 from dsv3.config import Config
 from dsv3.model.layers import MLP, QuantizedModule
-
-
-class Routed(NamedTuple):
-    """The gate's choice for T tokens. `logits` and `counts` are data for losses and balancing, nothing is kept in modules."""
-
-    topk_idx: Tensor  # int64 [T, k]
-    topk_weights: Tensor  # fp32 [T, k]
-    counts: Tensor  # int32 [E], tokens of each expert
-    logits: Tensor  # fp32 [T, E]
 
 
 class Gate(nn.Module):
@@ -42,13 +33,19 @@ class Gate(nn.Module):
             self.bias = bias.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor, wgrad: ops.WgradQueue | None = None) -> Routed:
+    def forward(
+        self, x: Tensor, wgrad: ops.WgradQueue | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """x [T, H] -> topk_idx, topk_weights and counts of ops.moe_gate; with cu_seqlens int32 [n+1] also chosen and affinity
+        of ops.moe_gate_loads, for the balance loss. These are data, nothing is kept in the module."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if len(x) <= ops.FEW_TOKENS and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
             (logits,) = ops.few_linear(x, [self.weight], out_dtype=wide)
         else:
             logits = ops.linear(x, self.weight, wgrad=wgrad, out_dtype=wide)
-        return Routed(*ops.moe_gate(logits, self.bias, **self.settings), logits)
+        if cu_seqlens is None:
+            return ops.moe_gate(logits, self.bias, **self.settings)
+        return ops.moe_gate_loads(logits, self.bias, cu_seqlens, **self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -125,30 +122,18 @@ class MoE(nn.Module):
         return self.buffer.dispatch(u, topk_idx, topk_weights)
 
 
-def balance_loss(logits: Tensor, segment: Tensor | int, *, topk: int, score: str) -> Tensor:
-    """Sequence-wise balance loss without its factor alpha (V3 report, equations 17 to 20), mean over the sequences: fp32 [].
+def balance_loss(chosen: Tensor, affinity: Tensor, cu_seqlens: Tensor, *, topk: int) -> Tensor:
+    """Sequence-wise balance loss without its factor alpha (V3 report, equations 17 to 20), mean over the sequences: fp64 [].
 
     A sequence's loss is sum_i f_i P_i with f_i = E / (k T) * (tokens whose k best unbiased scores include expert i) and
-    P_i = the mean of s_i / sum_j s_j over its T tokens. It is 1 when the load is even.
+    P_i = the mean of s_i / sum_j s_j over its T tokens. It is 1 when the load is even. A sequence without tokens has none.
 
     Args:
-        logits: fp32 [..., T, E], leading dimensions (layers) are summed.
-        segment: the number of equal sequences in T, or int64 [T] naming each token's sequence (0, 1, ... in order).
+        chosen: int32 [..., n, E], and
+        affinity: fp64 [..., n, E], of ops.moe_gate_loads; leading dimensions (layers) are summed.
+        cu_seqlens: int [n+1], as it had it.
         topk: k.
-        score: "sigmoid" or "softmax".
     """
-    experts = logits.shape[-1]
-    s = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
-    p = s / s.sum(-1, keepdim=True)
-    chosen = torch.zeros_like(s).scatter_(-1, s.detach().topk(topk, dim=-1).indices, 1.0)
-    lead = logits.shape[:-2]
-    if isinstance(segment, int):
-        f = chosen.view(*lead, segment, -1, experts).mean(-2)
-        mean_p = p.view(*lead, segment, -1, experts).mean(-2)
-        return (f * mean_p).sum() * experts / (topk * segment)
-    # Segments past the last are empty and add nothing; there are at most T.
-    length = torch.zeros(logits.shape[-2], device=logits.device).index_add_(
-        0, segment, torch.ones_like(segment, dtype=torch.float32)
-    )
-    f, mean_p = (torch.zeros_like(s).index_add(-2, segment, x) / length.clamp(min=1)[:, None] for x in (chosen, p))
-    return (f * mean_p).sum() * experts / (topk * (length > 0).sum())
+    length = cu_seqlens.diff()
+    products = (chosen * affinity).sum(-1) / length.clamp(min=1).double().square()  # k / E times the sequences' losses
+    return products.sum() * chosen.shape[-1] / (topk * (length > 0).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,7 @@ class DeepSeekV3(nn.Module):
         """
         rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
         ctx, segment = self._context(batch, rows, length)
+        ctx = replace(ctx, balanced=bool(balance_alpha))
         tokens = batch.tokens[:, :-1].reshape(-1)
         h, stats = self.hidden(tokens, ctx, wgrad=wgrad)
         ce, num_tokens = self._cross_entropy(h, _targets(batch, segment, 0))
@@ -247,11 +248,7 @@ class DeepSeekV3(nn.Module):
                 stats.append(block_stats)
         zero = torch.zeros_like(ce)
         mtp_loss = torch.stack(depths).mean() if depths else zero
-        balance = (
-            self._balance(stats, rows if segment is None else segment) * balance_alpha
-            if stats and balance_alpha
-            else zero
-        )
+        balance = self._balance(stats, ctx).to(ce.dtype) * balance_alpha if stats and balance_alpha else zero
         total = ce + mtp_weight * mtp_loss + balance
         experts = self.config.n_routed_experts
         idle = 0 if mtp_weight or not experts else len(self.mtp)
@@ -277,9 +274,9 @@ class DeepSeekV3(nn.Module):
         count = (targets != IGNORED).sum()
         return ops.linear_cross_entropy(h, self.head.weight, targets) / count.clamp(min=1), count
 
-    def _balance(self, stats: list[BlockStats], segment: Tensor | int) -> Tensor:
-        logits = torch.stack([s.logits for s in stats])
-        return balance_loss(logits, segment, topk=self.config.num_experts_per_tok, score=self.config.scoring_func)
+    def _balance(self, stats: list[BlockStats], ctx: AttentionContext) -> Tensor:
+        chosen, affinity = (torch.stack([getattr(s, name) for s in stats]) for name in ("chosen", "affinity"))
+        return balance_loss(chosen, affinity, ctx.cu_seqlens_q, topk=self.config.num_experts_per_tok)
 
 
 def _shift(tokens: Tensor, k: int, fill: int) -> Tensor:

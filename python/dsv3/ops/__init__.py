@@ -19,7 +19,7 @@ from dsv3.ops.invariance import batch_invariance, is_batch_invariant
 from dsv3.ops.linear import Quantized, Recipe, WgradQueue, dense, grouped_linear, linear, linear_cross_entropy
 from dsv3.ops.loss import cross_entropy
 from dsv3.ops.mla_attention import mla_attention, mla_merge, split_kv
-from dsv3.ops.moe import Permutation, moe_gate, moe_permute, moe_unpermute
+from dsv3.ops.moe import Permutation, moe_gate, moe_gate_loads, moe_permute, moe_unpermute
 from dsv3.ops.norm import NormCast, rmsnorm, rmsnorm_cast, rope_
 from dsv3.ops.optim import adamw
 from dsv3.ops.quant import cast_transpose, per_block_cast, per_token_cast, per_token_cast_and_transpose
@@ -77,6 +77,7 @@ __all__ = [
     "mla_merge",
     "mla_schedule",
     "moe_gate",
+    "moe_gate_loads",
     "moe_permute",
     "moe_unpermute",
     "per_block_cast",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.ops.linear import Quantized
 from dsv3.ops.moe import check_gate
 from dsv3.ops.registry import check_dtype, define, native, require_dtype
 from dsv3.reference import decode as reference
@@ -15,6 +16,7 @@ from dsv3.reference import decode as reference
 FEW_TOKENS = 64  # kFewTokens (csrc/decode/few_tokens.cuh), kMaxTokens (few_experts.cu)
 STEP, ROWS, EXPERTS, CHOICES = 32, 16, 512, 1024  # kStep, kDepthMultiple; kRowTile; kMaxExperts; kMaxPairs
 HIDDEN = 8192  # of combine_norm
+BLOCK = 128  # kScaleBlock (few_codes.cuh)
 
 
 def _few(x: Tensor) -> str | None:
@@ -23,17 +25,21 @@ def _few(x: Tensor) -> str | None:
     return check_dtype("x", x, torch.bfloat16)
 
 
-def _supports_product(x: Tensor, weight: Tensor) -> str | None:
-    rows, depth = weight.shape[-2:]
-    if rows % ROWS or depth % STEP:
-        return f"a weight of {rows} x {depth} is not of multiples of {ROWS} x {STEP}"
-    return _few(x) or check_dtype("weight", weight, torch.bfloat16)
+def _supports_product(x: Tensor, weight: Tensor, fp8: bool = False) -> str | None:
+    rows, depth, step = *weight.shape[-2:], STEP // 2 if fp8 else STEP
+    if rows % ROWS or depth % step:
+        return f"a weight of {rows} x {depth} is not of multiples of {ROWS} x {step}"
+    return _few(x) or check_dtype("weight", weight, _weight_dtype(fp8))
 
 
-def _supports_linear(x: Tensor, weights: list[Tensor], *args: Any) -> str | None:
+def _weight_dtype(fp8: bool) -> torch.dtype:
+    return torch.float8_e4m3fn if fp8 else torch.bfloat16
+
+
+def _supports_linear(x: Tensor, weights: list[Tensor], scales: list[Tensor], *args: Any) -> str | None:
     if len(weights) > 4:
         return f"{len(weights)} weights are more than 4"
-    return next((reason for w in weights if (reason := _supports_product(x, w))), None)
+    return next((reason for w in weights if (reason := _supports_product(x, w, bool(scales)))), None)
 
 
 def _supports_gate(
@@ -82,15 +88,16 @@ def _supports_experts(
     down: Tensor | None,
     shared_gate_up: Tensor | None,
     shared_down: Tensor | None,
-    static_weights: bool,
+    *rest: Any,
 ) -> str | None:
     for weight in (down, shared_down):
         if weight is not None and (weight.shape[-1] % STEP or weight.shape[-2] % STEP):
             return f"experts of {weight.shape[-2]} x {weight.shape[-1]} are not of multiples of {STEP}"
     if gate_up is not None and (gate_up.shape[0] > EXPERTS or topk_idx.numel() > CHOICES or not topk_idx.shape[1]):
         return f"{gate_up.shape[0]} experts and {topk_idx.numel()} choices are not up to {EXPERTS} and {CHOICES}"
-    weights = [w for w in (gate_up, down, shared_gate_up, shared_down) if w is not None]
-    return _few(x) or next((r for w in weights if (r := check_dtype("a weight", w, torch.bfloat16))), None)
+    weights, dtype = (gate_up, down, shared_gate_up, shared_down), _weight_dtype(any(sf is not None for sf in rest[:4]))
+    reasons = (check_dtype("a weight", w, dtype) for w in weights if w is not None)
+    return _few(x) or next((reason for reason in reasons if reason), None)
 
 
 def _slots(topk_idx: Tensor | None, shared_down: Tensor | None) -> int:
@@ -106,13 +113,13 @@ def _launch_experts(
     down: Tensor | None,
     shared_gate_up: Tensor | None,
     shared_down: Tensor | None,
-    static_weights: bool,
+    *rest: Any,
 ) -> None:
     size = 0 if down is None else topk_idx.numel() * down.shape[-1]
     size += 0 if shared_down is None else x.shape[0] * shared_down.shape[-1]
     act = x.new_empty(size)
     experts = topk_idx, topk_weights, gate_up, down, shared_gate_up, shared_down
-    native().few_experts(y, act, x, *experts, static_weights)
+    native().few_experts(y, act, x, *experts, *rest)
 
 
 def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -122,13 +129,14 @@ def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -
 
 
 define(
-    "few_linear(Tensor x, Tensor[] weights, ScalarType out_dtype, bool static_weights) -> Tensor[]",
-    shapes="x [T,K], weights [N_i,K] -> [T,N_i] of out_dtype; native: bf16, T <= 64, up to 4, K % 32, N_i % 16 == 0",
+    "few_linear(Tensor x, Tensor[] weights, Tensor[] scales, ScalarType out_dtype, bool static_weights) -> Tensor[]",
+    shapes="x [T,K], weights [N_i,K] and no scales, or e4m3 with scales [ceil(N_i/128),ceil(K/128)] -> [T,N_i] of out_dtype; "
+    "native: bf16, T <= 64, up to 4, K % 32 (e4m3 16), N_i % 16 == 0",
     reference=reference.few_linear,
-    allocate=lambda x, weights, out_dtype, static: [
+    allocate=lambda x, weights, scales, out_dtype, static: [
         x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype) for w in weights
     ],
-    launch=lambda outs, x, weights, out_dtype, static: native().few_linear(outs, x, weights, static),
+    launch=lambda outs, x, weights, scales, out_dtype, static: native().few_linear(outs, x, weights, scales, static),
     supports=_supports_linear,
 )
 define(
@@ -166,11 +174,12 @@ define(
 )
 define(
     "few_experts(Tensor x, Tensor? topk_idx, Tensor? topk_weights, Tensor? gate_up, Tensor? down, Tensor? shared_gate_up, "
-    "Tensor? shared_down, bool static_weights) -> Tensor",
+    "Tensor? shared_down, Tensor? gate_up_sf, Tensor? down_sf, Tensor? shared_gate_up_sf, Tensor? shared_down_sf, "
+    "bool static_weights) -> Tensor",
     shapes="x [T,H], topk_idx [T,k] int64, topk_weights [T,k] fp32, gate_up [E,2I,H], down [E,H,I], shared_gate_up [2J,H], "
-    "shared_down [H,J] -> [T,k+1,H]; native: bf16, T <= 64, T k <= 1024, H, I, J % 32 == 0, E <= 512",
+    "shared_down [H,J], scales of e4m3 weights -> [T,k+1,H]; native: bf16, T <= 64, T k <= 1024, H, I, J % 32 == 0, E <= 512",
     reference=reference.few_experts,
-    allocate=lambda x, topk_idx, weights, gate_up, down, shared_gate_up, shared_down, static: x.new_empty(
+    allocate=lambda x, topk_idx, weights, gate_up, down, shared_gate_up, shared_down, *rest: x.new_empty(
         x.shape[0], _slots(topk_idx, shared_down), x.shape[1]
     ),
     launch=_launch_experts,
@@ -188,15 +197,20 @@ define(
 
 
 def few_linear(
-    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, static_weights: bool = False
+    x: Tensor,
+    weights: Sequence[Tensor | Quantized],
+    *,
+    out_dtype: torch.dtype | None = None,
+    static_weights: bool = False,
 ) -> list[Tensor]:
     """Linear layers that read the same few tokens, in one kernel; not differentiable.
 
-    Natively a token's bits do not depend on the other tokens nor on their number.
+    Natively a token's bits do not depend on the other tokens nor on their number. Weights in FP8 are multiplied with the tokens
+    as they are, which are not cast: the result is that of the dequantised weights, summed in fp32.
 
     Args:
         x: [T, K], made contiguous; native on Hopper for bf16 and T up to 64.
-        weights: one or several of [N_i, K], x's dtype; native for up to 4.
+        weights: one or several of [N_i, K], all of x's dtype or all Quantized; native for up to 4.
         out_dtype: of the outputs, x's or fp32; None: x's.
         static_weights: no kernel that may still be running writes the weights, so that they may be read before the kernel
             ahead has ended. True where at least one kernel lies between what wrote them and this.
@@ -207,7 +221,7 @@ def few_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    several = not isinstance(weights, Tensor)
+    several = not isinstance(weights, (Tensor, Quantized))
     weights = list(weights) if several else [weights]
     shapes = [tuple(w.shape) for w in weights]
     if x.dim() != 2 or not several or not shapes or any(len(s) != 2 or s[1] != x.shape[1] for s in shapes):
@@ -215,11 +229,10 @@ def few_linear(
             f"few_linear: expected x (T, K) and a list of weights (N, K), got {tuple(x.shape)} and "
             f"{shapes if several else shapes[0]}"
         )
-    _check_dtypes("few_linear", x, *weights)
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"few_linear: out_dtype must be {x.dtype} or torch.float32, got {out_dtype}")
-    detached = [w.detach().contiguous() for w in weights]
-    return torch.ops.dsv3.few_linear(x.detach().contiguous(), detached, out_dtype or x.dtype, static_weights)
+    matrices, scales = _parts("few_linear", x, weights)
+    return torch.ops.dsv3.few_linear(x.detach().contiguous(), matrices, scales, out_dtype or x.dtype, static_weights)
 
 
 def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Tensor:
@@ -333,10 +346,10 @@ def few_experts(
     topk_idx: Tensor | None = None,
     topk_weights: Tensor | None = None,
     *,
-    gate_up: Tensor | None = None,
-    down: Tensor | None = None,
-    shared_gate_up: Tensor | None = None,
-    shared_down: Tensor | None = None,
+    gate_up: Tensor | Quantized | None = None,
+    down: Tensor | Quantized | None = None,
+    shared_gate_up: Tensor | Quantized | None = None,
+    shared_down: Tensor | Quantized | None = None,
     static_weights: bool = False,
 ) -> Tensor:
     """The MLPs of the experts that few tokens have chosen, and of shared ones, with no token moved; not differentiable.
@@ -347,7 +360,7 @@ def few_experts(
     Args:
         x: [T, H]; native on Hopper for bf16, T up to 64.
         topk_idx, topk_weights: int64 and fp32 [T, k]; no expert twice for a token.
-        gate_up: [E, 2I, H] of x's dtype, the gate half first.
+        gate_up: [E, 2I, H] of x's dtype, the gate half first; or it and all other weights Quantized, as in `few_linear`.
         down: [E, H, I].
         shared_gate_up: [2J, H].
         shared_down: [H, J].
@@ -368,29 +381,33 @@ def few_experts(
     if good and given[0]:
         good = (
             topk_idx.dim() == 2
-            and down.dim() == 3
+            and len(down.shape) == 3
             and topk_idx.shape[0] == x.shape[0]
             and topk_weights.shape == topk_idx.shape
         )
-        good = good and down.shape[1] == x.shape[1] and gate_up.shape == (len(down), 2 * down.shape[2], x.shape[1])
+        good = good and down.shape[1] == x.shape[1] and gate_up.shape == (down.shape[0], 2 * down.shape[2], x.shape[1])
     if good and given[1]:
         good = (
-            shared_down.dim() == 2
+            len(shared_down.shape) == 2
             and shared_gate_up.shape == (2 * shared_down.shape[-1], x.shape[1])
-            and len(shared_down) == x.shape[1]
+            and shared_down.shape[0] == x.shape[1]
         )
     if not good:
         raise ValueError(
             "few_experts: expected x (T, H) with topk_idx and topk_weights (T, k), gate_up (E, 2I, H) and down (E, H, I), "
             f"or shared_gate_up (2J, H) and shared_down (H, J), or both, got {tuple(x.shape)} with {shapes}"
         )
-    _check_dtypes("few_experts", x, *(t for t in (gate_up, down, *shared) if t is not None))
+    weights = gate_up, down, *shared
+    matrices, scales = (
+        iter(part) for part in _parts("few_experts", x, [weight for weight in weights if weight is not None])
+    )
     if topk_idx is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         require_dtype("few_experts", "topk_idx of int64", torch.int64, topk_idx)
         require_dtype("few_experts", f"topk_weights of {str(wide).removeprefix('torch.')}", wide, topk_weights)
-    tensors = [None if t is None else t.detach().contiguous() for t in (*routed, *shared)]
-    return torch.ops.dsv3.few_experts(x.detach().contiguous(), *tensors, static_weights)
+    choice = (None if t is None else t.detach().contiguous() for t in (topk_idx, topk_weights))
+    parts = (None if weight is None else next(part, None) for part in (matrices, scales) for weight in weights)
+    return torch.ops.dsv3.few_experts(x.detach().contiguous(), *choice, *parts, static_weights)
 
 
 def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -418,6 +435,27 @@ def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e
 
 def _check_dtypes(name: str, x: Tensor, *others: Tensor) -> None:
     require_dtype(name, "activations and weights of one dtype", x.dtype, x, *others)
+
+
+def _parts(name: str, x: Tensor, weights: list[Tensor | Quantized]) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices of weights, and their scales where they are Quantized; ValueError unless all are, or none."""
+    quantized = [w for w in weights if isinstance(w, Quantized)]
+    if quantized and len(quantized) < len(weights):
+        raise ValueError(
+            f"{name}: expected weights that are all Quantized or none, got {len(quantized)} of {len(weights)}"
+        )
+    if not quantized:
+        _check_dtypes(name, x, *weights)
+    for w in quantized:
+        require_dtype(name, "Quantized weights of float8_e4m3fn", torch.float8_e4m3fn, w.data)
+        require_dtype(name, "scales of float32", torch.float32, w.sf)
+        wanted = *w.shape[:-2], *(-(-size // BLOCK) for size in w.shape[-2:])
+        if w.sf.shape != wanted:
+            raise ValueError(
+                f"{name}: a weight of {tuple(w.shape)} must have scales of {wanted}, got {tuple(w.sf.shape)}"
+            )
+    matrices = [w.data if quantized else w.detach() for w in weights]
+    return [m.contiguous() for m in matrices], [w.sf.contiguous() for w in quantized]
 
 
 def _matrices(weight: Tensor) -> Tensor:

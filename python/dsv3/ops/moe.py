@@ -22,20 +22,43 @@ def _allocate_gate(
     return index, logits.new_empty(tokens, topk), logits.new_empty(experts, dtype=torch.int32)
 
 
-def _launch_gate(
-    outputs: Any,
+def _allocate_loads(
+    logits: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = cu_seqlens.shape[0] - 1, logits.shape[1]
+    chosen, affinity = logits.new_empty(sums, dtype=torch.int32), logits.new_empty(sums, dtype=torch.float64)
+    return *_allocate_gate(logits, bias, *settings), chosen, affinity
+
+
+def _native_settings(
+    num_groups: int, topk_groups: int, topk: int, route_scale: float, score: str, group_score: str, normalize: bool
+) -> tuple[int, int, float, bool, bool, bool]:
+    return num_groups, topk_groups, route_scale, score == "softmax", group_score == "top2_sum", normalize
+
+
+def _launch_gate(outputs: Any, logits: Tensor, bias: Tensor | None, *settings: Any) -> None:
+    native().moe_gate(*outputs, logits, bias, _native_settings(*settings))
+
+
+def _launch_loads(outputs: Any, logits: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *settings: Any) -> None:
+    *others, affinity = outputs
+    bits = affinity.view(torch.int64)  # the native side names no fp64
+    native().moe_gate_loads(*others, bits, logits, bias, cu_seqlens, _native_settings(*settings))
+
+
+def _launch_loads_backward(
+    dlogits: Tensor,
+    dweights: Tensor,
+    daffinity: Tensor,
     logits: Tensor,
-    bias: Tensor | None,
-    num_groups: int,
-    topk_groups: int,
-    topk: int,
+    index: Tensor,
+    cu_seqlens: Tensor,
     route_scale: float,
     score: str,
-    group_score: str,
     normalize: bool,
 ) -> None:
-    softmax, top2 = score == "softmax", group_score == "top2_sum"
-    native().moe_gate(*outputs, logits, bias, num_groups, topk_groups, route_scale, softmax, top2, normalize)
+    inputs = dweights, daffinity.view(torch.int64), logits, index, cu_seqlens
+    native().moe_gate_loads_backward(dlogits, *inputs, route_scale, score == "softmax", normalize)
 
 
 def _supports_gate(logits: Tensor, num_groups: int, topk: int) -> str | None:
@@ -69,6 +92,24 @@ define(
     ),
     supports=lambda dweights, logits, index, *rest: _supports_gate(logits, 1, index.shape[1]),
 )
+define(
+    "moe_gate_loads(Tensor logits, Tensor? bias, Tensor cu_seqlens, int num_groups, int topk_groups, int topk, "
+    "float route_scale, str score, str group_score, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    shapes="operands of moe_gate, cu_seqlens [n+1] int32 -> its results, chosen [n,E] int32, affinity [n,E] fp64",
+    reference=reference.moe_gate_loads,
+    allocate=_allocate_loads,
+    launch=_launch_loads,
+    supports=lambda logits, bias, cu, num_groups, topk_groups, topk, *rest: _supports_gate(logits, num_groups, topk),
+)
+define(
+    "moe_gate_loads_backward(Tensor dweights, Tensor daffinity, Tensor logits, Tensor topk_idx, Tensor cu_seqlens, "
+    "float route_scale, str score, bool normalize) -> Tensor",
+    shapes="operands of moe_gate_backward, daffinity [n,E] fp64, cu_seqlens [n+1] int32 -> dlogits [T,E] fp32",
+    reference=reference.moe_gate_loads_backward,
+    allocate=lambda dweights, daffinity, logits, *rest: torch.empty_like(logits),
+    launch=_launch_loads_backward,
+    supports=lambda dweights, daffinity, logits, index, *rest: _supports_gate(logits, 1, index.shape[1]),
+)
 
 
 class _Gate(Function):
@@ -84,6 +125,23 @@ class _Gate(Function):
     def backward(ctx: Any, dindex: None, dweights: Tensor, dcounts: None) -> tuple[Tensor | None, ...]:
         dweights = dweights.contiguous()
         return (torch.ops.dsv3.moe_gate_backward(dweights, *ctx.saved_tensors, *ctx.settings), *[None] * 8)
+
+
+class _GateLoads(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *settings: Any
+    ) -> tuple[Tensor, ...]:
+        index, weights, counts, chosen, affinity = torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *settings)
+        ctx.save_for_backward(logits, index, cu_seqlens)
+        ctx.settings = settings[3:5] + settings[6:]
+        ctx.mark_non_differentiable(index, counts, chosen)
+        return index, weights, counts, chosen, affinity
+
+    @staticmethod
+    def backward(ctx: Any, dindex: None, dweights: Tensor, dcounts: None, dchosen: None, daffinity: Tensor) -> Any:
+        grads = dweights.contiguous(), daffinity.contiguous()
+        return (torch.ops.dsv3.moe_gate_loads_backward(*grads, *ctx.saved_tensors, *ctx.settings), *[None] * 9)
 
 
 def moe_gate(
@@ -126,6 +184,52 @@ def moe_gate(
         raise ValueError(f"moe_gate: logits must be (T, E) and bias (E,) or None, got {found}")
     check_gate("moe_gate", logits.shape[1], num_groups, topk_groups, topk, score, group_score)
     return apply(_Gate, logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
+
+
+def moe_gate_loads(
+    logits: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str = "sigmoid",
+    group_score: str = "top2_sum",
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """moe_gate that also sums up what the sequence-wise balance loss is made of (V3 report, equations 17 to 20);
+    differentiable in the logits, through the weights and `affinity`.
+
+    With T_q tokens in sequence q, f_i = E / (k T_q) * chosen[q, i] and P_i = affinity[q, i] / T_q.
+
+    Args:
+        logits: fp32 [T, E].
+        bias: fp32 [E] or None.
+        cu_seqlens: int32 [n+1], where each of the n sequences begins and the last ends: from 0, not decreasing. Tokens behind
+            the last count in none.
+        num_groups, topk_groups, topk, route_scale, score, group_score, normalize: as of `moe_gate`.
+
+    Returns:
+        topk_idx, topk_weights and counts of moe_gate; chosen int32 [n, E], the tokens of each sequence whose topk best s,
+        without bias and groups, include the expert (ties to the lowest index); affinity fp64 [n, E], the sum of
+        s_i / sum_j s_j over its tokens, NaN where one of them is. Every run gives the same bits.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+    """
+    if logits.dim() != 2 or (bias is not None and bias.shape != logits.shape[1:]):
+        found = f"{tuple(logits.shape)} and {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"moe_gate_loads: logits must be (T, E) and bias (E,) or None, got {found}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}".removeprefix("torch.")
+        raise ValueError(
+            f"moe_gate_loads: cu_seqlens must be int32 (n+1,), got {found} for logits of {tuple(logits.shape)}"
+        )
+    check_gate("moe_gate_loads", logits.shape[1], num_groups, topk_groups, topk, score, group_score)
+    settings = num_groups, topk_groups, topk, route_scale, score, group_score, normalize
+    return apply(_GateLoads, logits, bias, cu_seqlens, *settings)
 
 
 def check_gate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,22 @@ from dsv3.reference.attention import mla_decode
 from dsv3.reference.linear import linear
 from dsv3.reference.moe import check_experts, moe_gate
 from dsv3.reference.norm import rmsnorm, rope_
+from dsv3.reference.quant import dequantize
 from dsv3.reference.swiglu import swiglu
 
 
-def few_linear(x: Tensor, weights: list[Tensor], out_dtype: torch.dtype, static_weights: bool) -> list[Tensor]:
-    """x [T, K] times each of the weights [N_i, K] transposed."""
-    return [linear(x, weight, out_dtype) for weight in weights]
+def few_linear(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], out_dtype: torch.dtype, static_weights: bool
+) -> list[Tensor]:
+    """x [T, K] times each of the weights [N_i, K] transposed, which are e4m3 where there are scales."""
+    return [_product(x, w, sf, out_dtype) for w, sf in itertools.zip_longest(weights, scales)]
+
+
+def _product(x: Tensor, weight: Tensor, sf: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if sf is None:
+        return linear(x, weight, out_dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return linear(x.to(wide), dequantize(weight, sf).to(wide), wide).to(out_dtype)
 
 
 def few_heads(x: Tensor, weight: Tensor, static_weights: bool) -> Tensor:
@@ -75,10 +87,18 @@ def few_experts(
     down: Tensor | None,
     shared_gate_up: Tensor | None,
     shared_down: Tensor | None,
+    gate_up_sf: Tensor | None,
+    down_sf: Tensor | None,
+    shared_gate_up_sf: Tensor | None,
+    shared_down_sf: Tensor | None,
     static_weights: bool,
 ) -> Tensor:
     """y [T, k (+ 1), H]: what expert topk_idx[t, j] makes of x[t] [H], its SwiGLU times topk_weights[t, j]; last the shared
     experts'. On a CPU only chosen experts run; elsewhere all, for every token, since nothing is asked of the device."""
+
+    def of(tensor: Tensor | None, expert: int) -> Tensor | None:
+        return None if tensor is None else tensor[expert]
+
     slots = []
     if topk_idx is not None:
         y = x.new_zeros(*topk_idx.shape, x.shape[1])
@@ -86,12 +106,12 @@ def few_experts(
         for e in topk_idx.unique().tolist() if topk_idx.is_cpu else range(gate_up.shape[0]):
             chosen = topk_idx == e
             weight = torch.where(chosen, topk_weights, 0.0).sum(1)
-            act = swiglu(linear(x, gate_up[e], x.dtype), weight)
-            y = torch.where(chosen[..., None], linear(act, down[e], x.dtype)[:, None], y)
+            act = swiglu(_product(x, gate_up[e], of(gate_up_sf, e), x.dtype), weight)
+            y = torch.where(chosen[..., None], _product(act, down[e], of(down_sf, e), x.dtype)[:, None], y)
         slots.append(y)
     if shared_gate_up is not None:
-        act = swiglu(linear(x, shared_gate_up, x.dtype), None)
-        slots.append(linear(act, shared_down, x.dtype)[:, None])
+        act = swiglu(_product(x, shared_gate_up, shared_gate_up_sf, x.dtype), None)
+        slots.append(_product(act, shared_down, shared_down_sf, x.dtype)[:, None])
     return torch.cat(slots, 1)
 
 

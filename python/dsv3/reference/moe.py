@@ -61,15 +61,73 @@ def moe_gate_backward(
 ) -> Tensor:
     """The gradient of the logits [T, E] from that of topk_weights [T, k]; the choice itself is constant."""
     s = scores(logits, score)
+    return _through_scores(_weights_gradient(dweights, s, index, route_scale, normalize), s, score)
+
+
+def _weights_gradient(dweights: Tensor, s: Tensor, index: Tensor, route_scale: float, normalize: bool) -> Tensor:
+    """The gradient of the affinities [T, E] from that of topk_weights."""
     ds = dweights * route_scale
     if normalize:
         picked = s.gather(1, index)
         total = picked.sum(-1, keepdim=True) + 1e-20
         ds = (ds - (ds * picked).sum(-1, keepdim=True) / total) / total
-    full = torch.zeros_like(s).scatter_(1, index, ds)
-    if score == "sigmoid":
-        return full * s * (1 - s)
-    return s * (full - (full * s).sum(-1, keepdim=True))
+    return torch.zeros_like(s).scatter_(1, index, ds)
+
+
+def _through_scores(ds: Tensor, s: Tensor, score: str) -> Tensor:
+    """The gradient of the logits from that of the affinities."""
+    return ds * s * (1 - s) if score == "sigmoid" else s * (ds - (ds * s).sum(-1, keepdim=True))
+
+
+def moe_gate_loads(
+    logits: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    route_scale: float,
+    score: str,
+    group_score: str,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What moe_gate gives, and for the n sequences that begin at cu_seqlens int32 [n+1]: chosen int32 [n, E], how many of
+    their tokens have the expert among the topk best s, without bias and groups; affinity fp64 [n, E], the sums of
+    s_i / sum_j s_j over their tokens. Tokens behind the last sequence count in none."""
+    experts, n = logits.shape[1], cu_seqlens.shape[0] - 1
+    routed = moe_gate(logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
+    s, sequence = scores(logits, score), _sequence_of(cu_seqlens, len(logits))
+    # A row more than there are sequences, for tokens behind them.
+    chosen = _counts(sequence[:, None] * experts + top(s, topk), (n + 1) * experts).view(n + 1, experts)
+    affinity = torch.zeros(n + 1, experts, dtype=torch.float64, device=logits.device)
+    affinity.index_add_(0, sequence, (s / s.sum(-1, keepdim=True)).double())
+    return *routed, chosen[:n], affinity[:n]
+
+
+def moe_gate_loads_backward(
+    dweights: Tensor,
+    daffinity: Tensor,
+    logits: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    route_scale: float,
+    score: str,
+    normalize: bool,
+) -> Tensor:
+    """The gradient of the logits [T, E] from those of topk_weights [T, k] and affinity [n, E]; choices are constant."""
+    s, sequence = scores(logits, score), _sequence_of(cu_seqlens, len(logits))
+    ds = _weights_gradient(dweights, s, index, route_scale, normalize)
+    total = s.sum(-1, keepdim=True)
+    dp = torch.cat([daffinity, daffinity.new_zeros(1, s.shape[1])]).to(s.dtype)[sequence]
+    of_affinity = (dp - (dp * s).sum(-1, keepdim=True) / total) / total
+    ds = torch.where((sequence < len(daffinity))[:, None], ds + of_affinity, ds)
+    return _through_scores(ds, s, score)
+
+
+def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """int64 [tokens]: each token's sequence, n behind the last."""
+    index = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
 def check_experts(topk_idx: Tensor, num_experts: int) -> None:
