@@ -8,12 +8,19 @@
 #include <utility>
 
 #include "../common/launch.cuh"
+#include "../common/tensor.h"
 #include "../common/vector.cuh"
 #include "../hopper/wgmma.cuh"
 
 namespace dsv3 {
 
 constexpr int kScaleBlock = 128;  // rows and columns that share a scale
+
+// Scales are read one by one: those of one expert among others may begin anywhere.
+inline void check_scales(const char* name, const Tensor& sf) {
+  DSV3_CHECK(sf.is_cuda() && sf.dtype() == Dtype::kFloat32 && sf.is_contiguous(), name,
+             " must be float32 on a CUDA device and contiguous, got ", sf);
+}
 
 // Two codes as a pair of bf16, by way of fp16 and fp32. NOTE: shifted into place and multiplied by 2^120 it is four instructions
 // of the integer pipe instead of two, and that is what there is least of.

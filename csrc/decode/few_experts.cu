@@ -41,24 +41,28 @@ struct Chosen {
   unsigned occurs[kMaxExperts / 32];  // a bit an expert
   int16_t jobs[kMaxExperts];          // the experts that occur, ascending
   int16_t experts[kMaxPairs];         // of each choice (token * topk + j), -1 where there is none
+  int counts[kMaxExperts];            // choices of each expert
 };
+
+using PairLists = int16_t[kTokenLists][kMaxPairs];  // choices of a tile's expert, ascending
 
 template <class C>
 struct ExpertsShared {
   TileShared<C> tile;
   Chosen chosen;
-  int16_t pairs[C::kThreads / kWarpSize][kMaxPairs];  // a warp's list: choices of its tile's expert, ascending
+  PairLists pairs;
 };
 
 // Reads the choices, and returns how many experts occur among them. By the whole block, which must meet before it uses them.
 __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& chosen) {
-  for (int i = threadIdx.x; i < kMaxExperts / 32; i += blockDim.x) chosen.occurs[i] = 0u;
+  for (int i = threadIdx.x; i < kMaxExperts; i += blockDim.x) chosen.occurs[i / 32] = chosen.counts[i] = 0;
   __syncthreads();
   const int pairs = p.tokens * p.topk, lane = threadIdx.x % kWarpSize;
   for (int i = threadIdx.x; i - lane < pairs; i += blockDim.x) {
     const int64_t e = i < pairs ? __ldcg(p.topk_idx + i) : -1;  // past L1: before the wait, perhaps
     const bool there = e >= 0 && e < p.experts;
     if (i < pairs) chosen.experts[i] = static_cast<int16_t>(there ? e : -1);
+    if (there) atomicAdd(&chosen.counts[e], 1);
     for (int word = 0; word * 32 < p.experts; ++word) {
       const unsigned bits = __reduce_or_sync(0xffffffffu, there && e / 32 == word ? 1u << e % 32 : 0u);
       if (lane == 0 && bits != 0u) atomicOr(&chosen.occurs[word], bits);
@@ -76,8 +80,8 @@ __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& c
   return found;
 }
 
-// Lists the pairs of an expert and returns their number. By a whole warp, whose list it is.
-__device__ __forceinline__ int list_pairs(const Chosen& chosen, int pairs, int expert, int16_t* list) {
+// Lists the pairs of an expert. By a whole warp.
+__device__ __forceinline__ void list_pairs(const Chosen& chosen, int pairs, int expert, int16_t* list) {
   const int lane = threadIdx.x % kWarpSize;
   int found = 0;
   __syncwarp();
@@ -88,7 +92,6 @@ __device__ __forceinline__ int list_pairs(const Chosen& chosen, int pairs, int e
     found += __popc(votes);
   }
   __syncwarp();
-  return found;
 }
 
 // Tiles of the shared experts come first, one for every kN tokens, then those of the experts that occur. As few_tiles.cuh wants
@@ -98,11 +101,12 @@ struct ExpertsWork {
   static constexpr int kColumns = kSwiglu ? kTileRows / 2 : kTileRows;  // of out a tile
   const FewExpertsParams& p;
   const Chosen& chosen;
-  int16_t* pairs;
-  int jobs;                              // of the routed experts
-  int job = -1, expert = 0, listed = 0;  // the job at hand, its expert and pairs
-  int column = 0;                        // of out, the tile's first
-  int skipped = 0;                       // tokens of the shared experts before the tile's
+  int16_t (*lists)[kMaxPairs];
+  int jobs;                   // of the routed experts
+  int16_t* pairs = nullptr;   // the list at hand
+  int expert = 0, count = 0;  // of the tile: its expert, and how many tokens it has
+  int column = 0;             // of out, the tile's first
+  int skipped = 0;            // tokens of the shared experts before the tile's
   bool shared = false;
 
   __device__ __forceinline__ const Part& part() const { return shared ? p.shared : p.routed; }
@@ -115,16 +119,16 @@ struct ExpertsWork {
       const int turn = tile / p.shared.tiles;
       skipped = turn * C::kN;
       column = (tile - turn * p.shared.tiles) * kColumns;
-      return min(p.tokens - skipped, C::kN);
+      return count = min(p.tokens - skipped, C::kN);
     }
-    const int routed = tile - shared_tiles(), wanted = routed / p.routed.tiles;
-    column = (routed - wanted * p.routed.tiles) * kColumns;
-    if (wanted != job) {
-      job = wanted;
-      expert = chosen.jobs[job];
-      listed = list_pairs(chosen, p.tokens * p.topk, expert, pairs);
-    }
-    return listed;
+    const int routed = tile - shared_tiles(), job = routed / p.routed.tiles;
+    column = (routed - job * p.routed.tiles) * kColumns;
+    expert = chosen.jobs[job];
+    return count = chosen.counts[expert];
+  }
+  __device__ __forceinline__ void list(int n, bool make) {
+    pairs = lists[n];
+    if (make && !shared) list_pairs(chosen, p.tokens * p.topk, expert, pairs);
   }
   __device__ __forceinline__ void load(uint8_t* to, int from, uint64_t& full) const {
     constexpr auto kOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
@@ -147,8 +151,7 @@ struct ExpertsWork {
   __device__ __forceinline__ void store(const float (&sums)[kTokens][kStride], int first, int thread,
                                         int threads) const {
     constexpr int kVectors = kColumns / 2;
-    const int count = min((shared ? p.tokens - skipped : listed) - first, kTokens);
-    for (int i = thread; i < count * kVectors; i += threads) {
+    for (int i = thread; i < min(count - first, kTokens) * kVectors; i += threads) {
       const int at = i / kVectors, c = i % kVectors * 2;
       if (column + c >= part().columns) continue;  // the end of a matrix whose rows are no whole tiles
       const int choice = shared ? skipped + at : pairs[first + at];
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (!early) wait_for_inputs();
   const int jobs = p.experts ? read_choices(p, shared.chosen) : 0;
   __syncthreads();
-  ExpertsWork<C, kSwiglu> work{p, shared.chosen, shared.pairs[uniform_warp()], jobs};
+  ExpertsWork<C, kSwiglu> work{p, shared.chosen, shared.pairs, jobs};
   run_tiles(shared.tile, work, [&] {
     if (early) wait_for_inputs();
     release_dependents();
@@ -201,7 +204,8 @@ void launch_few_experts(const FewExpertsParams& p, cudaStream_t stream) {
   // Most experts should have their tokens in one pass; those that have more read their weights again. In bf16 16 tokens at a
   // time are never slower than 8.
   const int expected = p.experts ? std::max(2 * p.tokens * p.topk / p.experts, p.fp8 ? 1 : 16) : p.tokens;
-  visit_tile_config(std::min(p.tokens, expected), p.fp8, [&](auto config) {
+  constexpr int kTaken = sizeof(Chosen) + sizeof(PairLists);
+  visit_tile_config<kTaken>(std::min(p.tokens, expected), p.fp8, [&](auto config) {
     using C = decltype(config);
     const int64_t tiles = p.shared.tiles * ceil_div(p.tokens, C::kN) + static_cast<int64_t>(jobs) * p.routed.tiles;
     launch("few_experts", few_experts_kernel<C, kSwiglu>, tile_launch<C>(tiles, sizeof(ExpertsShared<C>)), stream, p);
@@ -232,7 +236,7 @@ void add_parts(const FewExpertsParams& p, Part& first, Part& second, const Matri
   const auto scales = [&](const char* name, const std::optional<Tensor>& sf, int64_t of_rows, int64_t depth) {
     DSV3_CHECK(sf.has_value() == p.fp8, name, " belongs to weights of e4m3, and to these alone");
     if (!p.fp8) return static_cast<const float*>(nullptr);
-    check_operand(name, *sf, Dtype::kFloat32);
+    check_scales(name, *sf);
     const int64_t blocks = experts * ceil_div(of_rows, kScaleBlock) * ceil_div(depth, kScaleBlock);
     DSV3_CHECK(sf->numel() == blocks, name, " must have a scale for each of ", blocks, " blocks, got ", *sf);
     return static_cast<const float*>(sf->data<float>());

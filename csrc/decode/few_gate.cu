@@ -15,7 +15,7 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
-constexpr int kMaxHidden = 8192, kMaxExperts = 256, kPerLane = kMaxExperts / kWarpSize, kMaxGroups = 32;
+constexpr int kMaxHidden = 8192, kMaxExperts = 256, kMaxGroups = 32;
 constexpr int kRows = 4, kVectors = 4;  // experts of a warp at a time, vectors of 8 columns of a lane
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -115,7 +115,8 @@ __device__ __forceinline__ unsigned key_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The affinities of the lane's experts, per_lane neighbours; 0 past the last expert.
+// The affinities of the lane's experts, per_lane neighbours, at most kPerLane; 0 past the last expert.
+template <int kPerLane>
 __device__ __forceinline__ void affinities(const FewGateParams& p, const float* logits, int first, int per_lane,
                                            float (&s)[kPerLane]) {
   float most = -INFINITY, total = 0.f;
@@ -156,6 +157,7 @@ __device__ __forceinline__ unsigned kept_groups(const FewGateParams& p, const fl
 }
 
 // The choice of one warp: the best topk of the groups that stay, ties to the lowest expert.
+template <int kPerLane>
 __device__ __forceinline__ void choose(const FewGateParams& p, FewGateShared& shared) {
   const int lane = threadIdx.x % kWarpSize, per_lane = ceil_div(p.experts, kWarpSize), first = lane * per_lane;
   float s[kPerLane], choice[kPerLane];
@@ -204,6 +206,7 @@ __device__ __forceinline__ void choose(const FewGateParams& p, FewGateShared& sh
   p.weights[at] = (p.normalize ? my_weight / (total + 1e-20f) : my_weight) * p.route_scale;
 }
 
+template <int kPerLane>
 __global__ void __launch_bounds__(kThreads) few_gate_kernel(FewGateParams p) {
   __shared__ FewGateShared shared;
   constexpr int kColumns = kVectors * kWarpSize * 8, kExperts = kRows * kWarps;
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) few_gate_kernel(FewGateParams p) {
     }
   }
   __syncthreads();
-  if (threadIdx.x < kWarpSize) choose(p, shared);
+  if (threadIdx.x < kWarpSize) choose<kPerLane>(p, shared);
 }
 
 }  // namespace
@@ -282,7 +285,8 @@ void few_gate(Tensor sum, Tensor u, Tensor index, Tensor weights, Tensor x, Tens
                         .top2_sum = top2_sum,
                         .normalize = normalize,
                         .static_weights = static_weights};
-  launch("few_gate", few_gate_kernel, {.grid = dim3(tokens), .block = dim3(kThreads)}, stream, p);
+  const auto kernel = experts <= 2 * kWarpSize ? few_gate_kernel<2> : few_gate_kernel<kMaxExperts / kWarpSize>;
+  launch("few_gate", kernel, {.grid = dim3(tokens), .block = dim3(kThreads)}, stream, p);
 }
 
 }  // namespace dsv3

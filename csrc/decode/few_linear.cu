@@ -109,6 +109,7 @@ struct ManyRowsWork {
     row_of_tile = tile * kTileRows;
     return p.tokens;
   }
+  __device__ __forceinline__ void list(int, bool) {}
   __device__ __forceinline__ void load(uint8_t* to, int column, uint64_t& full) const {
     tma_load(to, p.weight, full, column, row_of_tile, cute::TMA::CacheHintSm90::EVICT_FIRST);
   }
@@ -163,7 +164,7 @@ void launch_many_rows(const FewLinearParams& few, cudaStream_t stream) {
                          .tokens = few.tokens,
                          .wide_out = few.wide_out,
                          .static_weights = few.static_weights};
-  visit_tile_config(p.tokens, few.fp8, [&](auto config) {
+  visit_tile_config<0>(p.tokens, few.fp8, [&](auto config) {
     using C = decltype(config);
     const Launch shape = tile_launch<C>(ceil_div(p.rows, kTileRows), sizeof(TileShared<C>));
     launch("few_linear", many_rows_kernel<C>, shape, stream, p);
@@ -202,7 +203,8 @@ void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights,
     check_operand("weight", weights[i], fp8 ? Dtype::kE4M3 : Dtype::kBFloat16, rows, x.size(1));
     if (fp8) {
       const int64_t blocks = ceil_div(x.size(1), kScaleBlock);
-      check_operand("scales", scales[i], Dtype::kFloat32, ceil_div(rows, kScaleBlock), blocks);
+      check_scales("scales", scales[i]);
+      check_shape("scales", scales[i], ceil_div(rows, kScaleBlock), blocks);
     }
     check_operand("out", outs[i], dtype, x.size(0), rows);
     DSV3_CHECK(rows % kRowTile == 0, "weight must have a multiple of ", kRowTile, " rows, got ", weights[i]);

@@ -1,11 +1,13 @@
 // Products of many rows of weights, in bf16 or FP8, with few tokens, in tiles of 64 rows (the M side of a warpgroup's tensor
 // core, tokens on N). A block, two of which share a multiprocessor, goes from tile to tile without a pause in its loads: a warp has TMA
 // bring the weights, another gathers the tokens' rows, a warpgroup multiplies what has come (two, of FP8); the ring between them
-// holds as much as memory needs under way. K is summed in one order, so a token gets the same bits alone and among others.
+// holds as much as memory needs under way. K is summed in one order (of FP8 even and odd blocks of 128 columns, then both), so a
+// token gets the same bits alone and among others.
 //
 // What differs between kernels is a Work, of which every warp has one:
 //   tiles()                         how many there are; a block takes every gridDim.x-th
-//   begin(tile)                     for a whole warp: turns to a tile, and returns how many tokens it has
+//   begin(tile)                     turns to a tile, and returns how many tokens it has
+//   list(n, make)                   for a whole warp: turns to the n-th of kTokenLists lists of the tile's tokens, and makes it
 //   depth()                         its columns of K, a multiple of 8
 //   load(to, column, full)          by one lane: TMA of 64 rows of 128 bytes
 //   scales(row)                     of FP8: those of the blocks that the row of the tile is in
@@ -28,8 +30,11 @@ constexpr int kTileRows = 64, kRowBytes = 128;
 constexpr int kBoxBytes = kTileRows * kRowBytes;  // of weights
 constexpr int kTokenColumns = kRowBytes / 2;      // of a box of tokens
 
-// Weights of 128 columns by 16 bits or 8; where tokens are many, of 64 by 16.
-template <int kN_, bool kFp8_>
+constexpr int kTokenLists = 3;  // of the warp that gathers, and in turn two of those that multiply
+
+// Weights of 128 columns by 16 bits or 8; where tokens are many, of 64 by 16. kTaken: bytes of shared memory that a kernel needs
+// beside.
+template <int kN_, bool kFp8_, int kTaken>
 struct TileConfig {
   static constexpr bool kFp8 = kFp8_;
   static constexpr int kN = kN_;  // tokens at a time: 8, 16 or 32
@@ -38,15 +43,18 @@ struct TileConfig {
   static constexpr int kDepth = kBoxes * kBoxColumns;
   static constexpr int kTokenBoxes = kDepth / kTokenColumns;
   static constexpr int kTokenBytes = kN * kRowBytes;
-  static constexpr int kGroups = kFp8 ? 2 : 1;  // warpgroups that multiply, stages in turn
-  // 80 to 90 KiB.
-  static constexpr int kStages = kN == 8 ? (kFp8 ? 8 : 5) : kN == 16 ? (kFp8 ? 7 : 4) : (kFp8 ? 5 : 7);
+  static constexpr int kGroups = kFp8 ? 2 : 1;  // warpgroups that multiply
   static constexpr int kWarps = kGroups * kWarpgroupWarps, kThreads = (kWarps + 2) * kWarpSize;
   static constexpr int kBlocks = 2;  // a multiprocessor
-  // Stages of tokens that are under way before the first is waited for. NOTE: the ring holds two more at least, since a stage is
-  // given back behind the start of the next product.
-  static constexpr int kLag = 2;
-  static_assert(kStages >= kLag + 2);
+  static constexpr int kOutBytes = kN * (kTileRows + 4) * sizeof(float);
+  // What is left of half a multiprocessor's memory, 80 to 100 KiB. NOTE: a multiple of the groups, so that a stage is always the
+  // same group's: one that came to it later than another could not tell two uses from none.
+  static constexpr int kStages =
+      (113 * 1024 - 512 - kTaken - kOutBytes) / (kBoxes * kBoxBytes + kTokenBoxes * kTokenBytes) / kGroups * kGroups;
+  // Stages of tokens that are under way before the first is waited for. NOTE: the ring holds that one too, and one more for each
+  // group, which gives a stage back when it has the next.
+  static constexpr int kLag = kStages - 1 - kGroups < 2 ? kStages - 1 - kGroups : 2;
+  static_assert(kLag >= 1);
 };
 
 template <class C>
@@ -101,8 +109,9 @@ __device__ __forceinline__ void produce_tokens(TileShared<C>& shared, Work& work
   const uint32_t even = first_stage + lane_row * kRowBytes + (vector ^ lane_row) * 16;
   const uint32_t odd = first_stage + (lane_row + 4) * kRowBytes + (vector ^ (lane_row + 4)) * 16;
   for_each_pass<C>(work, [&](int first, int tokens) {
-    const int rows =
-        ceil_div(min(tokens - first, C::kN) - lane_row, 4);  // the lane's; the others' columns nobody reads
+    work.list(0, first == 0);
+    // The lane's; columns of the product that have none nobody reads.
+    const int rows = ceil_div(min(tokens - first, C::kN) - lane_row, 4);
     const char* from[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -212,15 +221,16 @@ __device__ __forceinline__ void multiply_values(TileStages<C>& stages, int depth
   TileStages<C>::Ring::release(stages.empty, last);
 }
 
-// The same in FP8, of every kGroups-th stage, a part at a time: the next one's codes are converted while this one multiplies.
+// The same in FP8, of the group's stages, every second one, a part at a time: the next one's codes are converted while this one
+// multiplies.
 template <class C>
 __device__ __forceinline__ void multiply_codes(TileStages<C>& stages, int group, int depth, const float* row_scales,
                                                float (&sum)[C::kN / 2]) {
   constexpr int kParts = 4, kProducts = C::kDepth / 16 / kParts;
   const int lane = threadIdx.x % kWarpSize, row = lane / 4;
   const uint32_t mine = stages.weights + (threadIdx.x % kWarpgroup / kWarpSize * 16 + row) * kRowBytes + lane % 4 * 2;
-  const int blocks = ceil_div(depth, C::kDepth);
-  BlockScales<C::kGroups> scales(row_scales, group, blocks);
+  const int blocks = ceil_div(depth, C::kDepth), first = (stages.at.stage + group) % C::kGroups;
+  BlockScales<C::kGroups> scales(row_scales, first, blocks);
   int last = -1;  // the stage whose products are under way
   float block_sum[C::kN / 2];
   uint16_t codes[kProducts][4];
@@ -266,15 +276,15 @@ __device__ __forceinline__ void multiply_codes(TileStages<C>& stages, int group,
 #pragma unroll
   for (int i = 0; i < C::kN / 2; ++i) block_sum[i] = sum[i] = 0.f;
   const RingState<C::kStages> begin = stages.at;
-  advance(stages.at, group);
-  for (int block = group; block < blocks; block += C::kGroups) {
+  advance(stages.at, first);
+  for (int block = first; block < blocks; block += C::kGroups) {
     TileStages<C>::Ring::wait_full(stages.full, stages.at);
     load(0);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       convert(part);
       if (part + 1 < kParts) load(part + 1);
-      if (part == 0 && block > group) add();
+      if (part == 0 && block > first) add();
       multiply(part);
       cute::warpgroup_wait<1>();
       keep(part + 1);  // the other one
@@ -293,6 +303,7 @@ __device__ __forceinline__ void consume(TileShared<C>& shared, Work& work) {
   const int group = uniform_warp() / kWarpgroupWarps, warp = uniform_warp() % kWarpgroupWarps;
   const int lane = threadIdx.x % kWarpSize;
   const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(C::kWarps * kWarpSize) : "memory"); };
+  int pass = 0;
   for_each_pass<C>(work, [&](int first, int) {
     float sum[C::kN / 2];
     if constexpr (C::kFp8) {
@@ -300,6 +311,8 @@ __device__ __forceinline__ void consume(TileShared<C>& shared, Work& work) {
     } else {
       multiply_values<C>(stages, work.depth(), sum);
     }
+    // Made by the first warp for all, which read it behind a barrier; they may still read the one before.
+    work.list(1 + pass++ % 2, threadIdx.x < kWarpSize);
 #pragma unroll
     for (int turn = 0; turn < C::kGroups; ++turn) {
       sync();  // the tile before has been stored, or the group before has left its sums
@@ -325,15 +338,15 @@ __device__ __forceinline__ void run_tiles(TileShared<C>& shared, Work& work, Rea
 }
 
 // Launches a kernel for so many tokens: f(configuration) names it. More than 32 of a tile take several passes.
-template <bool kFp8, class F>
+template <int kTaken, bool kFp8, class F>
 void visit_tile_config(int64_t tokens, F&& f) {
-  if (tokens <= 8) return f(TileConfig<8, kFp8>{});
-  if (tokens <= 16) return f(TileConfig<16, kFp8>{});
-  f(TileConfig<32, kFp8>{});
+  if (tokens <= 8) return f(TileConfig<8, kFp8, kTaken>{});
+  if (tokens <= 16) return f(TileConfig<16, kFp8, kTaken>{});
+  f(TileConfig<32, kFp8, kTaken>{});
 }
-template <class F>
+template <int kTaken, class F>
 void visit_tile_config(int64_t tokens, bool fp8, F&& f) {
-  fp8 ? visit_tile_config<true>(tokens, f) : visit_tile_config<false>(tokens, f);
+  fp8 ? visit_tile_config<kTaken, true>(tokens, f) : visit_tile_config<kTaken, false>(tokens, f);
 }
 
 // Rows of K weights, a box of 128 bytes of `box_rows` of them at a time.

@@ -10,6 +10,7 @@
 // and added in fp64, which is exact: atomics have no order. A block that a sequence ends in adds warp by warp, its counts
 // one by one. Sums are zeroed by a kernel ahead, which lets this one begin at once: it waits for that one before its first
 // atomic; of at most 128 tokens by the one cluster itself.
+#include "../common/device_error.cuh"
 #include "gate.cuh"
 
 namespace dsv3 {
@@ -25,6 +26,7 @@ struct LoadParams : GateParams {
   double* affinity;         // [n, E]
   const double* daffinity;  // backward: [n, E]
   int sequences, per_warp;  // n, tokens
+  DeviceError* error;
 };
 
 template <int kPerLane>
@@ -48,6 +50,17 @@ __device__ __forceinline__ int sequence_of(const LoadParams& p, int token, int l
 
 __device__ __forceinline__ int end_of(const LoadParams& p, int sequence) {
   return sequence < p.sequences ? __ldcg(p.cu_seqlens + sequence + 1) : static_cast<int>(p.tokens);
+}
+
+// Reports cu_seqlens that do not begin at 0, decrease, or end behind the tokens: sums are those of other sequences then. By one
+// block.
+__device__ __forceinline__ void check_sequences(const LoadParams& p) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.sequences; i += blockDim.x) {
+    const int begin = __ldcg(p.cu_seqlens + i), end = __ldcg(p.cu_seqlens + i + 1);
+    if ((i == 0 && begin != 0) || end < begin || end > p.tokens)
+      report(p.error, DeviceErrorCode::kOffsets, i, begin, end, p.tokens);
+  }
 }
 
 // Zeros of all counts and sums, by threads first, first + step, ...
@@ -219,6 +232,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksASm) gate_loads_kern
   }
   add_counts(p, shared);  // the block has met in it
   if (together) add_block(p, sequence, shared);
+  if (blockIdx.x == 0) check_sequences(p);
 }
 
 // dlogits of a token from the gradients of its weights and of its sequence's affinities.
@@ -278,6 +292,7 @@ void moe_gate_loads(Tensor index, Tensor weights, Tensor counts, Tensor chosen, 
   p.chosen = chosen.data<int>();
   p.affinity = affinity.data<double>();
   p.per_warp = static_cast<int>(ceil_div(p.tokens, int64_t{kMostBlocks} * kWarps));
+  p.error = device_error();
   const DeviceGuard guard(logits);
   visit_per_lane(p.experts, [&](auto per_lane) {
     check_groups(p, per_lane());

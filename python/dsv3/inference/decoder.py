@@ -50,6 +50,37 @@ class Pending:
         return self._result.tolist(), None if self._logprobs is None else self._logprobs.tolist()
 
 
+class _Fetch:
+    """Where the results of every second round are put aside, on the device and on the host, by a stream of its own: the way to
+    the host takes longer than the next round may wait."""
+
+    def __init__(self, *results: Tensor) -> None:
+        self._aside = [torch.empty_like(t) for t in results]
+        self._host = [torch.empty_like(t, device="cpu", pin_memory=True) for t in results]
+        self._done: torch.cuda.Event | None = None
+
+    def start(self, results: Sequence[Tensor | None], stream: torch.cuda.Stream) -> Pending:
+        """Of the first rows of both results, the second one perhaps None."""
+        current = torch.cuda.current_stream()
+        if self._done is not None:
+            current.wait_event(self._done)
+        wanted = [
+            (t, aside[: len(t)], host[: len(t)])
+            for t, aside, host in zip(results, self._aside, self._host, strict=True)
+            if t is not None
+        ]
+        for t, aside, _ in wanted:
+            aside.copy_(t)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _, aside, host in wanted:
+                host.copy_(aside, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        hosts = [host for _, _, host in wanted]
+        return Pending(hosts[0], hosts[1] if len(hosts) > 1 else None, self._done)
+
+
 class Decoder:
     """Cache and state of `max_batch` rows; row r is one sequence. State tensors keep their addresses.
 
@@ -87,6 +118,7 @@ class Decoder:
         self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=cache_dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
         self._max_context, self._max_prefill_tokens = max_context, max_prefill_tokens
+        self._max_tokens = max_batch * (1 + len(model.mtp))  # of a round, were it with drafts
 
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)
@@ -116,10 +148,8 @@ class Decoder:
         self._addresses: tuple[object, ...] = ()
         on_gpu = self.device.type == "cuda"
         # Of two rounds the host reads one while the other runs.
-        self._fetched = [
-            tuple(torch.empty_like(t, device="cpu", pin_memory=True) for t in (self.result, self.logprobs))
-            for _ in range(2 if on_gpu else 0)
-        ]
+        self._fetches = [_Fetch(self.result, self.logprobs) for _ in range(2 if on_gpu else 0)]
+        self._copying = torch.cuda.Stream(self.device) if on_gpu else None
 
     # ---- rows ----
     def assign(
@@ -213,23 +243,17 @@ class Decoder:
 
     def launch(self, batch: int, width: int, mode: int, logprobs: bool) -> Pending:
         """Like `round`, without waiting for it."""
-        rows = slice(0, batch)
-        if not self._fetched:
+        results = self.result[:batch], self.logprobs[:batch] if logprobs else None
+        if self._copying is None:
             self.round(batch, width, mode, logprobs)
-            return Pending(self.result[rows], self.logprobs[rows] if logprobs else None, None)
+            return Pending(*results, None)
         with torch.cuda.device(self.device):  # captures and events are of the current one
             if self._graphs is None:
                 self.round(batch, width, mode, logprobs)
             else:
                 self._graphs.run((batch, width, mode, logprobs), lambda: self.round(batch, width, mode, logprobs))
-            self._fetched.reverse()
-            result, scores = self._fetched[0]
-            result[rows].copy_(self.result[rows], non_blocking=True)
-            if logprobs:
-                scores[rows].copy_(self.logprobs[rows], non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        return Pending(result[rows], scores[rows] if logprobs else None, done)
+            self._fetches.reverse()
+            return self._fetches[0].start(results, self._copying)
 
     def round(self, batch: int, width: int, mode: int, logprobs: bool = False) -> Tensor:
         """One round of the first `batch` rows, looking at the first `width` pages of each.
@@ -257,7 +281,8 @@ class Decoder:
             h = h.view(batch, 1 + self.depth, -1)
             self._draft(h, result[:, :-1], result[:, -1], before, width, mode)
         # What is not finite in h makes no logit finite; what the head has was seen in the prefill, which looks at all.
-        result[:, :-1].masked_fill_(~logits[..., 0].isfinite(), NO_TOKEN)
+        first = logits[..., 0]
+        result[:, :-1].masked_fill_(first - first != 0, NO_TOKEN)  # two kernels; isfinite is five
         return result
 
     def _accept(self, logits: Tensor, rows: slice, mode: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +337,12 @@ class Decoder:
         positions, slots, seq_lens = ops.decode_positions(lengths, self.active[:batch], table, **settings)
         table = table[:, :width]
         ctx = AttentionContext(
-            positions, block_table=table, seq_lens=seq_lens, slot_mapping=slots, max_context=self._max_context
+            positions,
+            block_table=table,
+            seq_lens=seq_lens,
+            slot_mapping=slots,
+            max_context=self._max_context,
+            max_tokens=self._max_tokens,
         )
         few = batch * steps <= ops.FEW_TOKENS
         if few and attention.attends_few(steps, ctx, self.cache[0]):

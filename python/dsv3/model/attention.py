@@ -56,6 +56,7 @@ class AttentionContext:
     )
     cached: tuple[CachedChunk, ...] = ()
     max_context: int = 0  # of a decode step: tokens that a sequence may ever have; 0: as many as block_table has places
+    max_tokens: int = 0  # the most that any decode step of these sequences may have; 0: as many as this one
     balanced: bool = False  # gates sum up what the balance loss is made of, for each sequence of cu_seqlens_q
 
     @staticmethod

@@ -34,7 +34,7 @@ class Batch:
     tokens: Tensor  # int64 [B, S+1]
     targets_mask: Tensor | None = None  # bool [B, S]: False drops the prediction of token i + 1 from every loss
     cu_seqlens: Tensor | None = None  # int [n+1] over the B*S flattened inputs: samples that must not see each other,
-    # none longer than S. None: every row is one sequence.
+    # none longer than S; positions behind the last end are in none, for the balance loss too. None: every row is a sequence.
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ class DeepSeekV3(nn.Module):
 
         "bf16": in the dtype of their weights, and weights that were loaded in FP8 (ops.Quantized) dequantised. "fp8": forward
         and both gradients in block-scaled FP8, with copies of the weights that stay good until they change; call refresh_fp8
-        then; Quantized weights as they are, without gradients. Embedding, head, gates, norms, attention itself and MTP's
-        eh_proj are the same in both, and so are parameters, activations and the state dict. Without `parameters` only layers
-        with Quantized weights are in FP8.
+        then; Quantized weights as they are, without gradients. Where a decoding step has at most ops.FEW_TOKENS tokens,
+        activations are not cast: what is in FP8 then, and in either precision what is Quantized, is multiplied with them as
+        they are. Embedding, head, gates, norms, attention itself and MTP's eh_proj are the same in both, and so are
+        parameters, activations and the state dict. Without `parameters` only layers with Quantized weights are in FP8.
         """
         check_precision(precision)
         fp8, layers = precision == "fp8", self._layers_of_blocks(Linear, Experts)

@@ -128,6 +128,13 @@ def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -
     return check_dtype("residual", residual, torch.bfloat16) or check_dtype("weight", weight, torch.bfloat16)
 
 
+def _scales_rule(weights: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> str | None:
+    given = [sf is not None for sf in scales]
+    if any(given) and given != [weight is not None for weight in weights]:
+        return "expected scales of every weight or of none"
+    return None
+
+
 define(
     "few_linear(Tensor x, Tensor[] weights, Tensor[] scales, ScalarType out_dtype, bool static_weights) -> Tensor[]",
     shapes="x [T,K], weights [N_i,K] and no scales, or e4m3 with scales [ceil(N_i/128),ceil(K/128)] -> [T,N_i] of out_dtype; "
@@ -138,6 +145,7 @@ define(
     ],
     launch=lambda outs, x, weights, scales, out_dtype, static: native().few_linear(outs, x, weights, scales, static),
     supports=_supports_linear,
+    rule=lambda x, weights, scales, *rest: _scales_rule(weights, scales),
 )
 define(
     "few_heads(Tensor x, Tensor weight, bool static_weights) -> Tensor",
@@ -184,6 +192,7 @@ define(
     ),
     launch=_launch_experts,
     supports=_supports_experts,
+    rule=lambda x, index, factors, *rest: _scales_rule(rest[:4], rest[4:8]),
 )
 define(
     "combine_norm(Tensor residual, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)",
@@ -209,7 +218,7 @@ def few_linear(
     as they are, which are not cast: the result is that of the dequantised weights, summed in fp32.
 
     Args:
-        x: [T, K], made contiguous; native on Hopper for bf16 and T up to 64.
+        x: [T, K], bf16 or fp32, made contiguous; native on Hopper for bf16 and T up to 64.
         weights: one or several of [N_i, K], all of x's dtype or all Quantized; native for up to 4.
         out_dtype: of the outputs, x's or fp32; None: x's.
         static_weights: no kernel that may still be running writes the weights, so that they may be read before the kernel
@@ -221,12 +230,11 @@ def few_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    several = not isinstance(weights, (Tensor, Quantized))
-    weights = list(weights) if several else [weights]
-    shapes = [tuple(w.shape) for w in weights]
+    several = isinstance(weights, Sequence)
+    shapes = _shapes(weights if several else [weights])
     if x.dim() != 2 or not several or not shapes or any(len(s) != 2 or s[1] != x.shape[1] for s in shapes):
         raise ValueError(
-            f"few_linear: expected x (T, K) and a list of weights (N, K), got {tuple(x.shape)} and "
+            f"few_linear: expected x (T, K) and a list of weights (N, K), tensors or Quantized, got {tuple(x.shape)} and "
             f"{shapes if several else shapes[0]}"
         )
     if out_dtype not in (None, x.dtype, torch.float32):
@@ -376,8 +384,14 @@ def few_experts(
     routed = topk_idx, topk_weights, gate_up, down
     shared = shared_gate_up, shared_down
     given = [sum(t is not None for t in group) for group in (routed, shared)]
-    shapes = [None if t is None else tuple(t.shape) for t in (*routed, *shared)]
-    good = given[0] in (0, 4) and given[1] in (0, 2) and any(given) and x.dim() == 2
+    shapes = [None if t is None else s for t, s in zip((*routed, *shared), _shapes((*routed, *shared)), strict=True)]
+    good = (
+        not any(isinstance(s, str) for s in shapes)
+        and given[0] in (0, 4)
+        and given[1] in (0, 2)
+        and any(given)
+        and x.dim() == 2
+    )
     if good and given[0]:
         good = (
             topk_idx.dim() == 2
@@ -437,7 +451,12 @@ def _check_dtypes(name: str, x: Tensor, *others: Tensor) -> None:
     require_dtype(name, "activations and weights of one dtype", x.dtype, x, *others)
 
 
-def _parts(name: str, x: Tensor, weights: list[Tensor | Quantized]) -> tuple[list[Tensor], list[Tensor]]:
+def _shapes(weights: Sequence[Any]) -> list[Any]:
+    """The shapes of weights; of what is none, its type's name."""
+    return [tuple(w.shape) if isinstance(w, (Tensor, Quantized)) else type(w).__name__ for w in weights]
+
+
+def _parts(name: str, x: Tensor, weights: Sequence[Tensor | Quantized]) -> tuple[list[Tensor], list[Tensor]]:
     """The matrices of weights, and their scales where they are Quantized; ValueError unless all are, or none."""
     quantized = [w for w in weights if isinstance(w, Quantized)]
     if quantized and len(quantized) < len(weights):
@@ -446,7 +465,11 @@ def _parts(name: str, x: Tensor, weights: list[Tensor | Quantized]) -> tuple[lis
         )
     if not quantized:
         _check_dtypes(name, x, *weights)
+    elif x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: expected x of bfloat16 or float32 for Quantized weights, got {x.dtype}")
     for w in quantized:
+        if not isinstance(w.sf, Tensor):
+            raise ValueError(f"{name}: expected Quantized weights with scales, got {type(w.sf).__name__}")
         require_dtype(name, "Quantized weights of float8_e4m3fn", torch.float8_e4m3fn, w.data)
         require_dtype(name, "scales of float32", torch.float32, w.sf)
         wanted = *w.shape[:-2], *(-(-size // BLOCK) for size in w.shape[-2:])

@@ -218,18 +218,20 @@ def moe_gate_loads(
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.
+        RuntimeError: cu_seqlens without sense; on a GPU the next call of an op says so.
     """
     if logits.dim() != 2 or (bias is not None and bias.shape != logits.shape[1:]):
         found = f"{tuple(logits.shape)} and {None if bias is None else tuple(bias.shape)}"
         raise ValueError(f"moe_gate_loads: logits must be (T, E) and bias (E,) or None, got {found}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
-        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}".removeprefix("torch.")
+    given = isinstance(cu_seqlens, Tensor)
+    if not given or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}".removeprefix("torch.") if given else repr(cu_seqlens)
         raise ValueError(
             f"moe_gate_loads: cu_seqlens must be int32 (n+1,), got {found} for logits of {tuple(logits.shape)}"
         )
     check_gate("moe_gate_loads", logits.shape[1], num_groups, topk_groups, topk, score, group_score)
     settings = num_groups, topk_groups, topk, route_scale, score, group_score, normalize
-    return apply(_GateLoads, logits, bias, cu_seqlens, *settings)
+    return apply(_GateLoads, logits, bias, cu_seqlens.contiguous(), *settings)
 
 
 def check_gate(

@@ -95,6 +95,9 @@ def moe_gate_loads(
     their tokens have the expert among the topk best s, without bias and groups; affinity fp64 [n, E], the sums of
     s_i / sum_j s_j over their tokens. Tokens behind the last sequence count in none."""
     experts, n = logits.shape[1], cu_seqlens.shape[0] - 1
+    if cu_seqlens.is_cpu and (cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > len(logits)):
+        found = cu_seqlens.tolist()
+        raise RuntimeError(f"cu_seqlens must begin at 0, not decrease and end at {len(logits)} at most, got {found}")
     routed = moe_gate(logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
     s, sequence = scores(logits, score), _sequence_of(cu_seqlens, len(logits))
     # A row more than there are sequences, for tokens behind them.
