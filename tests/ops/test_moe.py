@@ -171,12 +171,14 @@ def cut(tokens, pieces):
     return [b - a for a, b in zip([0, *at], [*at, tokens], strict=True)]
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("experts", [16, 32, 64, 128, 160, 256])
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize(("score", "group_score"), [("sigmoid", "top2_sum"), ("softmax", "max")])
-def test_loads_are_the_reference(experts, groups, score, group_score, device):
+def test_loads_are_the_reference(experts, groups, score, group_score):
     """Choices bit for bit, among equals too, of so many tokens that a warp has several and of what one cluster takes, in long
     sequences and in many short ones; another run gives the same bits. Of softmax logits as in the test of the gate."""
+    device = torch.device("cuda")
     logits = torch.randn(6000, experts, device=device) * 3
     bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
     logits[1000 if score == "sigmoid" else 0 :].mul_(2).round_().div_(2)
@@ -190,9 +192,8 @@ def test_loads_are_the_reference(experts, groups, score, group_score, device):
             assert torch.equal(found[i], expected[i])
         assert relative_error(found[4], expected[4]) < 1e-6
         torch.testing.assert_close(found[4], expected[4], rtol=2e-6, atol=1e-8)
-        if device.type == "cuda":
-            again = torch.ops.dsv3.moe_gate_loads(rows, bias, cu_seqlens, *args)
-            assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        again = torch.ops.dsv3.moe_gate_loads(rows, bias, cu_seqlens, *args)
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
         if score == "sigmoid":
             assert torch.equal(found[1], expected[1])
 
@@ -263,7 +264,9 @@ def test_tokens_behind_the_last_sequence_count_in_none(device):
     assert logits.grad[:33].any(-1).all()
 
 
-def test_loads_in_a_graph(device):
+@pytest.mark.cuda
+def test_loads_in_a_graph():
+    device = torch.device("cuda")
     logits, bias = torch.randn(300, 64, device=device), torch.rand(64, device=device)
     cu_seqlens, args = starts([100, 7, 193], device), (4, 2, 6, 2.5, "sigmoid", "top2_sum", True)
     index = torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *args)[0]
@@ -272,11 +275,28 @@ def test_loads_in_a_graph(device):
     def backward(logits, *grads):
         return torch.ops.dsv3.moe_gate_loads_backward(*grads, logits, index, cu_seqlens, 2.5, "sigmoid", True)
 
-    if device.type == "cuda":
-        check_graph(lambda x, b: torch.ops.dsv3.moe_gate_loads(x, b, cu_seqlens, *args), logits, bias)
-        check_graph(backward, logits, *grads)
-    else:
-        assert backward(logits, *grads).shape == logits.shape
+    check_graph(lambda x, b: torch.ops.dsv3.moe_gate_loads(x, b, cu_seqlens, *args), logits, bias)
+    check_graph(backward, logits, *grads)
+
+
+@pytest.mark.parametrize("ends", [[3, 300], [0, 80, 40, 300], [0, -3, 300], [0, 40, 301]])
+def test_loads_of_sequences_without_sense(ends, device):
+    """A CPU says so at once, a GPU at the next call; nothing is read or written outside."""
+    logits, bias = torch.randn(300, 64, device=device), torch.rand(64, device=device)
+    cu_seqlens, args = torch.tensor(ends, dtype=torch.int32, device=device), (4, 2, 6, 2.5, "sigmoid", "top2_sum", True)
+
+    def twice():
+        for _ in range(2):
+            torch.ops.dsv3.moe_gate_loads(logits, bias, cu_seqlens, *args)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError, match=r"must (begin|start) at 0, not decrease"):
+        twice()
+    if device.type == "cuda":  # the second call was not made
+        strided = torch.tensor([0, 0, 80, 0, 300, 0], dtype=torch.int32, device=device)[::2]
+        chosen = ops.moe_gate_loads(logits, bias, strided, **{**V3, "topk": 6})[3]
+        assert chosen.sum() == 1800
 
 
 # ---- permutation ----

@@ -86,7 +86,8 @@ class Engine:
         model: on any device; its weights are read, never changed.
         tokenizer: object, path of a tokenizer.json or of its folder; None takes `model.tokenizer_path` where a loader left one.
         speculative: draft with MTP. None: where the model has MTP.
-        max_batch: sequences that run at a time; more wait.
+        max_batch: sequences that run at a time; more wait. Where max_batch sequences with their drafts are at most 64 tokens,
+            layers with FP8 weights decode with activations that are not cast to FP8; else all rounds cast them.
         max_context: prompt and completion together; None: config.max_position_embeddings.
         num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context, which for a long
             context is much: 163840 tokens of 671b take 11.7 GB a sequence.
@@ -101,9 +102,9 @@ class Engine:
             Weights may be changed in place between calls of `generate`, and replaced.
         batch_invariant: on a Hopper GPU a token of a bf16 model, in either precision, gets the same bits whatever is decoded
             beside it, other sequences or drafts, as long as a round has at most 64 tokens and all experts are here (a prompt's
-            depend on what is prefilled with it; dequantised weights are another exception). So speculation gives the greedy
-            tokens of plain decoding. False lets FP8 products of few rows and attention to few long sequences divide their sums,
-            which is faster.
+            depend on what is prefilled with it; weights dequantised for more than 64 tokens are another exception). So
+            speculation gives the greedy tokens of plain decoding. False lets FP8 products of few rows (of engines whose rounds
+            may have more than 64 tokens) and attention to few long sequences divide their sums, which is faster.
 
     Raises:
         ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU

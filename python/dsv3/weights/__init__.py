@@ -51,8 +51,9 @@ def load_pretrained(
         mtp: False leaves the MTP modules out.
         precision: how linear layers multiply, see DeepSeekV3.set_precision. With dtype "fp8", "fp8" multiplies the bytes of the
             files with activations in FP8, as the released model is served, and in bf16 what the files have so; "bf16"
-            dequantises weights whenever they are used, which gives the dequantised model's own results. None: "fp8" for such
-            weights on a Hopper GPU, else "bf16".
+            dequantises weights whenever they are used. Decoding steps of few tokens multiply the bytes with activations as they
+            are in both, which differs from the dequantised model's own results by the rounding of its weights to bf16. None:
+            "fp8" for such weights on a Hopper GPU, else "bf16".
 
     Raises:
         ValueError: something is missing, has another shape or dtype than config.json asks for, or is no whole
