@@ -116,8 +116,8 @@ def test_speculative_equals_plain_to_the_last_token(device, depth):
 @pytest.mark.cuda
 def test_speculative_equals_plain_in_long_contexts(precision, max_batch, kv_cache_dtype, heads, start):
     """Where lengths cross 1024, 2048 and 8192, at which sequences are divided: by few_attention (8 heads, up to 4096 tokens)
-    and by mla_decode, with products in bf16, with FP8 weights, and in FP8, as where rounds may have 80 tokens. Prompts end a few tokens before, so that some drafts lie behind it and
-    some do not."""
+    and by mla_decode, with products in bf16, with FP8 weights, and in FP8, as where rounds may have 80 tokens. Prompts end a
+    few tokens before, so that some drafts lie behind it and some do not."""
     context = 4096 if start == 1000 else 8400
     changes = {"max_position_embeddings": context, "num_nextn_predict_layers": 1, "num_attention_heads": heads}
     model = make_model(torch.device("cuda"), num_hidden_layers=2, **changes)

@@ -65,6 +65,18 @@ def test_every_code(rows, device):
     assert found.isnan().any(0).nonzero().flatten().tolist() == list(range(128, min(256, rows)))
 
 
+def test_scales_may_begin_anywhere(device):
+    """As those of one expert among others do, whose codes are aligned."""
+    experts, x = quantize(draw(3, 144, 304, device=device)), draw(9, 304, device=device)
+    assert experts.sf[1].data_ptr() % 16
+    (found,) = ops.few_linear(x, [of_expert(experts, 1)], out_dtype=torch.float32)
+    assert relative(found, exact(x, of_expert(experts, 1))) < 2e-6
+    shared = {"shared_gate_up": of_expert(quantize(draw(3, 320, 304 + 16, device=device)), 1)}
+    shared["shared_down"] = of_expert(quantize(draw(3, 320, 160, device=device)), 1)
+    wide = draw(9, 320, device=device)
+    assert relative(ops.few_experts(wide, **shared)[:, 0], mlp(wide, *shared.values())) < 6e-3
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("rows", "depth"), [(96, 2048), (7200, 1088)])
 def test_a_token_is_the_same_alone(rows, depth):
