@@ -4,7 +4,7 @@
 //
 // and slot j = k of the shared experts, which take every token and have no weight. Roofline: the weights of every expert
 // that is chosen, once. A tile is 64 rows of one expert's matrix (32 of the gate's half and 32 of the other) with all of its
-// tokens, which every warp finds in topk_idx itself: the n-th expert that occurs is the n-th job. Rows of act and y are the
+// tokens, which are found in topk_idx: the n-th expert that occurs is the n-th job. Rows of act and y are the
 // choices, so nothing is moved. Weights are all bf16 or all FP8. Products: few_tiles.cuh.
 #include <algorithm>
 
@@ -38,10 +38,9 @@ struct FewExpertsParams {
 };
 
 struct Chosen {
-  unsigned occurs[kMaxExperts / 32];  // a bit an expert
-  int16_t jobs[kMaxExperts];          // the experts that occur, ascending
-  int16_t experts[kMaxPairs];         // of each choice (token * topk + j), -1 where there is none
-  int counts[kMaxExperts];            // choices of each expert
+  int counts[kMaxExperts];     // choices of each expert
+  int16_t jobs[kMaxExperts];   // the experts that occur, ascending
+  int16_t experts[kMaxPairs];  // of each choice (token * topk + j), -1 where there is none
 };
 
 using PairLists = int16_t[kTokenLists][kMaxPairs];  // choices of a tile's expert, ascending
@@ -55,25 +54,22 @@ struct ExpertsShared {
 
 // Reads the choices, and returns how many experts occur among them. By the whole block, which must meet before it uses them.
 __device__ __forceinline__ int read_choices(const FewExpertsParams& p, Chosen& chosen) {
-  for (int i = threadIdx.x; i < kMaxExperts; i += blockDim.x) chosen.occurs[i / 32] = chosen.counts[i] = 0;
+  for (int e = threadIdx.x; e < kMaxExperts; e += blockDim.x) chosen.counts[e] = 0;
   __syncthreads();
-  const int pairs = p.tokens * p.topk, lane = threadIdx.x % kWarpSize;
-  for (int i = threadIdx.x; i - lane < pairs; i += blockDim.x) {
-    const int64_t e = i < pairs ? __ldcg(p.topk_idx + i) : -1;  // past L1: before the wait, perhaps
+  for (int i = threadIdx.x; i < p.tokens * p.topk; i += blockDim.x) {
+    const int64_t e = __ldcg(p.topk_idx + i);  // past L1: before the wait, perhaps
     const bool there = e >= 0 && e < p.experts;
-    if (i < pairs) chosen.experts[i] = static_cast<int16_t>(there ? e : -1);
+    chosen.experts[i] = static_cast<int16_t>(there ? e : -1);
     if (there) atomicAdd(&chosen.counts[e], 1);
-    for (int word = 0; word * 32 < p.experts; ++word) {
-      const unsigned bits = __reduce_or_sync(0xffffffffu, there && e / 32 == word ? 1u << e % 32 : 0u);
-      if (lane == 0 && bits != 0u) atomicOr(&chosen.occurs[word], bits);
-    }
   }
   __syncthreads();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
   int found = 0;
-  for (int word = 0; word * 32 < p.experts; ++word) {
-    const unsigned bits = chosen.occurs[word];
-    if (threadIdx.x / kWarpSize == word % (blockDim.x / kWarpSize) && bits >> lane & 1u) {
-      chosen.jobs[found + __popc(bits & ((1u << lane) - 1))] = static_cast<int16_t>(word * 32 + lane);
+  for (int first = 0, turn = 0; first < p.experts; first += kWarpSize, ++turn) {
+    const bool occurs = chosen.counts[first + lane] > 0;
+    const unsigned bits = __ballot_sync(0xffffffffu, occurs);
+    if (occurs && turn % warps == warp) {
+      chosen.jobs[found + __popc(bits & ((1u << lane) - 1))] = static_cast<int16_t>(first + lane);
     }
     found += __popc(bits);
   }
