@@ -111,10 +111,11 @@ class DeepSeekV3(nn.Module):
 
         "bf16": in the dtype of their weights, and weights that were loaded in FP8 (ops.Quantized) dequantised. "fp8": forward
         and both gradients in block-scaled FP8, with copies of the weights that stay good until they change; call refresh_fp8
-        then; Quantized weights as they are, without gradients. Where a decoding step has at most ops.FEW_TOKENS tokens,
-        activations are not cast: what is in FP8 then, and in either precision what is Quantized, is multiplied with them as
-        they are. Embedding, head, gates, norms, attention itself and MTP's eh_proj are the same in both, and so are
-        parameters, activations and the state dict. Without `parameters` only layers with Quantized weights are in FP8.
+        then; Quantized weights as they are, without gradients. Where decoding steps have at most ops.FEW_TOKENS tokens
+        (dsv3.Engine, max_batch), activations are not cast: what is in FP8 then, and in either precision what is Quantized, is
+        multiplied with them as they are. Embedding, head, gates, norms, attention itself and MTP's eh_proj are the same in
+        both, and so are parameters, activations and the state dict. Without `parameters` only layers with Quantized weights
+        are in FP8.
         """
         check_precision(precision)
         fp8, layers = precision == "fp8", self._layers_of_blocks(Linear, Experts)
