@@ -50,6 +50,7 @@ struct ExpertsShared {
   TileShared<C> tile;
   Chosen chosen;
   PairLists pairs;
+  static_assert(sizeof(TileShared<C>) + sizeof(Chosen) + sizeof(PairLists) <= kHalfOfMemory);
 };
 
 // Reads the choices, and returns how many experts occur among them. By the whole block, which must meet before it uses them.
@@ -233,8 +234,10 @@ void add_parts(const FewExpertsParams& p, Part& first, Part& second, const Matri
     DSV3_CHECK(sf.has_value() == p.fp8, name, " belongs to weights of e4m3, and to these alone");
     if (!p.fp8) return static_cast<const float*>(nullptr);
     check_scales(name, *sf);
-    const int64_t blocks = experts * ceil_div(of_rows, kScaleBlock) * ceil_div(depth, kScaleBlock);
-    DSV3_CHECK(sf->numel() == blocks, name, " must have a scale for each of ", blocks, " blocks, got ", *sf);
+    const int64_t rows_of_blocks = ceil_div(of_rows, kScaleBlock), blocks = ceil_div(depth, kScaleBlock);
+    DSV3_CHECK(sf->dim() >= 2 && sf->size(-2) == rows_of_blocks && sf->size(-1) == blocks &&
+                   sf->numel() == experts * rows_of_blocks * blocks,
+               name, " must be (..., ", rows_of_blocks, ", ", blocks, ") for ", experts, " experts, got ", *sf);
     return static_cast<const float*>(sf->data<float>());
   };
   first = {weight_map(gate_up.data<void>(), p.fp8, experts * rows, hidden, kTileRows / 2),

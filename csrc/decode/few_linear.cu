@@ -140,6 +140,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks) many_rows_kernel(const __grid_constant__ ManyRowsParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<TileShared<C>*>(raw);
+  static_assert(sizeof(TileShared<C>) <= kHalfOfMemory);
   if (threadIdx.x == 0) {
     shared.ring.init();
     cute::prefetch_tma_descriptor(&p.weight);

@@ -30,7 +30,8 @@ constexpr int kTileRows = 64, kRowBytes = 128;
 constexpr int kBoxBytes = kTileRows * kRowBytes;  // of weights
 constexpr int kTokenColumns = kRowBytes / 2;      // of a box of tokens
 
-constexpr int kTokenLists = 3;  // of the warp that gathers, and in turn two of those that multiply
+constexpr int kHalfOfMemory = 113 * 1024;  // of a multiprocessor, less what the system takes
+constexpr int kTokenLists = 3;             // of the warp that gathers, and in turn two of those that multiply
 
 // Weights of 128 columns by 16 bits or 8; where tokens are many, of 64 by 16. kTaken: bytes of shared memory that a kernel needs
 // beside.
@@ -47,10 +48,10 @@ struct TileConfig {
   static constexpr int kWarps = kGroups * kWarpgroupWarps, kThreads = (kWarps + 2) * kWarpSize;
   static constexpr int kBlocks = 2;  // a multiprocessor
   static constexpr int kOutBytes = kN * (kTileRows + 4) * sizeof(float);
-  // What is left of half a multiprocessor's memory, 80 to 100 KiB. NOTE: a multiple of the groups, so that a stage is always the
+  // What is left of the memory, 64 to 108 KiB, and of that, alignment. NOTE: a multiple of the groups, so that a stage is always the
   // same group's: one that came to it later than another could not tell two uses from none.
-  static constexpr int kStages =
-      (113 * 1024 - 512 - kTaken - kOutBytes) / (kBoxes * kBoxBytes + kTokenBoxes * kTokenBytes) / kGroups * kGroups;
+  static constexpr int kStages = (kHalfOfMemory - 1024 - kTaken - kOutBytes) /
+                                 (kBoxes * kBoxBytes + kTokenBoxes * kTokenBytes) / kGroups * kGroups;
   // Stages of tokens that are under way before the first is waited for. NOTE: the ring holds that one too, and one more for each
   // group, which gives a stage back when it has the next.
   static constexpr int kLag = kStages - 1 - kGroups < 2 ? kStages - 1 - kGroups : 2;

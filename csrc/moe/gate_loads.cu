@@ -52,14 +52,15 @@ __device__ __forceinline__ int end_of(const LoadParams& p, int sequence) {
   return sequence < p.sequences ? __ldcg(p.cu_seqlens + sequence + 1) : static_cast<int>(p.tokens);
 }
 
-// Reports cu_seqlens that do not begin at 0, decrease, or end behind the tokens: sums are those of other sequences then. By one
-// block.
+// Reports cu_seqlens that do not begin at 0, decrease, or end behind the tokens, and makes the affinities of such a sequence NaN.
+// By one block, when its own sums have been added.
 __device__ __forceinline__ void check_sequences(const LoadParams& p) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.sequences; i += blockDim.x) {
     const int begin = __ldcg(p.cu_seqlens + i), end = __ldcg(p.cu_seqlens + i + 1);
-    if ((i == 0 && begin != 0) || end < begin || end > p.tokens)
-      report(p.error, DeviceErrorCode::kOffsets, i, begin, end, p.tokens);
+    if ((i > 0 || begin == 0) && end >= begin && end <= p.tokens) continue;
+    report(p.error, DeviceErrorCode::kOffsets, i, begin, end, p.tokens);
+    for (int e = 0; e < p.experts; ++e) atomicAdd(p.affinity + static_cast<int64_t>(i) * p.experts + e, NAN);
   }
 }
 
@@ -292,8 +293,8 @@ void moe_gate_loads(Tensor index, Tensor weights, Tensor counts, Tensor chosen, 
   p.chosen = chosen.data<int>();
   p.affinity = affinity.data<double>();
   p.per_warp = static_cast<int>(ceil_div(p.tokens, int64_t{kMostBlocks} * kWarps));
-  p.error = device_error();
   const DeviceGuard guard(logits);
+  p.error = device_error();
   visit_per_lane(p.experts, [&](auto per_lane) {
     check_groups(p, per_lane());
     Launch shape = gate_shape(ceil_div(p.tokens, int64_t{kWarps} * std::max(p.per_warp, 1)));

@@ -156,10 +156,10 @@ def test_other_weights_are_noticed_between_steps():
 
 
 @pytest.mark.parametrize("change", [quantised_in_fp8, with_copies])
-@pytest.mark.parametrize("sequences", [5, 40])
-def test_speculative_equals_plain(sequences, change):
+@pytest.mark.parametrize(("sequences", "depth"), [(5, 1), (40, 1), (20, 2)])
+def test_speculative_equals_plain(sequences, depth, change):
     """Also where rounds with drafts have more tokens than `few` takes, and those without have not, and as a batch runs dry."""
-    model = random_model(replace(CONFIG, max_position_embeddings=64))
+    model = random_model(replace(CONFIG, max_position_embeddings=64, num_nextn_predict_layers=depth))
     change(model)
     prompts = [tokens_for(CONFIG, 3 + n % 7, seed=n).tolist() for n in range(sequences)]
     params = [SamplingParams(max_tokens=2 + n % 9, temperature=0, ignore_eos=True) for n in range(sequences)]

@@ -78,11 +78,13 @@ def test_scales_may_begin_anywhere(device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("rows", "depth"), [(96, 2048), (7200, 1088)])
+@pytest.mark.parametrize(("rows", "depth"), [(96, 2048), (7200, 1088), (40016, 304)])
 def test_a_token_is_the_same_alone(rows, depth):
+    """Also of blocks that go through several tiles, whose depth is an odd number of blocks of 128."""
     device = torch.device("cuda")
     x, weight = draw(64, depth, device=device), quantize(draw(rows, depth, device=device))
     (whole,) = ops.few_linear(x, [weight])
+    assert relative(whole, exact(x, weight)) < 4e-3
     for part in (slice(3, 4), slice(9, 17), slice(9, 21), slice(17, 49)):
         for static in (False, True):
             assert torch.equal(ops.few_linear(x[part], [weight], static_weights=static)[0], whole[part])
@@ -112,7 +114,9 @@ def of_expert(weight, e):
     return ops.Quantized(weight.data[e], weight.sf[e])
 
 
-@pytest.mark.parametrize("sizes", [(12, 256, 96, 64), (64, 512, 256, 256), (0, 1024, 0, 1408), (9, 160, 32, 0)])
+@pytest.mark.parametrize(
+    "sizes", [(12, 256, 96, 64), (64, 512, 256, 256), (0, 1024, 0, 1408), (9, 160, 32, 0), (64, 1312, 160, 288)]
+)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_few_experts(tokens, sizes, device):
     experts = sizes[0]
@@ -188,6 +192,19 @@ BAD = [
         "few_linear: expected Quantized weights of float8_e4m3fn",
     ),
     (lambda x, w, q: ops.few_linear(x[:, :32], [q]), "few_linear: expected x"),
+    (
+        lambda x, w, q: torch.ops.dsv3.few_linear(x, [q.data] * 2, [q.sf], BF16, False),
+        "few_linear: expected scales of every weight or of none, got 1 of 2",
+    ),
+    (
+        lambda x, w, q: torch.ops.dsv3.few_linear(x, [q.data], [q.sf.repeat(3, 3)], BF16, False),
+        r"few_linear: expected weights of e4m3 with scales of their blocks, got \(32, 64\) with \(3, 3\)",
+    ),
+    (lambda x, w, q: torch.ops.dsv3.few_linear(x, [w], [q.sf], BF16, False), "few_linear: expected weights of e4m3"),
+    (
+        lambda x, w, q: torch.ops.dsv3.few_experts(x, *[None] * 4, q.data, q.data.t(), *[None] * 3, q.sf, False),
+        "few_experts: expected scales of every weight or of none, got 1 of 2",
+    ),
     (
         lambda x, w, q: ops.few_experts(x, shared_gate_up=w.repeat(2, 1), shared_down=ops.Quantized(q.data.t(), q.sf)),
         "few_experts: expected weights that are all Quantized or none, got 1 of 2",

@@ -118,7 +118,8 @@ class Decoder:
         self.cache = allocate_cache(config, num_pages, layers=layers, device=self.device, dtype=cache_dtype)
         self._vocab, self._last_position = config.vocab_size, config.max_position_embeddings - 1
         self._max_context, self._max_prefill_tokens = max_context, max_prefill_tokens
-        self._max_tokens = max_batch * (1 + len(model.mtp))  # of a round, were it with drafts
+        modules = len(model.mtp)
+        self._max_tokens = max_batch * max(1 + modules, 2 * modules)  # of a step, were it with drafts
 
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(max_batch, *shape, dtype=dtype, device=self.device)

@@ -86,8 +86,9 @@ class Engine:
         model: on any device; its weights are read, never changed.
         tokenizer: object, path of a tokenizer.json or of its folder; None takes `model.tokenizer_path` where a loader left one.
         speculative: draft with MTP. None: where the model has MTP.
-        max_batch: sequences that run at a time; more wait. Where max_batch sequences with their drafts are at most 64 tokens,
-            layers with FP8 weights decode with activations that are not cast to FP8; else all rounds cast them.
+        max_batch: sequences that run at a time; more wait. Where max_batch sequences have at most 64 tokens a step, counting
+            what the model's MTP modules would draft, whether they do or not, layers with FP8 weights decode with activations
+            that are not cast to FP8; else all rounds cast them.
         max_context: prompt and completion together; None: config.max_position_embeddings.
         num_pages: pages of 64 tokens in the cache; None: enough for max_batch sequences of max_context, which for a long
             context is much: 163840 tokens of 671b take 11.7 GB a sequence.

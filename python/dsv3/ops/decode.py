@@ -129,10 +129,19 @@ def _supports_combine(residual: Tensor, y: Tensor, weight: Tensor, eps: float) -
 
 
 def _scales_rule(weights: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> str | None:
-    given = [sf is not None for sf in scales]
-    if any(given) and given != [weight is not None for weight in weights]:
-        return "expected scales of every weight or of none"
+    given, wanted = ([t is not None for t in tensors] for tensors in (scales, weights))
+    if not any(given):
+        return None
+    if given != wanted:
+        return f"expected scales of every weight or of none, got {sum(given)} of {sum(wanted)}"
+    for w, sf in zip(weights, scales, strict=True):
+        if w is not None and (w.dtype != torch.float8_e4m3fn or sf.shape != _scale_shape(w)):
+            return f"expected weights of e4m3 with scales of their blocks, got {tuple(w.shape)} with {tuple(sf.shape)}"
     return None
+
+
+def _scale_shape(weight: Tensor) -> tuple[int, ...]:
+    return *weight.shape[:-2], *(-(-size // BLOCK) for size in weight.shape[-2:])
 
 
 define(
@@ -472,7 +481,7 @@ def _parts(name: str, x: Tensor, weights: Sequence[Tensor | Quantized]) -> tuple
             raise ValueError(f"{name}: expected Quantized weights with scales, got {type(w.sf).__name__}")
         require_dtype(name, "Quantized weights of float8_e4m3fn", torch.float8_e4m3fn, w.data)
         require_dtype(name, "scales of float32", torch.float32, w.sf)
-        wanted = *w.shape[:-2], *(-(-size // BLOCK) for size in w.shape[-2:])
+        wanted = _scale_shape(w.data)
         if w.sf.shape != wanted:
             raise ValueError(
                 f"{name}: a weight of {tuple(w.shape)} must have scales of {wanted}, got {tuple(w.sf.shape)}"
