@@ -82,6 +82,14 @@ def test_bias_chooses_but_does_not_weigh(device):
     assert weights.tolist() == [[0.5, 0.5]]
 
 
+def rounded_logits(experts, groups, score, group_score, device):
+    """6000 rows of logits, nearly all of them halves, so that there are equals; a bias for a sigmoid, and settings."""
+    logits = torch.randn(6000, experts, device=device) * 3
+    bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
+    logits[1000 if score == "sigmoid" else 0 :].mul_(2).round_().div_(2)
+    return logits, bias, (groups, max(1, groups // 2), min(8, experts // 4), 1.0, score, group_score, False)
+
+
 @pytest.mark.parametrize("experts", [16, 32, 64, 128, 160, 256])
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize(("score", "group_score"), [("sigmoid", "top2_sum"), ("softmax", "max")])
@@ -89,13 +97,10 @@ def test_gate_is_the_reference_bit_for_bit(experts, groups, score, group_score, 
     """Choices and counts, among equals too, and affinities from 0 to 1, of so many tokens that a warp has several, and of what
     one cluster takes. The sum of a softmax has another order, so there the logits are far apart or equal and only the choice is
     compared."""
-    logits = torch.randn(6000, experts, device=device) * 3
-    bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
-    logits[1000 if score == "sigmoid" else 0 :].mul_(2).round_().div_(2)
+    logits, bias, args = rounded_logits(experts, groups, score, group_score, device)
     logits[-200:-100] *= 40
     if score == "sigmoid":
         logits[-100:, ::3] = -torch.inf
-    args = (groups, max(1, groups // 2), min(8, experts // 4), 1.0, score, group_score, False)
     for tokens in (6000, 0, 1, 17, 33, 100, 128, 129):
         rows = logits[len(logits) - tokens :]
         index, weights, counts = torch.ops.dsv3.moe_gate(rows, bias, *args)
@@ -179,11 +184,8 @@ def test_loads_are_the_reference(experts, groups, score, group_score):
     """Choices bit for bit, among equals too, of so many tokens that a warp has several and of what one cluster takes, in long
     sequences and in many short ones; another run gives the same bits. Of softmax logits as in the test of the gate."""
     device = torch.device("cuda")
-    logits = torch.randn(6000, experts, device=device) * 3
-    bias = torch.rand(experts, device=device) - 0.5 if score == "sigmoid" else None
-    logits[1000 if score == "sigmoid" else 0 :].mul_(2).round_().div_(2)
+    logits, bias, args = rounded_logits(experts, groups, score, group_score, device)
     logits[-200:-100] *= 20
-    args = (groups, max(1, groups // 2), min(8, experts // 4), 1.0, score, group_score, False)
     for tokens, pieces in ((6000, 1), (6000, 8), (6000, 700), (4096, 4), (0, 2), (1, 1), (17, 3), (128, 2), (129, 40)):
         rows, cu_seqlens = logits[len(logits) - tokens :], starts(cut(tokens, pieces), device)
         found = torch.ops.dsv3.moe_gate_loads(rows, bias, cu_seqlens, *args)
