@@ -98,7 +98,7 @@ struct Consumer {
     rescale(out, state, soft.max);
     state.sum[0] += soft.sum[0];
     state.sum[1] += soft.sum[1];
-    const uint32_t tile = uniform(values_descriptor(keys + (kHalf * kSubs + kHalf * 4) * kSubBytes));
+    const uint32_t tile = uniform(columns_descriptor(keys + (kHalf * kSubs + kHalf * 4) * kSubBytes));
     detail::fence_registers(soft.probabilities);
     detail::fence_registers(out);
     cute::warpgroup_arrive();
@@ -110,7 +110,7 @@ struct Consumer {
     named_sync(kReady + kOther, 2 * kWarpgroup);
     const float max[2] = {s.row_max[local_row(0)], s.row_max[local_row(1)]};
     rescale(out, state, max);
-    const uint32_t tile = uniform(values_descriptor(keys + (kOther * kSubs + kHalf * 4) * kSubBytes));
+    const uint32_t tile = uniform(columns_descriptor(keys + (kOther * kSubs + kHalf * 4) * kSubBytes));
     const uint32_t given = uniform(matrix_descriptor(rotated(kOther)));
     detail::fence_registers(out);
     cute::warpgroup_arrive();

@@ -231,7 +231,7 @@ struct KeyBlock {
   // The gradients of a step's tile are in shared memory and this warpgroup's.
   __device__ __forceinline__ void start_dq(int step, float (&dq)[48]) {
     wait_barrier(base + offsetof(Shared, ds_full) + step % 2 * 8, step / 2 % 2);
-    start_query_gradient(uniform(values_descriptor(gradients(step))), uniform(dq_keys()), dq);
+    start_query_gradient(uniform(columns_descriptor(gradients(step))), uniform(dq_keys()), dq);
   }
   __device__ __forceinline__ void finish_dq(int step, float (&dq)[48]) {
     detail::fence_registers(dq);
@@ -261,13 +261,13 @@ struct KeyBlock {
     round(dscores, left);
     // NOTE: dV here and waited for before dQ: with dscores or dQ to be read while it is under way the compiler finds too
     // few registers and waits for every product at once. So it does if dK's left operand, too, is in registers.
-    start_key_gradient(probabilities, uniform(values_descriptor(dout(stage))), dv);
+    start_key_gradient(probabilities, uniform(columns_descriptor(dout(stage))), dv);
     store_gradients(step, left);
     cute::warpgroup_wait<0>();
     float dq[48];
     if constexpr (!kFirst) start_dq(step - 1, dq);
     start_key_gradient(uniform(matrix_descriptor(gradients(step) + group * kSubBytes)),
-                       uniform(values_descriptor(queries(stage))), dk);
+                       uniform(columns_descriptor(queries(stage))), dk);
     if constexpr (!kFirst) {
       take_turn(tile - 1);  // while the products go on
       cute::warpgroup_wait<1>();

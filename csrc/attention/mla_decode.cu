@@ -66,29 +66,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) mla_decode_fp8_kernel(const __
 
 namespace {
 
-// The rows of a bf16 cache as sub-blocks of 64 columns, [9, rows, 64]: boxes of a tile's rows and several sub-blocks.
-CUtensorMap sub_blocks_map(const void* data, int64_t rows, int subs) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-               "cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(function);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {kSubColumns, static_cast<cuuint64_t>(rows), kSubs};
-  const cuuint64_t strides[] = {kKeyColumns * 2, kSubColumns * 2};
-  const cuuint32_t box[] = {kSubColumns, kTileKeys, static_cast<cuuint32_t>(subs)};
-  const cuuint32_t steps[] = {1, 1, 1};
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data), sizes, strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  DSV3_CHECK(status == CUDA_SUCCESS, "no TMA descriptor for a cache of ", rows, " rows (driver error ",
-             static_cast<int>(status), ")");
-  return map;
-}
-
 MatrixView bf16_rows(const Tensor& t, int64_t rows) {
   return {t.data<void>(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rows, kKeyColumns, kKeyColumns * 2};
 }
@@ -150,7 +127,7 @@ void mla_decode(Tensor out, Tensor lse, Tensor partial, Tensor partial_lse, Tens
     const int page_rows = static_cast<int>(std::min<int64_t>(page, kTileKeys));
     p.queries = tensor_map(bf16_rows(q, batch * steps * heads), kBlockRows, kSubColumns, true);
     p.keys = tensor_map(bf16_rows(cache, pages * page), page_rows, kSubColumns, true);
-    p.key_subs = sub_blocks_map(cache.data<void>(), pages * page, kValueSubs / 2 / cluster);
+    p.key_subs = sub_blocks_map(cache.data<void>(), pages * page, kKeyColumns, kTileKeys, kValueSubs / 2 / cluster);
   }
   p.q = q.data<__nv_bfloat16>();
   p.cache = cache.data<uint8_t>();

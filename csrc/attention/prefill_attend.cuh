@@ -111,7 +111,7 @@ class Attender {
   }
   __device__ __forceinline__ void start_values(uint32_t (&probabilities)[32], float (&out)[64]) {
     wait_values();
-    const uint32_t tile = uniform(values_descriptor<kTallSub>(values_ + values_at_.stage * sizeof(s.values[0])));
+    const uint32_t tile = uniform(columns_descriptor<kTallSub>(values_ + values_at_.stage * sizeof(s.values[0])));
     detail::fence_registers(probabilities);
     detail::fence_registers(out);
     cute::warpgroup_arrive();

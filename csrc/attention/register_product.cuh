@@ -15,13 +15,12 @@ namespace dsv3 {
 // Products of 64 rows from registers and kN columns from shared memory, 16 deep.
 template <int kN>
 struct RegisterWgmma;
-#define DSV3_WGMMA(N)                                                                                             \
-  template <>                                                                                                     \
-  struct RegisterWgmma<N> {                                                                                       \
-    using Half =                                                                                                  \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
-    using BFloat16 =                                                                                              \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+#define DSV3_WGMMA(N)                                                                                           \
+  template <>                                                                                                   \
+  struct RegisterWgmma<N> {                                                                                     \
+    using Half =                                                                                                \
+        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+    using BFloat16 = WgmmaBF16<N>::Registers<cute::SM90::GMMA::Major::K>;                                       \
   }
 DSV3_WGMMA(16);
 DSV3_WGMMA(32);
@@ -35,12 +34,6 @@ constexpr int kFragments = 2;  // in turn: one multiplies while the other is mad
 constexpr int kAhead = 2;      // loads of a fragment's words that are under way
 
 namespace detail {
-template <class Atom, int kSize, int... kIndex>
-__device__ __forceinline__ void register_wgmma(const uint32_t (&a)[4], uint64_t b, float (&d)[kSize], bool accumulate,
-                                               std::integer_sequence<int, kIndex...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]...,
-            accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
 __device__ __forceinline__ void fence_registers(Fragment& a) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) fence_registers(a.words[k]);
@@ -55,8 +48,7 @@ __device__ __forceinline__ void start_register_product(Fragment& a, uint32_t b, 
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    detail::register_wgmma<Atom>(a.words[k], detail::kDescriptorHigh | (b + 2 * k), d, accumulate || k > 0,
-                                 std::make_integer_sequence<int, kSize>{});
+    detail::wgmma<Atom>(a.words[k], kDescriptorHigh | (b + 2 * k), d, accumulate || k > 0);
   }
   cute::warpgroup_commit_batch();
 }

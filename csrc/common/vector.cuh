@@ -69,6 +69,22 @@ __device__ __forceinline__ T from_float(float x) {
   return static_cast<T>(x);
 }
 
+// 2^x, 0 below 2^-126.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Unsigned integers in the order of the floats, and back; 0 is below every float.
+__device__ __forceinline__ unsigned key_of(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float float_of(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 struct Sum {
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
   static constexpr float kIdentity = 0.f;

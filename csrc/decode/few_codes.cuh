@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cute/arch/mma_sm90_gmma.hpp>
-#include <utility>
 
 #include "../common/launch.cuh"
 #include "../common/tensor.h"
@@ -41,14 +39,6 @@ __device__ __forceinline__ uint16_t load_shared_codes(uint32_t address) {  // tw
   uint16_t codes;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(codes) : "r"(address) : "memory");
   return codes;
-}
-
-// d (+)= a b^T, a in registers.
-template <class Atom, int kSize, int... kIndex>
-__device__ __forceinline__ void wgmma_from_registers(const uint32_t (&a)[4], uint64_t b, float (&d)[kSize],
-                                                     bool accumulate, std::integer_sequence<int, kIndex...>) {
-  using cute::SM90::GMMA::ScaleOut;
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
 }
 
 // The scales of every kStep-th of a row of blocks: the lanes of a warp have 32 of them at a time.

@@ -109,12 +109,6 @@ __device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGat
   __syncthreads();
 }
 
-// Unsigned integers in the order of the floats; 0 is below every float.
-__device__ __forceinline__ unsigned key_of(float x) {
-  const unsigned bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 // The affinities of the lane's experts, per_lane neighbours, at most kPerLane; 0 past the last expert.
 template <int kPerLane>
 __device__ __forceinline__ void affinities(const FewGateParams& p, const float* logits, int first, int per_lane,

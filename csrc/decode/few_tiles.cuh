@@ -1,8 +1,8 @@
 // Products of many rows of weights, in bf16 or FP8, with few tokens, in tiles of 64 rows (the M side of a warpgroup's tensor
-// core, tokens on N). A block, two of which share a multiprocessor, goes from tile to tile without a pause in its loads: a warp has TMA
-// bring the weights, another gathers the tokens' rows, a warpgroup multiplies what has come (two, of FP8); the ring between them
-// holds as much as memory needs under way. K is summed in one order (of FP8 even and odd blocks of 128 columns, then both), so a
-// token gets the same bits alone and among others.
+// core, tokens on N). A block, two of which share a multiprocessor, goes from tile to tile without a pause in its loads: a warp
+// has TMA bring the weights, another gathers the tokens' rows, a warpgroup multiplies what has come (two, of FP8); the ring
+// between them holds as much as memory needs under way. K is summed in one order (of FP8 even and odd blocks of 128 columns,
+// then both), so a token gets the same bits alone and among others.
 //
 // What differs between kernels is a Work, of which every warp has one:
 //   tiles()                         how many there are; a block takes every gridDim.x-th
@@ -21,10 +21,11 @@
 #include "../hopper/pipeline.cuh"
 #include "../hopper/tensor_map.h"
 #include "../hopper/wgmma.cuh"
-#include "few_attention.cuh"
 #include "few_codes.cuh"
 
 namespace dsv3 {
+
+using bf16 = __nv_bfloat16;
 
 constexpr int kTileRows = 64, kRowBytes = 128;
 constexpr int kBoxBytes = kTileRows * kRowBytes;  // of weights
@@ -33,8 +34,8 @@ constexpr int kTokenColumns = kRowBytes / 2;      // of a box of tokens
 constexpr int kHalfOfMemory = 113 * 1024;  // of a multiprocessor, less what the system takes
 constexpr int kTokenLists = 3;             // of the warp that gathers, and in turn two of those that multiply
 
-// Weights of 128 columns by 16 bits or 8; where tokens are many, of 64 by 16. kTaken: bytes of shared memory that a kernel needs
-// beside.
+// Weights of 128 columns by 16 bits or 8; where tokens are many, of 64 by 16. kTaken: bytes of shared memory that a kernel
+// needs beside.
 template <int kN_, bool kFp8_, int kTaken>
 struct TileConfig {
   static constexpr bool kFp8 = kFp8_;
@@ -48,15 +49,30 @@ struct TileConfig {
   static constexpr int kWarps = kGroups * kWarpgroupWarps, kThreads = (kWarps + 2) * kWarpSize;
   static constexpr int kBlocks = 2;  // a multiprocessor
   static constexpr int kOutBytes = kN * (kTileRows + 4) * sizeof(float);
-  // What is left of the memory, 64 to 108 KiB, and of that, alignment. NOTE: a multiple of the groups, so that a stage is always the
-  // same group's: one that came to it later than another could not tell two uses from none.
+  // What is left of the memory, 64 to 108 KiB, and of that, alignment. NOTE: a multiple of the groups, so that a stage is
+  // always the same group's: one that came to it later than another could not tell two uses from none.
   static constexpr int kStages = (kHalfOfMemory - 1024 - kTaken - kOutBytes) /
                                  (kBoxes * kBoxBytes + kTokenBoxes * kTokenBytes) / kGroups * kGroups;
-  // Stages of tokens that are under way before the first is waited for. NOTE: the ring holds that one too, and one more for each
-  // group, which gives a stage back when it has the next.
+  // Stages of tokens that are under way before the first is waited for. NOTE: the ring holds that one too, and one more for
+  // each group, which gives a stage back when it has the next.
   static constexpr int kLag = kStages - 1 - kGroups < 2 ? kStages - 1 - kGroups : 2;
   static_assert(kLag >= 1);
 };
+
+__device__ __forceinline__ uint32_t shared_pointer(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies in the background: 16 bytes, or zeros.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most so many groups of copies are under way.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 template <class C>
 struct TileShared {
@@ -102,8 +118,8 @@ __device__ __forceinline__ void produce_tokens(TileShared<C>& shared, Work& work
     if (lane == 0) cutlass::arch::ClusterBarrier::arrive(&shared.ring.full[behind.stage]);
     behind.advance();
   };
-  // A lane has one vector of 8 columns of every fourth row, in each box. Where in a box: row i's place is that of row i % 2, and
-  // 1024 bytes further on for each two.
+  // A lane has one vector of 8 columns of every fourth row, in each box. Where in a box: row i's place is that of row i % 2,
+  // and 1024 bytes further on for each two.
   constexpr int kRows = C::kN / 4;
   const int vector = lane % 8, lane_row = lane / 8;
   const uint32_t first_stage = shared_pointer(shared.tokens);
@@ -149,22 +165,6 @@ __device__ __forceinline__ void produce_tokens(TileShared<C>& shared, Work& work
   for (; under_way > 0; --under_way) declare();
 }
 
-// Products of 64 rows by kN tokens, 16 deep: rows in shared memory, or in registers.
-template <int kN>
-struct WgmmaBF16;
-#define DSV3_WGMMA(N)                                                                                             \
-  template <>                                                                                                     \
-  struct WgmmaBF16<N> {                                                                                           \
-    using Atom =                                                                                                  \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-    using FromRegisters =                                                                                         \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-  }
-DSV3_WGMMA(8);
-DSV3_WGMMA(16);
-DSV3_WGMMA(32);
-#undef DSV3_WGMMA
-
 template <int kStages>
 __device__ __forceinline__ void advance(RingState<kStages>& at, int stages) {
   const int to = at.stage + stages;
@@ -175,7 +175,6 @@ __device__ __forceinline__ void advance(RingState<kStages>& at, int stages) {
 // What a warpgroup that multiplies knows of the ring.
 template <class C>
 struct TileStages {
-  static constexpr uint64_t kHigh = (uint64_t{1} << 30 | 1024 / 16) << 32;
   using Ring = RingBarriers<C::kStages, kWarpgroupWarps, 1, 1>;
   uint32_t full, empty;  // barriers
   uint32_t weights;      // a descriptor; of FP8 an address
@@ -190,13 +189,14 @@ struct TileStages {
   }
   // Of 16 columns, the k-th of the stage.
   __device__ __forceinline__ uint64_t token_descriptor(int k) const {
-    return kHigh | (tokens + (at.stage * C::kTokenBoxes + k / 4) * (C::kTokenBytes / 16) + k % 4 * 2);
+    return kDescriptorHigh | (tokens + (at.stage * C::kTokenBoxes + k / 4) * (C::kTokenBytes / 16) + k % 4 * 2);
   }
 };
 
 // A pass's sums, in bf16: the next stage's products are issued before this one's are done.
 template <class C>
 __device__ __forceinline__ void multiply_values(TileStages<C>& stages, int depth, float (&sum)[C::kN / 2]) {
+  using cute::SM90::GMMA::Major;
   int last = 0;
   for (int column = 0; column < depth; column += C::kDepth) {
     TileStages<C>::Ring::wait_full(stages.full, stages.at);
@@ -205,9 +205,9 @@ __device__ __forceinline__ void multiply_values(TileStages<C>& stages, int depth
 #pragma unroll
     for (int k = 0; k < C::kDepth / 16; ++k) {
       const uint32_t box = stages.at.stage * C::kBoxes + k / 4;
-      detail::wgmma<typename WgmmaBF16<C::kN>::Atom>(
-          stages.kHigh | (stages.weights + box * (kBoxBytes / 16) + k % 4 * 2), stages.token_descriptor(k), sum,
-          column > 0 || k > 0, std::make_integer_sequence<int, C::kN / 2>{});
+      detail::wgmma<typename WgmmaBF16<C::kN>::template Shared<Major::K, Major::K>>(
+          kDescriptorHigh | (stages.weights + box * (kBoxBytes / 16) + k % 4 * 2), stages.token_descriptor(k), sum,
+          column > 0 || k > 0);
     }
     cute::warpgroup_commit_batch();
     if (column > 0) {
@@ -259,9 +259,8 @@ __device__ __forceinline__ void multiply_codes(TileStages<C>& stages, int group,
     cute::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) {
-      wgmma_from_registers<typename WgmmaBF16<C::kN>::FromRegisters>(
-          words[part % 2][k], stages.token_descriptor(part * kProducts + k), block_sum, part > 0 || k > 0,
-          std::make_integer_sequence<int, C::kN / 2>{});
+      detail::wgmma<typename WgmmaBF16<C::kN>::template Registers<cute::SM90::GMMA::Major::K>>(
+          words[part % 2][k], stages.token_descriptor(part * kProducts + k), block_sum, part > 0 || k > 0);
     }
     cute::warpgroup_commit_batch();
   };
@@ -303,7 +302,7 @@ __device__ __forceinline__ void consume(TileShared<C>& shared, Work& work) {
   TileStages<C> stages(shared);
   const int group = uniform_warp() / kWarpgroupWarps, warp = uniform_warp() % kWarpgroupWarps;
   const int lane = threadIdx.x % kWarpSize;
-  const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(C::kWarps * kWarpSize) : "memory"); };
+  const auto sync = [] { named_sync(1, C::kWarps * kWarpSize); };
   int pass = 0;
   for_each_pass<C>(work, [&](int first, int) {
     float sum[C::kN / 2];

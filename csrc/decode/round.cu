@@ -48,11 +48,8 @@ struct GreedyParams {
   int steps, vocab;
 };
 
-// Unsigned integers in the order of the values: -0 is 0, NaN is above all.
-__device__ __forceinline__ unsigned key_of(bf16 x) {
-  const unsigned bits = __float_as_uint(to_float(x) + 0.f);
-  return __hisnan(x) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
+// -0 is 0, NaN is above all.
+__device__ __forceinline__ unsigned key_of(bf16 x) { return __hisnan(x) ? ~0u : dsv3::key_of(to_float(x) + 0.f); }
 
 __device__ __forceinline__ bf16 larger(const uint4& v, bf16 than) {
   __nv_bfloat162 most{than, than};

@@ -129,7 +129,7 @@ __device__ __forceinline__ void write_tile(const Target<__nv_bfloat16>& to, int 
                                            uint8_t* scratch, int barrier) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kWarpgroupWarps;
   const auto at = [&](int row, int chunk) { return scratch + row * 128 + (chunk ^ row % 8) * 16; };
-  const auto sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroup) : "memory"); };
+  const auto sync = [&] { named_sync(barrier, kWarpgroup); };
   sync();
 #pragma unroll
   for (int j = 0; j < kN / 16; ++j) {

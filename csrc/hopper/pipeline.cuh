@@ -11,6 +11,26 @@
 
 namespace dsv3 {
 
+// Named barriers, of which 0 is __syncthreads, between so many threads.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// mbarriers by their addresses in shared memory.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
+          barrier),
+      "r"(phase)
+      : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Which stage is next, and the parity of its use.
 template <int kStages>
 struct RingState {
@@ -41,11 +61,7 @@ struct RingBarriers {
   }
   // By the address of `full`, which the caller keeps in a register: the compiler makes a member's anew at every use.
   __device__ static __forceinline__ void wait_full(uint32_t full, const RingState<kStages>& at) {
-    asm volatile(
-        "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(
-            full + at.stage * 8),
-        "r"(at.phase)
-        : "memory");
+    wait_barrier(full + at.stage * 8, at.phase);
   }
   __device__ __forceinline__ void wait_empty(const RingState<kStages>& at) {
     cutlass::arch::ClusterBarrier::wait(&empty[at.stage], at.phase ^ 1);

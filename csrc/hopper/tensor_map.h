@@ -18,7 +18,10 @@ struct MatrixView {
   int64_t rows, columns, row_stride;
 };
 
-inline CUtensorMap tensor_map(const MatrixView& m, int box_rows, int box_columns, bool swizzle) {
+namespace detail {
+template <int kDims>
+CUtensorMap encode_map(const MatrixView& m, const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],
+                       const cuuint32_t (&box)[kDims], bool swizzle) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -28,17 +31,34 @@ inline CUtensorMap tensor_map(const MatrixView& m, int box_rows, int box_columns
     return reinterpret_cast<Encode>(function);
   }();
   CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.row_stride)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
+  cuuint32_t steps[kDims];
+  for (cuuint32_t& step : steps) step = 1;
   const CUresult status =
-      encode(&map, m.dtype, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, m.dtype, kDims, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   DSV3_CHECK(status == CUDA_SUCCESS, "no TMA descriptor for ", m.rows, " rows of ", m.columns, " elements, ",
              m.row_stride, " bytes apart (driver error ", static_cast<int>(status), ")");
   return map;
+}
+}  // namespace detail
+
+inline CUtensorMap tensor_map(const MatrixView& m, int box_rows, int box_columns, bool swizzle) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.row_stride)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  return detail::encode_map<2>(m, sizes, strides, box, swizzle);
+}
+
+// A bf16 matrix as sub-blocks of 64 columns, [columns / 64, rows, 64]: boxes of rows and several sub-blocks, which come one behind
+// the other.
+inline CUtensorMap sub_blocks_map(const void* data, int64_t rows, int64_t columns, int box_rows, int box_subs) {
+  constexpr int kColumns = 64, kBytes = 2;
+  const MatrixView m{data, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rows, columns, columns * kBytes};
+  const cuuint64_t sizes[] = {kColumns, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / kColumns)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.row_stride), kColumns * kBytes};
+  const cuuint32_t box[] = {kColumns, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_subs)};
+  return detail::encode_map<3>(m, sizes, strides, box, true);
 }
 
 }  // namespace dsv3

@@ -42,12 +42,6 @@ struct alignas(8) Partial {
   float sum;
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Integers in the order of the floats, so that the maximum of a warp is one instruction.
 __device__ __forceinline__ int ordered(float x) {
   const int bits = __float_as_int(x);
@@ -59,7 +53,7 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 // exp(max - offset), 1 for an empty or infinite pair against itself.
 __device__ __forceinline__ float rescale(float max, float offset) {
-  return max == offset ? 1.f : exp2_fast((max - offset) * kLog2e);
+  return max == offset ? 1.f : fast_exp2((max - offset) * kLog2e);
 }
 
 // A thread's part of a slice: reads it from shared memory, leaves exp(x - maximum) in `exps`, and returns maximum and
@@ -82,7 +76,7 @@ __device__ __forceinline__ Partial exponentials(const T* stage, int vecs, float 
     if (static_cast<int>(threadIdx.x) + i * kThreads >= vecs) continue;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      exps[i][j] = exp2_fast(exps[i][j] * kLog2e - offset);
+      exps[i][j] = fast_exp2(exps[i][j] * kLog2e - offset);
       sum += exps[i][j];
     }
   }
@@ -187,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
     if (holds || (!valid && begin == 0 && threadIdx.x == 0)) p.loss[row] = ignored ? 0.f : lse - target_logit;
     if (p.write_gradient) {
       // Ignored rows have a zero gradient; a target outside the vocabulary makes its row NaN, like its loss.
-      const float scale = ignored ? 0.f : valid ? exp2_fast((mine.max - lse) * kLog2e) : NAN;
+      const float scale = ignored ? 0.f : valid ? fast_exp2((mine.max - lse) * kLog2e) : NAN;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         const int v = threadIdx.x + i * kThreads;
@@ -198,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
         pack(exps[i], gradient);
         store(stage + v * kSize, gradient);
       }
-      if (holds) stage[column] = from_float<T>(exp2_fast((target_logit - lse) * kLog2e) - 1.f);
+      if (holds) stage[column] = from_float<T>(fast_exp2((target_logit - lse) * kLog2e) - 1.f);
       fence_bulk_store();
     }
     __syncthreads();

@@ -36,15 +36,6 @@ struct GateParams {
   bool softmax, top2_sum, normalize;
 };
 
-// Unsigned integers in the order of the floats; 0 is below every float.
-__device__ __forceinline__ unsigned key_of(float x) {
-  const unsigned bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float float_of(unsigned key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
 // The row's values of the lane's experts, and `none` past the last expert, which only lanes of one have. kPastL1: of rows
 // that are read before wait_for_inputs.
 template <int kPerLane, bool kPastL1 = false>

@@ -8,15 +8,15 @@
 
 #include "../common/launch.cuh"
 #include "../common/tensor.h"
+#include "../common/vector.cuh"
 
 namespace dsv3 {
 
 // 1 / (1 + __expf(-x)) without its cases of results below the smallest normal number: as 0 they change nothing beside the 1,
 // and make silu 0 where it is above -1e-35.
 __device__ __forceinline__ float sigmoid(float x) {
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + fast_exp2(x * -1.44269504f)));
   return inverse;
 }
 
