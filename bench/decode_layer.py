@@ -48,7 +48,9 @@ def _layer(preset: str, x: Tensor, cache: Tensor, table: Tensor, lengths: Tensor
     positions, slots, schedule = rest
     ctx = AttentionContext(positions, block_table=table, seq_lens=lengths, slot_mapping=slots, schedule=schedule)
     module = _module(preset, x.device)
-    return few.attention(module, x, ctx, cache) if len(x) <= ops.FEW_TOKENS else module(x, ctx, cache)
+    if len(x) > ops.FEW_TOKENS:
+        return module(x, ctx, cache)
+    return few.attention(module, few.attention_weights(module), x, ctx, cache)
 
 
 def _plain(preset: str, *inputs: Tensor) -> Tensor:

@@ -73,9 +73,11 @@ void rope_(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t head_dim,
 
 // attention/mla_append_kv.cu. kv_a bfloat16 [T, 576], rows a multiple of 8 elements apart; norm_weight float [512]; cos,
 // sin fp32 [max_positions, 32]; positions, slot_mapping int64 [T]; cache bfloat16 [pages, page, 1, 576], or uint8
-// [pages, page, 1, 656]: 512 e4m3, 4 fp32 scales, 64 bfloat16.
+// [pages, page, 1, 656]: 512 e4m3, 4 fp32 scales, 64 bfloat16. q_a bfloat16 [T, R], R a multiple of 8 up to 2048, normalised in
+// place; q_a_norm_weight [R] of norm_weight's dtype.
 void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions,
-                   Tensor slot_mapping, double eps, cudaStream_t stream);
+                   Tensor slot_mapping, std::optional<Tensor> q_a, std::optional<Tensor> q_a_norm_weight, double eps,
+                   cudaStream_t stream);
 
 // attention/mla_schedule.cu. seq_lens int32 [B] -> schedule int32 (its parts: attention/schedule.cuh), for mla_decode of
 // `steps` tokens a sequence and so many heads.
@@ -151,8 +153,8 @@ void moe_permute_cast(Tensor rows, Tensor rows_sf, Tensor data, Tensor sf, Tenso
                       cudaStream_t stream);
 void moe_unpermute(Tensor out, Tensor y, Tensor position, std::optional<Tensor> weights, cudaStream_t stream);
 
-// decode/. What a decoding step does with at most 64 tokens, in bf16 but for weights that say otherwise. static_weights: no kernel that may still run writes
-// them.
+// decode/. What a decoding step does with at most 64 tokens, in bf16 but for weights that say otherwise. static_weights: no
+// kernel that may still run writes them.
 // few_linear.cu. x [T, K]; weights [N_i, K], all bf16 with no scales, or all e4m3 with scales fp32 [N_i / 128, K / 128],
 // rounded up; outs [T, N_i], all bf16 or all fp32. x [T, G, K], weight [G, N, K] with contiguous matrices, out [T, G, N].
 void few_linear(std::vector<Tensor> outs, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
@@ -163,10 +165,11 @@ void few_heads(Tensor out, Tensor x, Tensor weight, bool static_weights, cudaStr
 void mla_absorb(Tensor out, Tensor q, Tensor weight, Tensor cos, Tensor sin, Tensor positions, bool static_weights,
                 cudaStream_t stream);
 // few_attention.cu. q [B, S, G, 576] of at most 32 rows S G, cache [pages, 64, 1, 576], block_table int32 [B, W], seq_lens
-// int32 [B]; out [B, S, G, 512]; partial fp32 [B, few_attention_pieces(W), S G, 512] and partial_lse without 512 are workspace.
+// int32 [B]; out [B, S, G, 512]. Workspace: partial fp32 [B, few_attention_pieces(B, W), S G, 512], and partial_state, which
+// has 2 in place of 512.
 // static_cache: cache, block_table and seq_lens are not written by the kernel ahead.
-int64_t few_attention_pieces(int64_t width);
-void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
+int64_t few_attention_pieces(int64_t batch, int64_t width);
+void few_attention(Tensor out, Tensor partial, Tensor partial_state, Tensor q, Tensor cache, Tensor block_table,
                    Tensor seq_lens, double softmax_scale, bool static_cache, cudaStream_t stream);
 // few_gate.cu. x, residual, sum, u [T, H]; norm_weight [H]; gate [E, H]; bias fp32 [E]; index int64, weights fp32 [T, k].
 // Settings: eps, num_groups, topk_groups, route_scale, softmax, top2_sum, normalize (as of moe_gate), static_weights.
@@ -174,8 +177,8 @@ using FewGateSettings = std::tuple<double, int64_t, int64_t, double, bool, bool,
 void few_gate(Tensor sum, Tensor u, Tensor index, Tensor weights, Tensor x, Tensor residual, Tensor norm_weight,
               Tensor gate, std::optional<Tensor> bias, FewGateSettings settings, cudaStream_t stream);
 // few_experts.cu. x [T, H]; topk_idx int64 [T, k], topk_weights fp32 [T, k], gate_up [E, 2I, H], down [E, H, I], or none;
-// shared_gate_up [2J, H], shared_down [H, J], or none; scales of weights that are e4m3, as of few_linear, [E, ...] where routed;
-// y [T, k + 1, H], k where nothing is shared; act, T * (k I + J) elements, is workspace.
+// shared_gate_up [2J, H], shared_down [H, J], or none; scales of weights that are e4m3, as of few_linear, [E, ...] where
+// routed; y [T, k + 1, H], k where nothing is shared; act, T * (k I + J) elements, is workspace.
 void few_experts(Tensor y, Tensor act, Tensor x, std::optional<Tensor> topk_idx, std::optional<Tensor> topk_weights,
                  std::optional<Tensor> gate_up, std::optional<Tensor> down, std::optional<Tensor> shared_gate_up,
                  std::optional<Tensor> shared_down, std::optional<Tensor> gate_up_sf, std::optional<Tensor> down_sf,
@@ -190,16 +193,18 @@ void decode_positions(Tensor positions, Tensor slots, Tensor seq_lens, Tensor le
                       cudaStream_t stream);
 void greedy_round(Tensor result, Tensor tokens, Tensor lengths, Tensor logits, Tensor active, cudaStream_t stream);
 
-// comm/exchange.cu. Between N ranks on C channels, here of one node; nvshmem/network.h has the same ops for several. topk_idx int64 [T, k] and own_offsets int32 [E + 1] of the
-// own order by expert; heads int32 [N, 8], what every rank gave as `head`, whose first number is 2 where an expert does
-// not exist; offsets int32 [G + 1], shift int32 [E], arrivals int32 [N, C] for comm_dispatch.
+// comm/exchange.cu. Between N ranks on C channels, here of one node; nvshmem/network.h has the same ops for several. topk_idx
+// int64 [T, k] and own_offsets int32 [E + 1] of the own order by expert; heads int32 [N, 8], what every rank gave as `head`,
+// whose first number is 2 where an expert does not exist; offsets int32 [G + 1], shift int32 [E], arrivals int32 [N, C] for
+// comm_dispatch.
 void comm_exchange(Tensor heads, Tensor offsets, Tensor shift, Tensor arrivals, Tensor topk_idx, Tensor own_offsets,
                    std::vector<int64_t> head, int64_t ranks_per_node, const Peers& peers, cudaStream_t stream);
 // comm/dispatch.cu. x float [T, H], pairs int64 [T, k]: the pairs' places in the own order; rows like x [R, H], or with
-// sf fp32 [R, ceil(H / 128)] e4m3, as per_token_cast makes them (sf_rows, contiguous, is workspace); weights fp32 [T, k] come as row_weights fp32 [R]. position
-// int64 [N * max_tokens, k], filled with R by the caller: rows of every rank's tokens, ascending. total int32 [...]: its
-// last number is how many rows there should be; where they are more than R, all become NaN. cast: values travel as e4m3. relay,
-// for several nodes, int32 [nodes, max_tokens] zeroed by the caller: which ranks of this node need a token passed on.
+// sf fp32 [R, ceil(H / 128)] e4m3, as per_token_cast makes them (sf_rows, contiguous, is workspace); weights fp32 [T, k] come
+// as row_weights fp32 [R]. position int64 [N * max_tokens, k], filled with R by the caller: rows of every rank's tokens,
+// ascending. total int32 [...]: its last number is how many rows there should be; where they are more than R, all become NaN.
+// cast: values travel as e4m3. relay, for several nodes, int32 [nodes, max_tokens] zeroed by the caller: which ranks of this
+// node need a token passed on.
 void comm_dispatch(Tensor rows, std::optional<Tensor> sf, std::optional<Tensor> sf_rows,
                    std::optional<Tensor> row_weights, std::optional<Tensor> position, std::optional<Tensor> relay,
                    Tensor x, std::optional<Tensor> weights, Tensor topk_idx, Tensor pairs, Tensor shift,
@@ -211,10 +216,10 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
                   Tensor topk_idx, Tensor position, std::optional<Tensor> relay, int64_t num_experts,
                   int64_t ranks_per_node, bool fp32_sums, const Peers& peers, cudaStream_t stream);
 
-// comm/low_latency.cu, low_latency_sums.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens). comm_send: x float
-// [T, H], weights fp32 and topk_idx int64 [T, k]. comm_receive: rows like x [G, R, H], R >= N * M, or e4m3 with sf fp32
-// [G, R, ceil(H / 128)] of strides (R, 1, any); row_weights fp32 [G, R]; counts int32 [G]; and for the way back arrived int32
-// [N], tokens int32 [N, M], entry_rows int32 [N, M, k].
+// comm/low_latency.cu, low_latency_sums.cu. The same in two halves each, for at most M tokens a rank (Peers' window_tokens).
+// comm_send: x float [T, H], weights fp32 and topk_idx int64 [T, k]. comm_receive: rows like x [G, R, H], R >= N * M, or e4m3
+// with sf fp32 [G, R, ceil(H / 128)] of strides (R, 1, any); row_weights fp32 [G, R]; counts int32 [G]; and for the way back
+// arrived int32 [N], tokens int32 [N, M], entry_rows int32 [N, M, k].
 void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, bool cast, double amax_floor,
                const Peers& peers, cudaStream_t stream);
 void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Tensor counts, Tensor arrived,

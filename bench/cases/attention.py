@@ -326,11 +326,11 @@ def _append_inputs(tokens: int, kv: str, device: torch.device) -> tuple[Tensor, 
 
 def _append_case(tokens: int, kv: str) -> Case:
     def run(*inputs: Tensor) -> Tensor:
-        torch.ops.dsv3.mla_append_kv(*inputs, EPS)
+        torch.ops.dsv3.mla_append_kv(*inputs, EPS, None, None)
         return inputs[-1]
 
     def plain(*inputs: Tensor) -> Tensor:
-        reference.mla_append_kv(*inputs, EPS)
+        reference.mla_append_kv(*inputs, EPS, None, None)
         return inputs[-1]
 
     # A row of both tables, a position and a slot a token.

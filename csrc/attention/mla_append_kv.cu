@@ -6,6 +6,9 @@
 // 512 e4m3, 4 fp32 scales (powers of two, of 128 values each), 64 bf16. The latent is rounded to bf16 before it is cast,
 // so that both caches hold the same up to the cast: what rmsnorm gives (the same order of sums) and per_token_cast of it.
 //
+// Blocks behind those of the tokens normalise q_a, if it is there, a row each: of the down-projections' two outputs neither
+// then waits for a kernel of the other.
+//
 // A warp has a token: two 16-byte vectors of the latent a lane, so that a tile lies in 16 neighbouring lanes, and one of
 // the rotated part in eight of them. Latency-bound when decoding (128 tokens move 0.3 MB): every load but those of the
 // angles, which wait for the position, is on its way before the first result is needed.
@@ -27,6 +30,8 @@ constexpr int kFp8Scales = kLatent, kFp8Rope = kFp8Scales + 4 * kScales, kFp8Row
 constexpr int kVecs = kLatent / kSize / kWarpSize;                                                        // a lane
 constexpr int kRopeLanes = kRope / kSize;
 constexpr float kFloor = 1e-4f;  // of a tile's amax: per_token_cast's default
+constexpr int kThreads = kTokens * kWarpSize;
+constexpr int kQueryVecs = 2, kMaxQuery = kQueryVecs * kThreads * kSize;  // of a row of q_a, a thread
 
 struct AppendParams {
   uint8_t* cache;
@@ -36,9 +41,11 @@ struct AppendParams {
   const float* sin;
   const int64_t* positions;  // [T]
   const int64_t* slots;      // [T]
+  Bf16* q_a;                 // [T, q_columns], or null
+  const void* q_norm_weight;
   DeviceError* error;
   int64_t row_stride, max_positions, cache_rows;
-  int tokens;
+  int tokens, q_columns;
   float eps;
 };
 
@@ -98,6 +105,43 @@ __device__ __forceinline__ void normalise(Vec<Bf16> (&x)[kVecs], const Weights<W
   }
 }
 
+// A row of q_a, in place: also as rmsnorm.cu has it, bit for bit where the weights are bf16.
+template <class W>
+__device__ __forceinline__ void normalise_query(const AppendParams& p, int row) {
+  __shared__ float scratch[kThreads / kWarpSize];
+  Bf16* const x = p.q_a + static_cast<int64_t>(row) * p.q_columns;
+  const W* const weight = static_cast<const W*>(p.q_norm_weight);
+  Vec<Bf16> values[kQueryVecs];
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kQueryVecs; ++i) {
+    const int column = (static_cast<int>(threadIdx.x) + i * kThreads) * kSize;
+    if (column < p.q_columns) values[i] = load(x + column);
+  }
+  release_dependents();
+#pragma unroll
+  for (int i = 0; i < kQueryVecs; ++i) {
+    if ((static_cast<int>(threadIdx.x) + i * kThreads) * kSize >= p.q_columns) continue;
+    float wide[kSize];
+    unpack(values[i], wide);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum = __fmaf_rn(wide[j], wide[j], sum);
+  }
+  const float rstd = rsqrtf(block_reduce<Sum, kThreads>(sum, scratch) / p.q_columns + p.eps);
+#pragma unroll
+  for (int i = 0; i < kQueryVecs; ++i) {
+    const int column = (static_cast<int>(threadIdx.x) + i * kThreads) * kSize;
+    if (column >= p.q_columns) continue;
+    float wide[kSize], w[kSize];
+    unpack(values[i], wide);
+    Weights<W>(weight + column).get(w);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) wide[j] *= rstd * w[j];
+    pack(wide, values[i]);
+    store(x + column, values[i]);
+  }
+}
+
 // Of the pairs of eight values.
 struct Angles {
   Vec<float> cos, sin;
@@ -122,9 +166,11 @@ __device__ __forceinline__ void rotate(Vec<Bf16>& x, const Angles& angles) {
 }
 
 template <class W, bool kFp8>
-__global__ void __launch_bounds__(kTokens* kWarpSize) append_kernel(AppendParams p) {
+__global__ void __launch_bounds__(kThreads) append_kernel(AppendParams p) {
   static_assert(kVecs == 2);
   wait_for_inputs();
+  const int row = static_cast<int>(blockIdx.x) - ceil_div(p.tokens, kTokens);
+  if (row >= 0) return normalise_query<W>(p, row);
   const int lane = threadIdx.x % kWarpSize, rope_lane = lane % kRopeLanes;
   const int token = blockIdx.x * kTokens + threadIdx.x / kWarpSize;
   if (token >= p.tokens) return;
@@ -169,7 +215,8 @@ void check_rows(const Tensor& kv_a) {
 }  // namespace
 
 void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions,
-                   Tensor slot_mapping, double eps, cudaStream_t stream) {
+                   Tensor slot_mapping, std::optional<Tensor> q_a, std::optional<Tensor> q_a_norm_weight, double eps,
+                   cudaStream_t stream) {
   check_rows(kv_a);
   const bool fp8 = cache.dtype() == Dtype::kUInt8;
   DSV3_CHECK(cache.dim() == 4 && cache.size(2) == 1 && cache.size(3) == (fp8 ? kFp8Row : kColumns),
@@ -183,6 +230,13 @@ void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Te
   const int64_t tokens = kv_a.size(0);
   check_operand("positions", positions, Dtype::kInt64, tokens);
   check_operand("slot_mapping", slot_mapping, Dtype::kInt64, tokens);
+  DSV3_CHECK(q_a.has_value() == q_a_norm_weight.has_value(), "expected q_a and q_a_norm_weight, or neither");
+  if (q_a) {
+    check_operand("q_a", *q_a, Dtype::kBFloat16, tokens, q_a->size(-1));
+    DSV3_CHECK(q_a->size(1) % kSize == 0 && q_a->size(1) <= kMaxQuery, "q_a must have a multiple of ", kSize,
+               " columns up to ", kMaxQuery, ", got ", *q_a);
+    check_operand("q_a_norm_weight", *q_a_norm_weight, norm_weight.dtype(), q_a->size(1));
+  }
   const DeviceGuard guard(cache);
   const AppendParams params{.cache = cache.data<uint8_t>(),
                             .kv_a = kv_a.data<Bf16>(),
@@ -191,17 +245,20 @@ void mla_append_kv(Tensor cache, Tensor kv_a, Tensor norm_weight, Tensor cos, Te
                             .sin = sin.data<float>(),
                             .positions = positions.data<int64_t>(),
                             .slots = slot_mapping.data<int64_t>(),
+                            .q_a = q_a ? q_a->data<Bf16>() : nullptr,
+                            .q_norm_weight = q_a ? q_a_norm_weight->data<void>() : nullptr,
                             .error = device_error(),
                             .row_stride = kv_a.stride(0),
                             .max_positions = cos.size(0),
                             .cache_rows = cache.size(0) * cache.size(1),
                             .tokens = static_cast<int>(tokens),
+                            .q_columns = q_a ? static_cast<int>(q_a->size(1)) : 0,
                             .eps = static_cast<float>(eps)};
   visit_float("norm_weight", norm_weight.dtype(), [&](auto zero) {
     using W = decltype(zero);
     const auto kernel = fp8 ? append_kernel<W, true> : append_kernel<W, false>;
-    launch("mla_append_kv", kernel, {.grid = dim3(ceil_div(tokens, kTokens)), .block = dim3(kTokens * kWarpSize)},
-           stream, params);
+    const int64_t blocks = ceil_div(tokens, kTokens) + (q_a ? tokens : 0);
+    launch("mla_append_kv", kernel, {.grid = dim3(blocks), .block = dim3(kThreads)}, stream, params);
   });
 }
 

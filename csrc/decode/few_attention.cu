@@ -3,57 +3,72 @@
 //   out[b, s, h] = softmax_j(scale q[b, s, h] . c_j) c_j[:512],  j < seq_lens[b] - S + s + 1,  c_j = 576 cached bf16
 //
 // Roofline: the cached rows once. Where mla_decode keeps the multiprocessors evenly busy by a schedule, this kernel keeps
-// short sequences short: the pages of a sequence are divided into pieces, of which a block takes one after the other. While
-// it multiplies a page of 64 keys, with 16-row instructions instead of 64-row ones, the next page is on its way; what is left
-// is a chain of short steps, so 16 warps share each. A second kernel adds up the pieces in their order. The first 32 pieces
-// have a page each, the next 32 two, and so on: where one begins depends neither on the sequence's length nor on the batch,
-// so a token's bits do not change with what is beside it, nor with the drafts behind it.
+// short sequences short: the pages of a sequence are divided into pieces, of which a block takes one after the other. A block
+// is one warpgroup with room for a page, two share a multiprocessor, and one loads while the other multiplies. Rows are few,
+// so keys and then values take the tensor core's M side and rows its N side:
+//
+//   scores^T [64 keys, rows] = K Q^T      out^T [512 columns, rows] += V^T P^T
+//
+// A page's probabilities are relative to its own largest score, and so is its output until it is merged with others'. What is
+// merged with what is fixed: the pages of a chunk from the first on, then the chunks, of which the first 16 have two pages
+// each, the next 16 four, and so on. So a token's bits change neither with what is beside it nor with the drafts behind it,
+// although a piece is a page where tables are small, so that many multiprocessors share a sequence, and otherwise a chunk,
+// whose pages merge in registers. A second kernel merges the pieces, where they are several.
 #include <algorithm>
 
 #include "../common/device_error.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
+#include "../hopper/bulk.cuh"
+#include "../hopper/pipeline.cuh"
+#include "../hopper/tensor_map.h"
+#include "../hopper/wgmma.cuh"
 #include "../ops.h"
-#include "few_attention.cuh"
 
 namespace dsv3 {
 namespace {
 
-constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+using bf16 = __nv_bfloat16;
+
 constexpr int kPage = 64, kLatent = 512, kWidth = 576;
+constexpr int kSubColumns = 64;  // of a sub-block, whose rows are 128 bytes
+constexpr int kSubs = kWidth / kSubColumns, kValueSubs = kLatent / kSubColumns, kSubBytes = kPage * 128;
 constexpr int kMaxRows = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kPiecesASize = 32;        // pieces of a page, then as many of two pages, of four, ...
-constexpr int kCombined = 16;           // pieces whose results are read at a time
-constexpr int kKeyStride = kWidth + 8;  // of rows in shared memory: 8 of them begin in 8 different groups of 4 banks
-constexpr int kScoreStride = kPage + 4, kProbabilityStride = kPage + 8;
-constexpr int kColumns = kLatent / kWarps;  // of the output a warp
-constexpr int kParts = 4;                   // of the columns of scores
+constexpr int kChunksASize = 16, kPagesASize = 2 * kChunksASize;  // of two pages each; then as many of four, ...
+constexpr int kCombined = 16;                                     // pieces whose results are read at a time
+// Pages of all tables up to which they are pieces, and of one: where the second kernel knows only chunks of two and four.
+constexpr int kMaxPagesApart = 264, kMaxWidthApart = 3 * kPagesASize;
 
 struct AttentionParams {
-  bf16* out;           // [B, rows, 512]
-  float* partial;      // [B, pieces, rows, 512]
-  float* partial_lse;  // [B, pieces, rows], of base 2
-  const bf16* q;       // [B, rows, 576]
-  const bf16* cache;   // [pages, 64, 576]
+  CUtensorMap q;          // [B rows, 576] by sub-blocks of columns
+  CUtensorMap keys;       // [64 pages, 576] likewise
+  bf16* out;              // [B, rows, 512]
+  float* partial;         // [B, pieces, rows, 512]
+  float2* partial_state;  // [B, pieces, rows]: the largest score (to base 2), and the sum of the probabilities
   const int *block_table, *seq_lens;
   int64_t table_stride;
   int64_t pages;
   int batch, width, pieces, rows, steps, heads;  // pieces: of the width
+  bool pages_apart;                              // a piece is a page
   float scale;                                   // times log2 e
   bool static_cache;
   DeviceError* error;
 };
 
-// Pieces of so many pages.
-__host__ __device__ __forceinline__ int num_pieces(int pages) {
-  int smaller = 0, size = 1;
-  for (; pages > kPiecesASize * size; size *= 2) {
-    pages -= kPiecesASize * size;
-    smaller += kPiecesASize;
+// Chunks of so many pages.
+__host__ __device__ __forceinline__ int num_chunks(int pages) {
+  int smaller = 0, size = 2;
+  for (; pages > kChunksASize * size; size *= 2) {
+    pages -= kChunksASize * size;
+    smaller += kChunksASize;
   }
   return smaller + ceil_div(pages, size);
 }
+
+// What a largest score is subtracted as, also if it is that of no keys.
+__device__ __forceinline__ float base_of(float max) { return max == -INFINITY ? 0.f : max; }
+__device__ __forceinline__ float inverse_of(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 
 __device__ __forceinline__ int pages_of(int length) { return length / kPage + (length % kPage != 0); }
 
@@ -64,7 +79,7 @@ struct Division {
     length = max(__ldcg(p.seq_lens + sequence), 0);
     needed = pages_of(length);
     pages = min(needed, p.width);
-    pieces = num_pieces(pages);
+    pieces = p.pages_apart ? pages : num_chunks(pages);
   }
 };
 
@@ -80,8 +95,8 @@ struct Stage {
   __device__ __forceinline__ bool is_cut(const AttentionParams& p) const { return p.width < pages_of(length); }
 };
 
-// The pages of the block's pieces one by one; a block takes every gridDim.x-th piece of all sequences. Lane l of each warp keeps
-// sequence first + l: its length, and how many pieces lie before its end.
+// The pages of the block's pieces one by one; a block takes every gridDim.x-th piece of all sequences. Lane l of each warp
+// keeps sequence first + l: its length, and how many pieces lie before its end.
 class Stages {
  public:
   __device__ __forceinline__ explicit Stages(const AttentionParams& params)
@@ -99,8 +114,8 @@ class Stages {
     const int n = piece - before, owner = __ffs(__ballot_sync(kAll, end > n)) - 1;
     Stage at{.sequence = first_sequence + owner, .piece = n - __shfl_sync(kAll, end - mine, owner)};
     at.length = __shfl_sync(kAll, length, owner);
-    const int size = 1 << at.piece / kPiecesASize;
-    at.entry = kPiecesASize * (size - 1) + at.piece % kPiecesASize * size;
+    const int level = p.pages_apart ? 0 : at.piece / kChunksASize, size = p.pages_apart ? 1 : 2 << level;
+    at.entry = p.pages_apart ? at.piece : kPagesASize * ((1 << level) - 1) + at.piece % kChunksASize * size;
     at.end = min(at.entry + size, min(pages_of(at.length), p.width));
     at.page = entry_of(at);
     piece += static_cast<int>(gridDim.x);
@@ -140,256 +155,376 @@ class Stages {
   int mine, end, length;
 };
 
-template <int kRowTiles>
-struct AttentionShared {
-  static constexpr int kRows = kRowTiles * 16;
-  alignas(16) bf16 keys[2][kPage][kKeyStride];
-  alignas(16) bf16 queries[kRows][kKeyStride];
-  alignas(16) bf16 probabilities[kRows][kProbabilityStride];
-  float scores[kParts][kRows][kScoreStride];        // of each part of the columns
-  float max[kRows], sum[kRows], correction[kRows];  // as Softmax has them
+// How two parts of a row's keys become one: sums of what is relative to each part's largest score, to that of both.
+struct Merged {
+  float max, left, right;  // factors
+  __device__ __forceinline__ Merged(float left_max, float right_max) : max(fmaxf(left_max, right_max)) {
+    const float base = base_of(max);
+    left = fast_exp2(left_max - base), right = fast_exp2(right_max - base);
+  }
+  static __device__ __forceinline__ float add(float x, float left, float y, float right) {
+    return __fmaf_rn(x, left, __fmul_rn(y, right));
+  }
+  __device__ __forceinline__ float operator()(float x, float y) const { return add(x, left, y, right); }
 };
 
-// The page's first `count` rows; zeros behind them, since nothing says what unused rows hold. 8 lanes a row: every copy of a
-// thread is 128 bytes behind the one before.
-__device__ __forceinline__ void load_keys(bf16 (*keys)[kKeyStride], const bf16* page, int count) {
-  static_assert(kThreads == 8 * kPage);
-  const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 8;
-  bf16* const to = &keys[row][column];
-  const bf16* const from = page + row * kWidth + column;
-#pragma unroll
-  for (int j = 0; j < kWidth; j += 64) copy_async(to + j, from + j, row < count);
-}
+// kN: rows of queries that a block has room for.
+template <int kN>
+struct alignas(1024) AttentionShared {
+  uint8_t keys[kSubs][kSubBytes];
+  uint8_t queries[kSubs][kN * 128];
+  uint8_t probabilities[kN * 128];
+  float of_warps[kWarpgroupWarps][kN];  // maxima
+  uint64_t keys_full, queries_full;
+};
 
-__device__ __forceinline__ void load_stage(const AttentionParams& p, bf16 (*keys)[kKeyStride], const Stage& at) {
-  const bool known = at.is_known(p);
-  const int64_t page = known ? at.page : 0;
-  load_keys(keys, p.cache + page * kPage * kWidth, known ? at.length - at.entry * kPage : 0);
-}
+template <int kN>
+class Attention {
+ public:
+  __device__ __forceinline__ Attention(const AttentionParams& params, AttentionShared<kN>& shared)
+      : p(params), s(shared) {
+    warp_ = static_cast<int>(uniform_warp());
+    lane_ = static_cast<int>(threadIdx.x % kWarpSize);
+    // NOTE: made here: made where they are used, the compiler keeps them in registers that are not uniform.
+    keys_by_rows_ = uniform(matrix_descriptor(shared_address(s.keys)));
+    keys_across_rows_ = uniform(columns_descriptor(shared_address(s.keys)));
+    queries_ = uniform(matrix_descriptor(shared_address(s.queries)));
+    probabilities_ = uniform(matrix_descriptor(shared_address(s.probabilities)));
+    keys_full_ = shared_address(&s.keys_full);
+    queries_full_ = shared_address(&s.queries_full);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) more_[c] = min(row_of(c) / p.heads, p.steps - 1) + 1 - p.steps;
+  }
 
-// A row a warp, or two.
-template <int kRowTiles>
-__device__ __forceinline__ void load_queries(const AttentionParams& p, AttentionShared<kRowTiles>& shared,
-                                             int sequence) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int row = warp; row < AttentionShared<kRowTiles>::kRows; row += kWarps) {
-    const bf16* const q = p.q + (static_cast<int64_t>(sequence) * p.rows + min(row, p.rows - 1)) * kWidth;
-#pragma unroll
-    for (int column = lane * 8; column < kWidth; column += kWarpSize * 8) {
-      copy_async(&shared.queries[row][column], q + column, true);
+  // ---- loads, by one thread ----
+  __device__ __forceinline__ void init() {
+    cutlass::arch::ClusterBarrier::init(&s.keys_full, 1);
+    cutlass::arch::ClusterBarrier::init(&s.queries_full, 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  // A page that there is not leaves what was there before: its piece becomes NaN anyway.
+  __device__ __forceinline__ void load_keys(const Stage& at) {
+    const bool known = at.is_known(p);
+    expect_bytes(keys_full_, known ? sizeof(s.keys) : 0);
+    if (known) load(s.keys, p.keys, s.keys_full, at.page * kPage, cute::TMA::CacheHintSm90::EVICT_FIRST);
+  }
+  // Rows of the sequences behind, too, where this one has fewer than kN: columns of the products that nobody reads.
+  __device__ __forceinline__ void load_queries(int sequence) {
+    expect_bytes(queries_full_, sizeof(s.queries));
+    load(s.queries, p.q, s.queries_full, sequence * p.rows, cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  }
+
+  // ---- a page ----
+  // `now`, the first of a piece where it `begins`; `next` is asked for when this one's place is free, and its queries, if they
+  // are others, when the scores are there.
+  __device__ __forceinline__ void attend(const Stage& now, const Stage& next, bool begins) {
+    if (begins) spoiled_ = now.is_cut(p);
+    if (now.sequence != sequence_) {
+      wait_barrier(queries_full_, queries_phase_);
+      queries_phase_ ^= 1;
+      sequence_ = now.sequence;
     }
-  }
-}
-
-// Scores of all rows: a warp takes 16 keys and a part of the columns.
-template <int kRowTiles>
-__device__ __forceinline__ void multiply_keys(AttentionShared<kRowTiles>& shared, const bf16 (*keys)[kKeyStride]) {
-  constexpr int kKeyWarps = kPage / 16, kDepth = kWidth / kParts;
-  static_assert(kWarps == kParts * kKeyWarps && kDepth % 16 == 0);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int first_key = warp % kKeyWarps * 16, part = warp / kKeyWarps;
-  float score[kRowTiles][2][4] = {};
-  const bf16* const key = &keys[first_key + lane / 16 * 8 + lane % 8][part * kDepth + lane / 8 % 2 * 8];
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t b[4];
-    load_matrices(b, key + k);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      uint32_t a[4];
-      load_matrices(a, &shared.queries[r * 16 + lane % 16][part * kDepth + k + lane / 16 * 8]);
-      multiply(score[r][0], a, b[0], b[1]);
-      multiply(score[r][1], a, b[2], b[3]);
+    wait_barrier(keys_full_, keys_phase_);
+    keys_phase_ ^= 1;
+    const int left = now.length - now.entry * kPage;  // keys of the sequence, from the page's first on
+    if (left < kPage) clear_keys(left);
+    float scores[kN / 2];
+    multiply_keys(scores);
+    Rows of_page;
+    soften(scores, left, of_page, next.sequence >= 0 && next.sequence != now.sequence ? next.sequence : -1);
+    if (begins) {
+      multiply_values();
+      rows_ = of_page;
+    } else {
+      merge_values(of_page);
     }
-  }
-  const int row = lane / 4, column = first_key + lane % 4 * 2;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float* const to = &shared.scores[part][r * 16 + row + i % 2 * 8][column + i / 2 * 8];
-      *reinterpret_cast<float2*>(to) = float2{score[r][i / 2][i % 2 * 2], score[r][i / 2][i % 2 * 2 + 1]};
+    __syncthreads();  // all warps have done with the keys
+    if (threadIdx.x == 0 && next.sequence >= 0) load_keys(next);
+    if (!now.is_known(p)) {
+      spoiled_ = true;
+      if (threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, now.sequence, now.page, now.entry, p.pages);
     }
-  }
-}
-
-// The softmax of a warp's rows, every sixteenth. Lanes keep the same; what other warps need of it is in shared memory.
-template <int kRowTiles>
-struct Softmax {
-  static_assert(kWarps == 16, "a warp has one row of each tile of 16");
-  int more[kRowTiles];                   // keys that a row sees, less those of its sequence: the last token's sees all
-  float max[kRowTiles], sum[kRowTiles];  // of the piece so far
-
-  __device__ __forceinline__ explicit Softmax(const AttentionParams& p) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) more[r] = min(row(r) / p.heads, p.steps - 1) + 1 - p.steps;
-    begin();
-  }
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) max[r] = -INFINITY, sum[r] = 0.f;
-  }
-
-  // Probabilities of a page, from whose first key on the sequence has `left` keys, relative to the largest score so far.
-  __device__ __forceinline__ void add(const AttentionParams& p, AttentionShared<kRowTiles>& shared, int left) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const int at = row(r), seen = left + more[r];
-      float2 score = {0.f, 0.f};
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const float2 of_part = *reinterpret_cast<const float2*>(&shared.scores[part][at][2 * lane]);
-        score.x += of_part.x, score.y += of_part.y;
-      }
-      const float x[2] = {2 * lane < seen ? score.x * p.scale : -INFINITY,
-                          2 * lane + 1 < seen ? score.y * p.scale : -INFINITY};
-      const float before = max[r];
-      max[r] = warp_reduce<Max>(fmaxf(before, fmaxf(x[0], x[1])));
-      const float base = max[r] == -INFINITY ? 0.f : max[r], correction = exp2f(before - base);
-      const __nv_bfloat162 rounded = __floats2bfloat162_rn(exp2f(x[0] - base), exp2f(x[1] - base));
-      *reinterpret_cast<__nv_bfloat162*>(&shared.probabilities[at][2 * lane]) = rounded;
-      // The sum is that of what is multiplied: of the rounded values.
-      const float2 values = __bfloat1622float2(rounded);
-      sum[r] = sum[r] * correction + warp_reduce<Sum>(values.x + values.y);
-      if (lane == 0) shared.correction[at] = correction, shared.max[at] = max[r], shared.sum[at] = sum[r];
-    }
+    if (now.is_last()) store(now);
   }
 
  private:
-  __device__ __forceinline__ int row(int r) const { return static_cast<int>(threadIdx.x) / kWarpSize + r * kWarps; }
-};
+  static constexpr int kColumns = kN / 4;  // rows of queries whose values a thread has: of every 8 two
+  struct Rows {                            // of these rows, all threads the same
+    float max[kColumns], sum[kColumns];
+  };
+  using Wgmma = WgmmaBF16<kN>;
+  static constexpr auto kByRows = cute::SM90::GMMA::Major::K, kAcrossRows = cute::SM90::GMMA::Major::MN;
 
-// out = out * correction + probabilities times the warp's columns of the values.
-template <int kRowTiles>
-__device__ __forceinline__ void multiply_values(const AttentionShared<kRowTiles>& shared,
-                                                const bf16 (*keys)[kKeyStride],
-                                                float (&out)[kRowTiles][kColumns / 8][4]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  uint32_t a[kRowTiles][kPage / 16][4];
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int k = 0; k < kPage / 16; ++k) {
-      load_matrices(a[r][k], &shared.probabilities[r * 16 + lane % 16][k * 16 + lane / 16 * 8]);
-    }
-    const float upper = shared.correction[r * 16 + lane / 4], lower = shared.correction[r * 16 + lane / 4 + 8];
-#pragma unroll
-    for (int c = 0; c < kColumns / 8; ++c) {
-      out[r][c][0] *= upper, out[r][c][1] *= upper;
-      out[r][c][2] *= lower, out[r][c][3] *= lower;
-    }
+  // A fragment [64, kN] has of the thread's c-th row of queries two values, 8 of the 64 apart.
+  __device__ __forceinline__ int row_of(int c) const { return c / 2 * 8 + lane_ % 4 * 2 + c % 2; }
+  static __device__ __forceinline__ constexpr int place(int c, int half) { return c / 2 * 4 + half * 2 + c % 2; }
+  __device__ __forceinline__ int fragment_row(int half) const { return warp_ * 16 + half * 8 + lane_ / 4; }
+
+  static __device__ __forceinline__ void load(void* to, const CUtensorMap& map, uint64_t& full, int row,
+                                              cute::TMA::CacheHintSm90 hint) {
+    cute::SM90_TMA_LOAD_3D::copy(&map, &full, static_cast<uint64_t>(hint), to, 0, row, 0);
   }
-  const bf16* const value = &keys[lane % 16][warp * kColumns + lane / 16 * 8];
-#pragma unroll
-  for (int c = 0; c < kColumns / 8; c += 2) {
-#pragma unroll
-    for (int k = 0; k < kPage / 16; ++k) {
-      uint32_t b[4];
-      load_matrices_transposed(b, value + k * 16 * kKeyStride + c * 8);
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        multiply(out[r][c], a[r][k], b[0], b[1]);
-        multiply(out[r][c + 1], a[r][k], b[2], b[3]);
+
+  // What lies behind a sequence's end may be anything; zeros have no weight and do no harm.
+  __device__ __forceinline__ void clear_keys(int left) {
+    const int begin = max(left, 0) * 128;
+#pragma unroll 1
+    for (int sub = 0; sub < kSubs; ++sub) {
+      for (int i = begin + static_cast<int>(threadIdx.x) * 16; i < kSubBytes; i += kWarpgroup * 16) {
+        *reinterpret_cast<uint4*>(s.keys[sub] + i) = uint4{};
       }
     }
+    fence_bulk_store();
+    __syncthreads();
   }
-}
 
-template <int kRowTiles>
-__device__ __forceinline__ void store_piece(const AttentionParams& p, const AttentionShared<kRowTiles>& shared,
-                                            const float (&out)[kRowTiles][kColumns / 8][4], const Stage& at,
-                                            bool spoiled) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t first = static_cast<int64_t>(at.sequence) * p.pieces + at.piece;
-  const bool whole = at.length <= kPage || p.width == 1;
+  __device__ __forceinline__ void multiply_keys(float (&scores)[kN / 2]) {
+    const uint32_t keys = uniform(keys_by_rows_), queries = uniform(queries_);
+    detail::fence_registers(scores);
+    cute::warpgroup_arrive();
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+    for (int sub = 0; sub < kSubs; ++sub) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = r * 16 + lane / 4 + half * 8;
-      if (row >= p.rows) continue;
-      const float sum = shared.sum[row], factor = spoiled ? NAN : sum > 0.f ? 1.f / sum : 0.f;
-      const int column = warp * kColumns + lane % 4 * 2;
-      float* const partial = p.partial + (first * p.rows + row) * kLatent + column;
-      bf16* const target = p.out + (static_cast<int64_t>(at.sequence) * p.rows + row) * kLatent + column;
+      for (int k = 0; k < kSubColumns / 16; ++k) {
+        detail::wgmma<typename Wgmma::template Shared<kByRows, kByRows>>(
+            kDescriptorHigh | (keys + sub * (kSubBytes / 16) + 2 * k),
+            kDescriptorHigh | (queries + sub * (kN * 128 / 16) + 2 * k), scores, sub > 0 || k > 0);
+      }
+    }
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    detail::fence_registers(scores);
+  }
+
+  // Probabilities relative to the largest score of the page, to shared memory.
+  __device__ __forceinline__ void soften(float (&scores)[kN / 2], int left, Rows& rows, int next_sequence) {
+    float of_warp[kColumns];
 #pragma unroll
-      for (int c = 0; c < kColumns / 8; ++c) {
-        const float x = out[r][c][2 * half] * factor, y = out[r][c][2 * half + 1] * factor;
-        if (whole) {
-          *reinterpret_cast<__nv_bfloat162*>(target + 8 * c) = __floats2bfloat162_rn(x, y);
-        } else {
-          *reinterpret_cast<float2*>(partial + 8 * c) = float2{x, y};
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = scores[place(c, half)];
+        score = fragment_row(half) < left + more_[c] ? score * p.scale : -INFINITY;
+      }
+      of_warp[c] = over_rows<Max>(fmaxf(scores[place(c, 0)], scores[place(c, 1)]));
+    }
+    leave(s.of_warps, of_warp);
+    __syncthreads();
+    if (threadIdx.x == 0 && next_sequence >= 0) load_queries(next_sequence);
+    take<Max>(s.of_warps, rows.max);
+    uint32_t pairs[kColumns / 2][2];
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2) {
+      const float base[2] = {base_of(rows.max[c]), base_of(rows.max[c + 1])};
+      float2 values[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const __nv_bfloat162 rounded = __floats2bfloat162_rn(fast_exp2(scores[place(c, half)] - base[0]),
+                                                             fast_exp2(scores[place(c + 1, half)] - base[1]));
+        pairs[c / 2][half] = reinterpret_cast<const uint32_t&>(rounded);
+        values[half] = __bfloat1622float2(rounded);
+      }
+      // The sum is that of what is multiplied: of the rounded values.
+      of_warp[c] = over_rows<Sum>(values[0].x + values[1].x);
+      of_warp[c + 1] = over_rows<Sum>(values[0].y + values[1].y);
+    }
+    // Rows of queries, 64 keys each, in the layout of TMA: four 8x8 matrices at a time, of two times 8 rows by two times 8
+    // keys.
+    const int chunk = (warp_ * 2 + lane_ / 8 % 2) ^ lane_ % 8;
+    const uint32_t to = shared_address(s.probabilities) + (lane_ / 16 * 8 + lane_ % 8) * 128 + chunk * 16;
+#pragma unroll
+    for (int j = 0; j < kColumns / 2; j += 2) {
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + j * (8 * 128)),
+                   "r"(pairs[j][0]), "r"(pairs[j][1]), "r"(pairs[j + 1][0]), "r"(pairs[j + 1][1])
+                   : "memory");
+    }
+    auto& sums = reinterpret_cast<float (&)[kWarpgroupWarps][kN]>(s.keys[kValueSubs]);  // all scores are there
+    leave(sums, of_warp);
+    fence_bulk_store();
+    __syncthreads();
+    take<Sum>(sums, rows.sum);
+  }
+
+  // Issues the probabilities' products with 64 columns of the values.
+  __device__ __forceinline__ void start_values(int sub, float (&out)[kN / 2]) {
+    const uint32_t values = uniform(keys_across_rows_), probabilities = uniform(probabilities_);
+#pragma unroll
+    for (int k = 0; k < kPage / 16; ++k) {
+      detail::wgmma<typename Wgmma::template Shared<kAcrossRows, kByRows>>(
+          kDescriptorHigh | (values + sub * (kSubBytes / 16) + k * (16 * 128 / 16)),
+          kDescriptorHigh | (probabilities + 2 * k), out, k > 0);
+    }
+    cute::warpgroup_commit_batch();
+  }
+  __device__ __forceinline__ void multiply_values() {
+#pragma unroll
+    for (int sub = 0; sub < kValueSubs; ++sub) detail::fence_registers(out_[sub]);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int sub = 0; sub < kValueSubs; ++sub) start_values(sub, out_[sub]);
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int sub = 0; sub < kValueSubs; ++sub) detail::fence_registers(out_[sub]);
+  }
+  // The same for a page that is not the chunk's first: 64 columns are merged while the next are multiplied.
+  __device__ __forceinline__ void merge_values(const Rows& of_page) {
+    float ours[kColumns], its[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const Merged merged(rows_.max[c], of_page.max[c]);
+      ours[c] = merged.left, its[c] = merged.right;
+      rows_.sum[c] = merged(rows_.sum[c], of_page.sum[c]);
+      rows_.max[c] = merged.max;
+    }
+    float out[2][kN / 2];
+    const auto start = [&](int sub) {
+      detail::fence_registers(out[sub % 2]);
+      cute::warpgroup_arrive();
+      start_values(sub, out[sub % 2]);
+    };
+    const auto add = [&](int sub) {
+      detail::fence_registers(out[sub % 2]);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& sum = out_[sub][place(c, half)];
+          sum = Merged::add(sum, ours[c], out[sub % 2][place(c, half)], its[c]);
         }
       }
-      if (!whole && warp == 0 && lane % 4 == 0) p.partial_lse[first * p.rows + row] = shared.max[row] + log2f(sum);
+    };
+    start(0);
+#pragma unroll
+    for (int sub = 1; sub < kValueSubs; ++sub) {
+      start(sub);
+      cute::warpgroup_wait<1>();
+      add(sub - 1);
+    }
+    cute::warpgroup_wait<0>();
+    add(kValueSubs - 1);
+  }
+
+  __device__ __forceinline__ void store(const Stage& at) {
+    const int64_t first = static_cast<int64_t>(at.sequence) * p.pieces + at.piece;
+    const bool only = at.piece == 0 && at.end == min(pages_of(at.length), p.width);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = row_of(c);
+      if (row >= p.rows) continue;
+      const float sum = spoiled_ ? NAN : rows_.sum[c], factor = inverse_of(sum);
+      float* const partial = p.partial + (first * p.rows + row) * kLatent;
+      bf16* const target = p.out + (static_cast<int64_t>(at.sequence) * p.rows + row) * kLatent;
+#pragma unroll
+      for (int sub = 0; sub < kValueSubs; ++sub) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int column = sub * kSubColumns + fragment_row(half);
+          const float x = out_[sub][place(c, half)];
+          if (only) {
+            target[column] = __float2bfloat16(x * factor);
+          } else {
+            partial[column] = x;
+          }
+        }
+      }
+      if (!only && threadIdx.x < 4) p.partial_state[first * p.rows + row] = float2{rows_.max[c], sum};
     }
   }
-}
 
-template <int kRowTiles>
-__device__ __forceinline__ void clear(float (&out)[kRowTiles][kColumns / 8][4]) {
+  // Over the rows of a fragment that the warp has.
+  template <class Op>
+  static __device__ __forceinline__ float over_rows(float x) {
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) out[r][i / 4][i % 4] = 0.f;
+    for (int distance = 4; distance < kWarpSize; distance *= 2) x = Op{}(x, __shfl_xor_sync(kAll, x, distance));
+    return x;
   }
-}
+  // A number for each row of queries, of each warp, and of all of them.
+  __device__ __forceinline__ void leave(float (&of_warps)[kWarpgroupWarps][kN],
+                                        const float (&of_warp)[kColumns]) const {
+    if (lane_ >= 4) return;
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2) {
+      *reinterpret_cast<float2*>(&of_warps[warp_][row_of(c)]) = float2{of_warp[c], of_warp[c + 1]};
+    }
+  }
+  template <class Op>
+  __device__ __forceinline__ void take(const float (&of_warps)[kWarpgroupWarps][kN], float (&x)[kColumns]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2) {
+      x[c] = x[c + 1] = Op::kIdentity;
+#pragma unroll
+      for (int warp = 0; warp < kWarpgroupWarps; ++warp) {
+        const float2 of_warp = *reinterpret_cast<const float2*>(&of_warps[warp][row_of(c)]);
+        x[c] = Op{}(x[c], of_warp.x), x[c + 1] = Op{}(x[c + 1], of_warp.y);
+      }
+    }
+  }
 
-template <int kRowTiles>
-__global__ void __launch_bounds__(kThreads, 1) few_attention_kernel(AttentionParams p) {
-  extern __shared__ __align__(16) char raw[];
-  auto& shared = *reinterpret_cast<AttentionShared<kRowTiles>*>(raw);
+  const AttentionParams& p;
+  AttentionShared<kN>& s;
+  int warp_, lane_;
+  uint32_t keys_by_rows_, keys_across_rows_, queries_, probabilities_;  // descriptors
+  uint32_t keys_full_, queries_full_;
+  uint32_t keys_phase_ = 0, queries_phase_ = 0;
+  int sequence_ = -1;   // whose queries are there
+  bool spoiled_;        // the piece meets a page that there is not
+  int more_[kColumns];  // keys that a row sees, less those of its sequence: the last token's sees all
+  Rows rows_;           // of the piece so far, as the output
+  float out_[kValueSubs][kN / 2];
+};
+
+template <int kN>
+__global__ void __launch_bounds__(kWarpgroup, 2) few_attention_kernel(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<AttentionShared<kN>*>(raw);
+  Attention<kN> attention(p, shared);
+  if (threadIdx.x == 0) attention.init();
   if (!p.static_cache) wait_for_inputs();
-  Softmax<kRowTiles> softmax(p);
   Stages stages(p);
   Stage now = stages.first();
-  if (now.sequence >= 0) load_stage(p, shared.keys[0], now);
-  commit_copies();
+  if (threadIdx.x == 0 && now.sequence >= 0) attention.load_keys(now);
   if (p.static_cache) wait_for_inputs();  // a block without a piece too: a grid must not end before the one ahead
   release_dependents();
   if (now.sequence < 0) return;
-  load_queries(p, shared, now.sequence);
-  commit_copies();
-  Stage next = stages.next(now);
-  float out[kRowTiles][kColumns / 8][4];
-  clear(out);
-  int buffer = 0;
-  for (bool spoiled = now.is_cut(p);; buffer ^= 1) {
-    const bf16(*keys)[kKeyStride] = shared.keys[buffer];
-    const bool last = now.is_last(), more = next.sequence >= 0;
-    if (more) load_stage(p, shared.keys[buffer ^ 1], next);
-    commit_copies();
-    wait_for_copies<1>();  // all but the next keys have come
-    __syncthreads();
-    multiply_keys(shared, keys);
-    __syncthreads();
-    if (last && more) load_queries(p, shared, next.sequence);
-    commit_copies();
-    const Stage after = stages.next(next);
-    softmax.add(p, shared, now.length - now.entry * kPage);
-    __syncthreads();
-    multiply_values(shared, keys, out);
-    if (!now.is_known(p)) {
-      spoiled = true;
-      if (threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, now.sequence, now.page, now.entry, p.pages);
-    }
-    if (last) store_piece(p, shared, out, now, spoiled);
-    if (!more) return;
-    __syncthreads();
-    if (last) {
-      softmax.begin();
-      clear(out);
-      spoiled = next.is_cut(p);
-    }
-    now = next, next = after;
+  if (threadIdx.x == 0) attention.load_queries(now.sequence);
+  __syncthreads();  // the barriers are ready
+  for (bool begins = true; now.sequence >= 0;) {
+    const Stage next = stages.next(now);
+    attention.attend(now, next, begins);
+    begins = now.is_last();
+    now = next;
   }
 }
 
-// out = sum_i 2^(lse_i - lse) partial_i for sequences of several pieces, zeros for those without keys, NaN where the table
-// has no page. A block a row.
-__global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionParams p) {
+// A part of a row's keys: four columns of its output.
+struct Part {
+  float max = -INFINITY, sum = 0.f;
+  float4 out = {};
+  __device__ __forceinline__ void merge(const Part& x) {
+    const Merged merged(max, x.max);
+    max = merged.max, sum = merged(sum, x.sum);
+    out.x = merged(out.x, x.out.x), out.y = merged(out.y, x.out.y);
+    out.z = merged(out.z, x.out.z), out.w = merged(out.w, x.out.w);
+  }
+};
+
+// The sum of the first `count` parts, of chunks that have kPages of them each.
+template <int kPages>
+__device__ __forceinline__ void merge_chunks(Part& all, Part (&parts)[kCombined], int count) {
+#pragma unroll
+  for (int i = 0; i < kCombined; i += kPages) {
+    if (i >= count) return;
+#pragma unroll
+    for (int k = 1; k < kPages; ++k) {
+      if (i + k < count) parts[i].merge(parts[i + k]);
+    }
+    all.merge(parts[i]);
+  }
+}
+
+// Merges the pieces of sequences that have several; zeros for those without keys, NaN where the table has no page. A block a
+// row.
+__global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(const __grid_constant__ AttentionParams p) {
   const int sequence = blockIdx.y, row = blockIdx.x, column = threadIdx.x * 4;
   const Division d(p, sequence);  // of lengths that the kernel ahead had before it let this one begin
   wait_for_inputs();
@@ -398,52 +533,51 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(AttentionPa
     report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
   if (d.pieces == 1) return;
   const int64_t first = static_cast<int64_t>(sequence) * p.pieces * p.rows + row;
-  float most = -INFINITY, total = 0.f, sum[4] = {};
+  Part all;
   for (int begin = 0; begin < d.pieces; begin += kCombined) {
     // All that is read is asked for before any of it is used.
-    float4 values[kCombined];
-    float bases[kCombined], before = most;
+    Part parts[kCombined];
 #pragma unroll
     for (int i = 0; i < kCombined; ++i) {
-      const bool there = begin + i < d.pieces;
+      if (begin + i >= d.pieces) continue;
       const int64_t at = first + (begin + i) * p.rows;
-      bases[i] = there ? p.partial_lse[at] : -INFINITY;
-      values[i] = there ? *reinterpret_cast<const float4*>(p.partial + at * kLatent + column) : float4{};
+      const float2 state = p.partial_state[at];
+      parts[i] = {state.x, state.y, *reinterpret_cast<const float4*>(p.partial + at * kLatent + column)};
     }
-#pragma unroll
-    for (int i = 0; i < kCombined; ++i) most = fmaxf(most, bases[i]);
-    const float base = most == -INFINITY ? 0.f : most, correction = exp2f(before - base);
-    total *= correction;
-#pragma unroll
-    for (float& x : sum) x *= correction;
-#pragma unroll
-    for (int i = 0; i < kCombined; ++i) {
-      const float weight = exp2f(bases[i] - base);
-      total += weight;
-      sum[0] += weight * values[i].x, sum[1] += weight * values[i].y;
-      sum[2] += weight * values[i].z, sum[3] += weight * values[i].w;
+    const int count = d.pieces - begin;
+    if (!p.pages_apart) {
+      merge_chunks<1>(all, parts, count);
+    } else if (begin < kPagesASize) {
+      merge_chunks<2>(all, parts, count);
+    } else {
+      merge_chunks<4>(all, parts, count);
     }
   }
-  const float factor = d.pieces == 0 && d.length > 0 ? NAN : total == 0.f ? 0.f : 1.f / total;
-  __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(sum[0] * factor, sum[1] * factor),
-                               __floats2bfloat162_rn(sum[2] * factor, sum[3] * factor)};
+  const float factor = d.pieces == 0 && d.length > 0 ? NAN : inverse_of(all.sum);
+  __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(all.out.x * factor, all.out.y * factor),
+                               __floats2bfloat162_rn(all.out.z * factor, all.out.w * factor)};
   bf16* const out = p.out + (static_cast<int64_t>(sequence) * p.rows + row) * kLatent + column;
   *reinterpret_cast<uint2*>(out) = reinterpret_cast<const uint2&>(rounded);
 }
 
-template <int kRowTiles>
+bool pages_apart(int64_t batch, int64_t width) { return width <= kMaxWidthApart && batch * width <= kMaxPagesApart; }
+
+template <int kN>
 void launch_few_attention(const AttentionParams& p, cudaStream_t stream) {
-  Launch shape{.block = dim3(kThreads), .smem = sizeof(AttentionShared<kRowTiles>)};
+  static_assert(sizeof(AttentionShared<kN>) <= 113 * 1024, "half of a multiprocessor's");
+  Launch shape{.block = dim3(kWarpgroup), .smem = sizeof(AttentionShared<kN>)};
   const int64_t pieces = std::max<int64_t>(static_cast<int64_t>(p.batch) * p.pieces, 1);
-  shape.grid = dim3(std::min<int64_t>(pieces, some_clusters("few_attention", few_attention_kernel<kRowTiles>, shape)));
-  launch("few_attention", few_attention_kernel<kRowTiles>, shape, stream, p);
+  shape.grid = dim3(std::min<int64_t>(pieces, some_clusters("few_attention", few_attention_kernel<kN>, shape)));
+  launch("few_attention", few_attention_kernel<kN>, shape, stream, p);
 }
 
 }  // namespace
 
-int64_t few_attention_pieces(int64_t width) { return num_pieces(static_cast<int>(width)); }
+int64_t few_attention_pieces(int64_t batch, int64_t width) {
+  return pages_apart(batch, width) ? width : num_chunks(static_cast<int>(width));
+}
 
-void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Tensor cache, Tensor block_table,
+void few_attention(Tensor out, Tensor partial, Tensor partial_state, Tensor q, Tensor cache, Tensor block_table,
                    Tensor seq_lens, double softmax_scale, bool static_cache, cudaStream_t stream) {
   check_operand("q", q, Dtype::kBFloat16);
   DSV3_CHECK(q.dim() == 4, "q must be (batch, steps, heads, ", kWidth, "), got ", q);
@@ -452,20 +586,24 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
   DSV3_CHECK(rows >= 1 && rows <= kMaxRows, "q must have 1 to ", kMaxRows, " rows of steps and heads, got ", q);
   check_operand("out", out, Dtype::kBFloat16, batch, steps, heads, kLatent);
   check_operand("cache", cache, Dtype::kBFloat16, cache.size(0), kPage, 1, kWidth);
+  DSV3_CHECK(cache.size(0) > 0, "the cache must have at least one page, got ", cache);
+  DSV3_CHECK(cache.size(0) * kPage < int64_t{1} << 31, "the cache has too many rows: ", cache);
+  DSV3_CHECK(batch * rows < int64_t{1} << 31, "q has too many rows: ", q);
   check_operand("seq_lens", seq_lens, Dtype::kInt32, batch);
   DSV3_CHECK(block_table.is_cuda() && block_table.dtype() == Dtype::kInt32 && block_table.dim() == 2 &&
                  block_table.size(0) == batch && (block_table.size(1) <= 1 || block_table.stride(1) == 1),
              "block_table must be int32 (batch, width) on a CUDA device, its rows contiguous, got ", block_table);
-  const int64_t pieces = few_attention_pieces(block_table.size(1));
+  const int64_t pieces = few_attention_pieces(batch, block_table.size(1));
   check_operand("partial", partial, Dtype::kFloat32, batch, pieces, rows, kLatent);
-  check_operand("partial_lse", partial_lse, Dtype::kFloat32, batch, pieces, rows);
+  check_operand("partial_state", partial_state, Dtype::kFloat32, batch, pieces, rows, 2);
   if (batch == 0) return;
   const DeviceGuard guard(q);
-  const AttentionParams p{.out = out.data<bf16>(),
+  const int64_t room = rows <= 16 ? 16 : kMaxRows;
+  const AttentionParams p{.q = sub_blocks_map(q.data<void>(), batch * rows, kWidth, room, kSubs),
+                          .keys = sub_blocks_map(cache.data<void>(), cache.size(0) * kPage, kWidth, kPage, kSubs),
+                          .out = out.data<bf16>(),
                           .partial = partial.data<float>(),
-                          .partial_lse = partial_lse.data<float>(),
-                          .q = q.data<bf16>(),
-                          .cache = cache.data<bf16>(),
+                          .partial_state = partial_state.data<float2>(),
                           .block_table = block_table.data<int>(),
                           .seq_lens = seq_lens.data<int>(),
                           .table_stride = block_table.stride(0),
@@ -476,10 +614,11 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_lse, Tensor q, Ten
                           .rows = static_cast<int>(rows),
                           .steps = static_cast<int>(steps),
                           .heads = static_cast<int>(heads),
+                          .pages_apart = pages_apart(batch, block_table.size(1)),
                           .scale = static_cast<float>(softmax_scale * 1.4426950408889634),
                           .static_cache = static_cache,
                           .error = device_error()};
-  rows <= 16 ? launch_few_attention<1>(p, stream) : launch_few_attention<2>(p, stream);
+  room == 16 ? launch_few_attention<16>(p, stream) : launch_few_attention<kMaxRows>(p, stream);
   const Launch shape{.grid = dim3(rows, batch), .block = dim3(kLatent / 4)};
   launch("few_attention", combine_pieces_kernel, shape, stream, p);
 }

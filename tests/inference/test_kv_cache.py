@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +34,10 @@ def fitting_model(device: torch.device, **changes: object) -> DeepSeekV3:
     return model
 
 
-def append_rounded(*args: Tensor, eps: float) -> None:
+def append_rounded(*args: Tensor, **others: Any) -> None:
     """mla_append_kv into a cache of floats, which then holds what an FP8 cache would."""
     *_, slots, cache = args
-    append(*args, eps=eps)
+    append(*args, **others)
     rows, slots = cache.view(-1, cache.shape[-1]), slots[slots >= 0]
     rows[slots] = unpack_fp8_cache(pack_fp8_cache(rows[slots].bfloat16())).to(cache.dtype)
 

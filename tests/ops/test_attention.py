@@ -152,7 +152,7 @@ def test_registration_and_compile(device):
     kv_a, weight = torch.randn(2, RANK + ROPE, device=device), torch.ones(RANK, device=device)
     tables = torch.rand(2, 16, ROPE // 2, device=device)
     positions, slots = torch.tensor([2, 8], device=device), torch.tensor([4, -1], device=device)
-    check_registration("mla_append_kv", kv_a, weight, *tables, positions, slots, cache, 1e-6)
+    check_registration("mla_append_kv", kv_a, weight, *tables, positions, slots, cache, 1e-6, None, None)
 
     def decode(q, cache, table, seq_lens):
         return ops.mla_decode(q, cache, table, seq_lens, softmax_scale=SCALE, kv_lora_rank=RANK)

@@ -12,14 +12,15 @@ from dsv3.testing import relative_error
 from tests.ops.few import paged
 
 LENGTHS = [[0], [1], [64], [65, 0, 7], [1000, 1024, 1025, 3, 513], [2049, 2], [4200, 7000, 2112]]
-LENGTHS.append([37 * i % 800 for i in range(70)])  # more pieces than blocks run at a time
+LENGTHS.append([37 * i % 800 for i in range(120)])  # more pieces than blocks run at a time
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 16), (5, 3), (1, 32)])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_few_attention(lengths, rows, device):
-    """Pieces of one, two and four pages."""
-    q, *keys = paged(lengths, 120 if max(lengths) > 2049 else 34, *rows, device)
+    """Chunks of two, four and eight pages, in one piece or, where all tables together are short, in pieces of a page."""
+    width = next(width for width in (13, 34, 120) if max(lengths) <= 64 * width)
+    q, *keys = paged(lengths, width, *rows, device)
     found = ops.few_attention(q, *keys, softmax_scale=0.07)
     settings = 0.07, 512, False
     exact = reference.few_attention(q.double(), keys[0].double(), *keys[1:], *settings)
@@ -33,10 +34,13 @@ def test_few_attention(lengths, rows, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("lengths", "used"), [([700, 65, 1500], 26), ([1025, 2049, 6209], 98)])
+@pytest.mark.parametrize(
+    ("lengths", "used"),
+    [([700, 65, 1500], 26), ([1025, 2049, 6209], 98), ([64, 129, 6100], 96), ([2048, 2305, 4100], 70)],
+)
 def test_a_sequence_is_the_same_alone(lengths, used):
-    """Whatever the width of the table, and the first token of two what it is without the second, also where that one is the
-    first of a page and of a piece."""
+    """Whatever the width of the table, so also in pieces of a page instead of chunks; and the first token of two what it is
+    without the second, also where that one is the first of a page and of a chunk."""
     device = torch.device("cuda")
     q, cache, table, lengths = paged(lengths, 100, 2, 16, device)
     whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
@@ -54,7 +58,7 @@ def test_a_sequence_of_many_is_the_same_alone():
     device = torch.device("cuda")
     q, cache, table, lengths = paged(LENGTHS[-1], 13, 1, 16, device)
     whole = ops.few_attention(q, cache, table, lengths, softmax_scale=0.07)
-    for row in (1, 20, 31, 32, 47, 69):
+    for row in (1, 20, 31, 32, 47, 69, 119):
         part = slice(row, row + 1)
         alone = ops.few_attention(q[part], cache, table[part], lengths[part], softmax_scale=0.07)
         assert torch.equal(alone, whole[part])

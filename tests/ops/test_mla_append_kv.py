@@ -151,6 +151,41 @@ def test_the_same_bits_as_rmsnorm():
     assert torch.equal(flat(cache)[:777, :RANK], latent)
 
 
+def queries(tokens, columns, device, weight_dtype=BF16):
+    q_a = torch.randn(tokens, columns, device=device) * torch.exp(torch.randn(tokens, 1, device=device))
+    return {"q_a": q_a.to(BF16), "q_a_norm_weight": torch.exp(torch.randn(columns, device=device)).to(weight_dtype)}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("weight_dtype", [BF16, torch.float32], ids=["weights bf16", "fp32"])
+@pytest.mark.parametrize("columns", [8, 512, 768, 1536, 2048])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 130])
+def test_queries_in_the_same_kernel(tokens, columns, weight_dtype, dtype, device):
+    """What is stored is the same as without them, and they are what rmsnorm makes of them: bit for bit with weights in bf16."""
+    inputs, given = rows(tokens, device, weight_dtype), queries(tokens, columns, device, weight_dtype)
+    before, weight = given["q_a"].clone(), given["q_a_norm_weight"]
+    slots = some_slots(tokens, 384, device)
+    caches = [filled_cache(dtype, 6, 64, device) for _ in range(2)]
+    ops.mla_append_kv(*inputs, slots, caches[0], eps=EPS)
+    ops.mla_append_kv(*inputs, slots, caches[1], eps=EPS, **given)
+    assert torch.equal(*caches)
+    wide = before.double()
+    check_rows(given["q_a"], wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double())
+    if weight_dtype == BF16:
+        assert torch.equal(given["q_a"], ops.rmsnorm(before, weight, eps=EPS))
+
+
+def test_queries_that_the_kernel_does_not_take(device):
+    """Columns that are no multiple of 8, more than 2048, or weights of another dtype than the latent's: the reference."""
+    inputs, slots = rows(3, device), torch.arange(3, device=device)
+    for given in (queries(3, 20, device), queries(3, 2056, device), queries(3, 64, device, torch.float32)):
+        wide, cache = given["q_a"].double(), filled_cache(BF16, 1, 16, device)
+        ops.mla_append_kv(*inputs, slots, cache, eps=EPS, **given)
+        check_rows(flat(cache)[:3], exact_rows(*inputs))
+        norm = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * given["q_a_norm_weight"].double()
+        check_rows(given["q_a"], norm)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("width", [WIDTH, 2112, 580, 1155], ids=["dense", "fused", "odd rows", "odd"])
 def test_kv_a_may_be_columns_of_a_wider_tensor(width, dtype, device):
@@ -228,7 +263,7 @@ def test_a_pool_of_more_than_2_to_31_elements(dtype):
 def test_registration_and_compile(dtype, device):
     inputs, slots = rows(4, device), torch.tensor([4, -1, 7, 2], device=device)
     cache = filled_cache(dtype, 2, 16, device)
-    check_registration("mla_append_kv", *inputs, slots, cache, EPS)
+    check_registration("mla_append_kv", *inputs, slots, cache, EPS, None, None)
 
     def append(cache, *inputs):
         cache = cache.clone()
@@ -238,6 +273,21 @@ def test_registration_and_compile(dtype, device):
     check_compile(append, cache, *inputs, slots)
     if device.type == "cuda":
         check_graph(append, cache, *inputs, slots)
+
+
+def test_registration_and_compile_with_queries(device):
+    inputs, slots = rows(4, device), torch.tensor([4, -1, 7, 2], device=device)
+    cache, given = filled_cache(BF16, 2, 16, device), queries(4, 768, device)
+    check_registration("mla_append_kv", *inputs, slots, cache, EPS, *given.values())
+
+    def append(cache, q_a, weight, *inputs):
+        cache, q_a = cache.clone(), q_a.clone()
+        ops.mla_append_kv(*inputs, cache, eps=EPS, q_a=q_a, q_a_norm_weight=weight)
+        return cache, q_a
+
+    check_compile(append, cache, *given.values(), *inputs, slots)
+    if device.type == "cuda":
+        check_graph(append, cache, *given.values(), *inputs, slots)
 
 
 # ---- bad input ----
@@ -310,3 +360,27 @@ def test_bad_arguments(change, match, device):
     with pytest.raises(ValueError, match=rf"mla_append_kv: expected .*{match}"):
         ops.mla_append_kv(*arguments.values(), eps=EPS)
     assert torch.equal(arguments["cache"], before)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda q: {"q_a": q["q_a"]}, r"\(4, 64\) \(64, 1\) and none"),
+        (lambda q: {"q_a_norm_weight": q["q_a_norm_weight"]}, r"none and \(64,\) \(1,\)"),
+        (lambda q: q | {"q_a": q["q_a"][:3]}, r"\(3, 64\) \(64, 1\) and \(64,\)"),
+        (lambda q: q | {"q_a": q["q_a"][0]}, r"\(64,\) \(1,\) and \(64,\)"),
+        (lambda q: q | {"q_a": q["q_a"].t().contiguous().t()}, r"\(4, 64\) \(1, 4\) and \(64,\)"),
+        (lambda q: q | {"q_a_norm_weight": q["q_a_norm_weight"][:9]}, r"\(4, 64\) \(64, 1\) and \(9,\)"),
+        (lambda q: q | {"q_a_norm_weight": q["q_a_norm_weight"][None]}, r"\(4, 64\) \(64, 1\) and \(1, 64\)"),
+    ],
+)
+def test_bad_queries(change, match, device):
+    inputs, slots = rows(4, device), torch.arange(4, device=device)
+    cache, given = filled_cache(BF16, 2, 16, device), queries(4, 64, device)
+    before = given["q_a"].clone()
+    with pytest.raises(
+        ValueError, match=rf"expected a contiguous q_a \(4,R\) and q_a_norm_weight \(R,\).* got {match}"
+    ):
+        ops.mla_append_kv(*inputs, slots, cache, eps=EPS, **change(given))
+    assert torch.equal(given["q_a"], before)
+    assert (cache == SENTINEL).all()

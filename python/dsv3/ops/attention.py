@@ -12,6 +12,7 @@ from dsv3.ops.registry import define
 from dsv3.reference import attention as reference
 
 LATENT, ROPE, PAGES = 512, 64, (16, 32, 64, 128)  # what the native kernels take
+MAX_QUERY = 2048  # kMaxQuery (csrc/attention/mla_append_kv.cu)
 BLOCK_ROWS, INVARIANT_KEYS = 64, 1024  # kBlockRows; kInvariantTiles tiles (csrc/attention/schedule.cuh)
 
 
@@ -123,6 +124,8 @@ def _supports_append(
     slot_mapping: Tensor,
     cache: Tensor,
     eps: float,
+    q_a: Tensor | None,
+    q_a_norm_weight: Tensor | None,
 ) -> str | None:
     if norm_weight.shape[0] != LATENT or kv_a.shape[1] != LATENT + ROPE:
         return f"rows are of {norm_weight.shape[0]} + {kv_a.shape[1] - norm_weight.shape[0]} columns, not {LATENT} + {ROPE}"
@@ -131,21 +134,33 @@ def _supports_append(
         or registry.check_dtype("norm_weight", norm_weight, torch.bfloat16, torch.float32)
         or registry.check_dtype("cos", cos, torch.float32)
         or registry.check_dtype("cache", cache, torch.bfloat16, torch.uint8)
+        or _supports_queries(q_a, q_a_norm_weight, norm_weight)
+    )
+
+
+def _supports_queries(q_a: Tensor | None, weight: Tensor | None, latent_weight: Tensor) -> str | None:
+    if q_a is None or weight is None:
+        return None
+    if q_a.shape[1] % 8 or q_a.shape[1] > MAX_QUERY:
+        return f"q_a has {q_a.shape[1]} columns, not a multiple of 8 up to {MAX_QUERY}"
+    return registry.check_dtype("q_a", q_a, torch.bfloat16) or registry.check_dtype(
+        "q_a_norm_weight", weight, latent_weight.dtype
     )
 
 
 def _launch_append(_: None, kv_a: Tensor, *args: Any) -> None:
-    *others, cache, eps = args
+    *others, cache, eps, q_a, q_a_norm_weight = args
     if kv_a.stride(1) != 1 or kv_a.stride(0) % 8 or kv_a.data_ptr() % 16:  # it is read by 16 bytes
         kv_a = kv_a.contiguous()
-    registry.native().mla_append_kv(cache, kv_a, *others, eps)
+    registry.native().mla_append_kv(cache, kv_a, *others, q_a, q_a_norm_weight, eps)
 
 
 define(
     "mla_append_kv(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, float eps) -> ()",
+    "Tensor(a!) cache, float eps, Tensor(b!)? q_a, Tensor? q_a_norm_weight) -> ()",
     shapes="kv_a [T,Dc+Dr], norm_weight [Dc], cos, sin [P,Dr/2] fp32, positions, slot_mapping [T] int64, "
-    "cache [pages,page,1,Dc+Dr] or uint8 [pages,page,1,656] (rows stored); native: kv_a bf16, Dc 512, Dr 64, cache bf16|uint8",
+    "cache [pages,page,1,Dc+Dr] or uint8 [pages,page,1,656] (rows stored), q_a [T,R] (normalised), q_a_norm_weight [R]; "
+    "native: kv_a, q_a bf16, Dc 512, Dr 64, R up to 2048, cache bf16|uint8",
     reference=reference.mla_append_kv,
     allocate=lambda *args: None,
     launch=_launch_append,
@@ -282,6 +297,8 @@ def mla_append_kv(
     cache: Tensor,
     *,
     eps: float = 1e-6,
+    q_a: Tensor | None = None,
+    q_a_norm_weight: Tensor | None = None,
 ) -> None:
     """Normalises, rotates and stores one latent row a token in the paged cache, in place; not differentiable.
 
@@ -299,9 +316,12 @@ def mla_append_kv(
         cache: [pages, page, 1, Dc+Dr], or uint8 [pages, page, 1, 656] with Dc 512 and Dr 64; modified. Rows of 576 or 656 come
             in pages of 16, 32, 64 or 128.
         eps: of the RMSNorm.
+        q_a: [T, R], the output of the q_a projection, contiguous; where it is given it becomes rmsnorm(q_a, q_a_norm_weight,
+            eps), in the same kernel, whatever slots and positions are (but nothing where a CPU finds one wrong).
+        q_a_norm_weight: [R].
 
     Raises:
-        ValueError: shapes that do not fit, integers that are not int64, a cache that is not contiguous.
+        ValueError: shapes that do not fit, integers that are not int64, a cache or q_a that is not contiguous.
         RuntimeError, at a later call: a slot that the cache or a position that the tables do not have. Nothing is stored for
             such a token.
     """
@@ -333,10 +353,22 @@ def mla_append_kv(
     if not cache.is_contiguous():
         found = f"strides {cache.stride()} of {tuple(cache.shape)} beside {tuple(kv_a.shape)}"
         raise ValueError(f"mla_append_kv: expected a contiguous cache, got {found}")
+    queries = [None if t is None else t.detach() for t in (q_a, q_a_norm_weight)]
+    _check_queries(*queries, kv_a.shape[0])
     integers = positions.contiguous(), slot_mapping.contiguous()
     torch.ops.dsv3.mla_append_kv(
-        kv_a.detach(), norm_weight.detach(), cos.contiguous(), sin.contiguous(), *integers, cache, eps
+        kv_a.detach(), norm_weight.detach(), cos.contiguous(), sin.contiguous(), *integers, cache, eps, *queries
     )
+
+
+def _check_queries(q_a: Tensor | None, weight: Tensor | None, tokens: int) -> None:
+    given = [t for t in (q_a, weight) if t is not None]
+    if not given:
+        return
+    if len(given) == 1 or weight.dim() != 1 or q_a.shape != (tokens, *weight.shape) or not q_a.is_contiguous():
+        found = " and ".join("none" if t is None else f"{tuple(t.shape)} {t.stride()}" for t in (q_a, weight))
+        wanted = f"a contiguous q_a ({tokens},R) and q_a_norm_weight (R,), or neither"
+        raise ValueError(f"mla_append_kv: expected {wanted}, got {found}")
 
 
 def mla_cached_rows(cache: Tensor, slots: Tensor) -> Tensor:

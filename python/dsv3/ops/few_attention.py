@@ -20,6 +20,8 @@ def _supports_attention(q: Tensor, cache: Tensor, *args: Any) -> str | None:
         return f"{q.shape[1]} steps of {q.shape[2]} heads are more than {ROWS_A_SEQUENCE} rows"
     if (q.shape[3], args[3], cache.shape[1]) != (LATENT + ROPE, LATENT, PAGE):
         return f"rows of {args[3]} of {q.shape[3]} columns in pages of {cache.shape[1]}"
+    if cache.shape[0] == 0:
+        return "the cache is empty"
     return check_dtype("q", q, torch.bfloat16) or check_dtype("cache", cache, torch.bfloat16)
 
 
@@ -27,10 +29,10 @@ def _launch_attention(
     out: Tensor, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, rank: int, static: bool
 ) -> None:
     batch, steps, heads, _ = q.shape
-    pieces = native().few_attention_pieces(block_table.shape[1])
+    pieces = native().few_attention_pieces(batch, block_table.shape[1])
     partial = q.new_empty(batch, pieces, steps * heads, LATENT, dtype=torch.float32)
-    partial_lse = q.new_empty(batch, pieces, steps * heads, dtype=torch.float32)
-    native().few_attention(out, partial, partial_lse, q, cache, block_table, seq_lens, scale, static)
+    state = q.new_empty(batch, pieces, steps * heads, 2, dtype=torch.float32)
+    native().few_attention(out, partial, state, q, cache, block_table, seq_lens, scale, static)
 
 
 define(
@@ -63,7 +65,7 @@ def few_attention(
 ) -> Tensor:
     """Causal mla_decode for few rows a sequence and short sequences, without a schedule; not differentiable.
 
-    A token's bits depend neither on the other sequences nor on S: keys are taken in pieces that begin at fixed places.
+    A token's bits depend neither on the other sequences nor on S: what is added to what is fixed.
 
     Args:
         q: [B, S, G, Dc+Dr], made contiguous; native on Hopper for bf16, S * G up to 32, Dc 512, Dr 64.

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dsv3.reference.groups import bounds
+from dsv3.reference.norm import rmsnorm
 from dsv3.reference.quant import TILE, per_token_cast
 
 # A row of an FP8 cache in bytes: the latent in e4m3, a scale (fp32) for every 128 of it, 64 rotated values in bf16.
@@ -229,18 +230,23 @@ def mla_append_kv(
     slot_mapping: Tensor,
     cache: Tensor,
     eps: float,
+    q_a: Tensor | None,
+    q_a_norm_weight: Tensor | None,
 ) -> None:
     """Stores token t's latent at row slot_mapping[t] of the cache [pages, page, 1, Dc+Dr]; a slot of -1 stores nothing.
 
     kv_a [T, Dc+Dr]: the first Dc values are normalised (RMSNorm with norm_weight [Dc]), the last Dr rotated in interleaved
     pairs by cos and sin [max_positions, Dr/2] at positions [T]. A cache of uint8 holds what pack_fp8_cache makes of the row.
-    A slot or a position that there is not: RuntimeError on a CPU, elsewhere nothing is stored for the token.
+    A slot or a position that there is not: RuntimeError on a CPU, elsewhere nothing is stored for the token. q_a [T, R], where
+    it is given, becomes its RMSNorm.
     """
     rank = norm_weight.shape[0]
     if kv_a.shape[0] == 0:
         return
     flat = cache.view(-1, cache.shape[-1])
     keep = _storable(positions, slot_mapping, cos.shape[0], flat.shape[0])
+    if q_a is not None:
+        q_a.copy_(rmsnorm(q_a, None, q_a_norm_weight, eps)[0])
     if not flat.shape[0] or not cos.shape[0]:
         return
     wide = kv_a.to(torch.promote_types(kv_a.dtype, torch.float32))
