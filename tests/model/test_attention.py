@@ -10,8 +10,9 @@ import torch
 from dsv3 import ops
 from dsv3.config import Rope
 from dsv3.model import AttentionContext
-from dsv3.model.attention import MLA, segment_of
+from dsv3.model.attention import MLA
 from dsv3.model.layers import rope_tables
+from dsv3.reference.groups import group_of
 from tests.model.cases import BASE, CASES, random_model, tokens_for
 
 ATTENTION = ["groups and q_lora", "without q_lora", "yarn", "yarn with two mscales", "yarn without mscales"]
@@ -157,7 +158,7 @@ def test_contexts(device):
         assert (other.max_seqlen_q, other.max_seqlen_k) == (3, 3)
     ragged = AttentionContext.segments(torch.tensor([0, 1, 4, 4, 6], device=device), 6, 3)
     assert ragged.positions.tolist() == [0, 0, 1, 2, 0, 1]
-    assert segment_of(torch.tensor([0, 1, 4, 4, 6], device=device), 6).tolist() == [0, 1, 1, 1, 3, 3]
+    assert group_of(torch.tensor([0, 1, 4, 4, 6], device=device), 6).tolist() == [0, 1, 1, 1, 3, 3]
     seq_lens = torch.tensor([5, 2], dtype=torch.int32, device=device)
     decode = AttentionContext.decode(torch.zeros(2, 1, device=device), seq_lens, torch.zeros(4, device=device), 2)
     assert decode.positions.tolist() == [3, 4, 0, 1]

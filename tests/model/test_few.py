@@ -176,9 +176,9 @@ def test_gradients_and_other_ways_of_experts_go_elsewhere():
     model, tokens = random_model(PLAIN), tokens_for(PLAIN, 1)
     paged = Paged(PLAIN, 1, tokens.device)
     ctx = AttentionContext.decode(paged.table, torch.tensor([1], dtype=torch.int32), paged.slots(0, torch.tensor([0])))
-    assert few.fits(model.layers[1], ctx, 64)
-    assert not few.fits(model.layers[1], ctx, 65)
+    assert few.prepare(model.layers[1:2], ctx, 64)
+    assert not few.prepare(model.layers[1:2], ctx, 65)
     with torch.enable_grad():
-        assert not few.fits(model.layers[1], ctx, 1)
+        assert not few.prepare(model.layers[1:2], ctx, 1)
     model.layers[1].moe.buffer.room = 64
-    assert not few.fits(model.layers[1], ctx, 1)
+    assert not few.prepare(model.layers[1:2], ctx, 1)

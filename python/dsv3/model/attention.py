@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from dsv3 import ops
 from dsv3.config import Config
 from dsv3.model.layers import Linear, RMSNorm, identity, rope_tables
+from dsv3.reference.groups import group_of
 
 ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -80,7 +81,7 @@ class AttentionContext:
     def segments(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> AttentionContext:
         """Sequences bounded by cu_seqlens int [n+1], known on the device only; none is longer than max_seqlen."""
         index = torch.arange(tokens, device=cu_seqlens.device)
-        start = cu_seqlens[segment_of(cu_seqlens, tokens)]
+        start = cu_seqlens[group_of(cu_seqlens, tokens)]
         cu_seqlens = cu_seqlens.int()
         return AttentionContext(index - start, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
 
@@ -137,12 +138,6 @@ def _places(begins: Sequence[int], ends: Sequence[int], block_table: Tensor, pag
     row = torch.cat([torch.full_like(span, i) for i, span in enumerate(spans)]).to(block_table.device)
     positions = torch.cat(spans).to(block_table.device)
     return positions, block_table[row, positions // page].long() * page + positions % page
-
-
-def segment_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [tokens]: the sequence that each packed token belongs to."""
-    index = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
 def _keep_attention() -> Any:

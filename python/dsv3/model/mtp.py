@@ -48,7 +48,8 @@ class MTP(nn.Module):
         """
         x = torch.cat([self.enorm(self.embed(next_tokens)), self.hnorm(h)], -1)
         layer_cache = None if cache is None else cache[self.cache_index]
-        if layer_cache is not None and few.fits(self.layer, ctx, len(x)):
-            return few.run([self.layer], self.norm, few.linear(self.eh_proj, x), ctx, [layer_cache]), None
+        blocks = None if layer_cache is None else few.prepare([self.layer], ctx, len(x))
+        if blocks is not None:
+            return few.run(blocks, self.norm, few.linear(self.eh_proj, x), ctx, [layer_cache]), None
         x, stats = self.layer(self.eh_proj(x, wgrad), ctx, layer_cache, wgrad)
         return self.norm(x), stats

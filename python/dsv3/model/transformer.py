@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from dsv3 import ops
 from dsv3.config import Config
 from dsv3.model import few
-from dsv3.model.attention import MLA, AttentionContext, segment_of
+from dsv3.model.attention import MLA, AttentionContext
 from dsv3.model.block import Block, BlockStats
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.moe import Experts, balance_loss
 from dsv3.model.mtp import MTP
+from dsv3.reference.groups import group_of
 
 log = logging.getLogger("dsv3")
 
@@ -215,8 +216,9 @@ class DeepSeekV3(nn.Module):
         written through ctx.slot_mapping.
         """
         x, stats = self.embed(tokens), []
-        if cache is not None and all(few.fits(layer, ctx, len(x)) for layer in self.layers):
-            return few.run(list(self.layers), self.norm, x, ctx, cache[: len(self.layers)]), stats
+        blocks = None if cache is None else few.prepare(self.layers, ctx, len(x))
+        if blocks is not None:
+            return few.run(blocks, self.norm, x, ctx, cache[: len(self.layers)]), stats
         for index, layer in enumerate(self.layers):
             x, block_stats = layer(x, ctx, None if cache is None else cache[index], wgrad)
             if block_stats is not None:
@@ -268,7 +270,7 @@ class DeepSeekV3(nn.Module):
         self._check_length(length)
         if batch.cu_seqlens is None:
             return AttentionContext.batch(rows, length, batch.tokens.device), None
-        segment = segment_of(batch.cu_seqlens, rows * length)
+        segment = group_of(batch.cu_seqlens, rows * length)
         return AttentionContext.segments(batch.cu_seqlens, rows * length, length), segment
 
     def _cross_entropy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""Offsets of groups of rows, as numbers."""
+"""Groups of rows, by their offsets."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,9 @@ def bounds(offsets: Tensor, rows: int) -> list[int]:
 def groups(offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
     """The number and the rows of every group that has rows."""
     return [(g, slice(a, b)) for g, (a, b) in enumerate(pairwise(bounds(offsets, rows))) if b > a]
+
+
+def group_of(offsets: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: the group that each row belongs to, G behind the last; without a look at the device."""
+    index = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:].contiguous(), index, right=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.reference.groups import group_of
 from dsv3.reference.quant import empty_row_scales
 
 
@@ -99,7 +100,7 @@ def moe_gate_loads(
         found = cu_seqlens.tolist()
         raise RuntimeError(f"cu_seqlens must begin at 0, not decrease and end at {len(logits)} at most, got {found}")
     routed = moe_gate(logits, bias, num_groups, topk_groups, topk, route_scale, score, group_score, normalize)
-    s, sequence = scores(logits, score), _sequence_of(cu_seqlens, len(logits))
+    s, sequence = scores(logits, score), group_of(cu_seqlens, len(logits))
     # A row more than there are sequences, for tokens behind them.
     chosen = _counts(sequence[:, None] * experts + top(s, topk), (n + 1) * experts).view(n + 1, experts)
     affinity = torch.zeros(n + 1, experts, dtype=torch.float64, device=logits.device)
@@ -118,19 +119,13 @@ def moe_gate_loads_backward(
     normalize: bool,
 ) -> Tensor:
     """The gradient of the logits [T, E] from those of topk_weights [T, k] and affinity [n, E]; choices are constant."""
-    s, sequence = scores(logits, score), _sequence_of(cu_seqlens, len(logits))
+    s, sequence = scores(logits, score), group_of(cu_seqlens, len(logits))
     ds = _weights_gradient(dweights, s, index, route_scale, normalize)
     total = s.sum(-1, keepdim=True)
     dp = torch.cat([daffinity, daffinity.new_zeros(1, s.shape[1])]).to(s.dtype)[sequence]
     of_affinity = (dp - (dp * s).sum(-1, keepdim=True) / total) / total
     ds = torch.where((sequence < len(daffinity))[:, None], ds + of_affinity, ds)
     return _through_scores(ds, s, score)
-
-
-def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [tokens]: each token's sequence, n behind the last."""
-    index = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
 def check_experts(topk_idx: Tensor, num_experts: int) -> None:
