@@ -33,6 +33,7 @@ CALLED = tuple(family for family in FAMILIES if family != "comm")  # comm needs 
 # part of a block. A family's pairs of functions, of which one writes and the other reads, and what orders them.
 # NOTE: a race between the same two functions that nothing orders would be taken for one of these.
 RING = "the stage's mbarriers: full when the copy has landed, empty when every consumer warp is done with it"
+MBARRIER = "the mbarrier itself: one thread makes it and is the first to use it, the others wait behind a __syncthreads"
 SLOT = "kReady of the slot's owner; who writes a slot again has received a later tile from every other warpgroup"
 ORDERED = {
     "gemm": {
@@ -50,6 +51,12 @@ ORDERED = {
         "Fp8Consumer::make_probabilities and Fp8Consumer::receive": SLOT,
         "Fp8Consumer::make_probabilities and __half2::operator=": SLOT,
         "Fp8Consumer::pair_at and Fp8Consumer::write": "the second kEnd of a piece",
+        "Fp8Consumer::write and mla_decode_fp8_kernel": "the second kEnd of a piece",
+    },
+    "decode": {
+        "::few_attention_kernel and expect_bytes": MBARRIER,
+        "const and expect_bytes": MBARRIER,
+        "cutlass::arch::ClusterBarrier::init and expect_bytes": MBARRIER,
     },
 }
 
