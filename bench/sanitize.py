@@ -54,9 +54,9 @@ ORDERED = {
         "Fp8Consumer::write and mla_decode_fp8_kernel": "the second kEnd of a piece",
     },
     "decode": {
-        "::few_attention_kernel and expect_bytes": MBARRIER,
-        "const and expect_bytes": MBARRIER,
+        "Attention::row_of and expect_bytes": MBARRIER,  # of what is made there no line is left but one behind it
         "cutlass::arch::ClusterBarrier::init and expect_bytes": MBARRIER,
+        "expect_bytes and few_attention_kernel": MBARRIER,
     },
 }
 
@@ -161,7 +161,7 @@ def call(family: str) -> None:
 def function_name(text: str) -> str:
     """A function without its namespace of ours, template arguments, parameters and return type."""
     before = None
-    text = re.sub(r"\(anonymous namespace\)::|\((int|bool|unsigned int)\)", "", text)
+    text = re.sub(r"(\(anonymous namespace\)|<unnamed>)::|\((int|bool|unsigned int)\)(?=\d)", "", text)
     while before != text:
         before, text = text, re.sub(r"<[^<>]*>", "", text)
     name = re.sub(r"operator ?", "operator", text.split("(")[0].strip()).split(" ")[-1]

@@ -48,6 +48,8 @@ def total(hazards: int) -> str:
         ("void dsv3::load_codes<dsv3::Fp8Config<(int)16, (int)1>>(void *, unsigned long)", "load_codes"),
         ("cute::SM90_BULK_COPY_G2S::copy(const void *, void *, int)", "SM90_BULK_COPY_G2S::copy"),
         ("__half2::operator =(const __half2&)", "__half2::operator="),
+        ("dsv3::<unnamed>::Attention<(int)16>::row_of(int) const", "Attention::row_of"),
+        ("void dsv3::<unnamed>::few_attention_kernel<(int)32>(dsv3::<unnamed>::Params)", "few_attention_kernel"),
     ],
 )
 def test_names_of_functions(written, name):
