@@ -173,15 +173,10 @@ def test_micro_batches_change_nothing(token_folder: Path, tmp_path: Path) -> Non
     losses = []
     for size in (8, 2):
         recorder = Recorder()
-        train.run(same_losses(token_folder, tmp_path / str(size), micro_batch=size), callbacks=[recorder])
+        # Half the learning rate: with the whole one, on one kind of CPU, rounding flips a token's choice of experts at step 39.
+        train.run(same_losses(token_folder, tmp_path / str(size), micro_batch=size, lr=5e-4), callbacks=[recorder])
         losses.append(recorder.losses)
-    # NOTE: up to step 38 they are within 6e-7. There, on one kind of CPU, rounding flips a token's choice of experts: 4e-5 and
-    # 3e-5 in the two steps that see it, 3e-6 at most behind them (on another kind nothing flips). An error of scaling, or a
-    # micro-batch left out, would show in every step from the second on.
-    apart = [abs(b / a - 1) for a, b in zip(*losses, strict=True)]
-    assert max(apart[:30]) < 1e-5
-    assert sum(x > 1e-5 for x in apart) <= 3
-    assert max(apart) < 1e-3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_recomputation_changes_nothing(token_folder: Path, tmp_path: Path) -> None:
