@@ -58,7 +58,7 @@ class Plan:
         )
 
 
-PLAN = Plan(Setup("mini", 4, 2048, 2000), warmup_steps=200, window=100)
+PLAN = Plan(Setup("mini", 8, 2048, 2000), warmup_steps=200, window=100)
 TINY = Plan(Setup("tiny", 2, 32, 12), warmup_steps=4, window=2)
 
 

@@ -143,7 +143,7 @@ struct Consumer {
         *reinterpret_cast<uint4*>(s.keys[kHalf][sub] + i) = uint4{};
       }
     }
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_sync(kTail + kHalf, kWarpgroup);
   }
 
@@ -161,7 +161,7 @@ struct Consumer {
                    : "memory");
     }
     if (lane % 4 < 2) s.row_max[local_row(lane % 4)] = lane % 4 == 0 ? soft.max[0] : soft.max[1];
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_arrive(kReady + kHalf, 2 * kWarpgroup);
   }
 

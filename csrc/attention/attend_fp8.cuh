@@ -97,7 +97,7 @@ class Fp8Consumer {
       for (int i = 0; i < kAtOnce; ++i) store_query(base + i * kWarps, values[i]);
     }
     if (threadIdx.x < kScaleBlocks) s.unit[threadIdx.x] = kLeastUnit;
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_sync(kEnd, kAll);
   }
   __device__ __forceinline__ void store_query(int row, const uint4 (&values)[3]) {
@@ -228,7 +228,7 @@ class Fp8Consumer {
     for (int i = valid * kFp8Row + thread() * 16; i < kFp8TileBytes; i += kWarpgroup * 16) {
       *reinterpret_cast<uint4*>(s.keys[stage] + i) = uint4{};
     }
-    cute::tma_store_fence();  // TMA writes here next
+    fence_shared_writes();  // TMA writes here next
     sync_own();
   }
 
@@ -261,7 +261,7 @@ class Fp8Consumer {
       const float low = t % 2 ? scales[r].y : scales[r].x, high = t % 2 ? scales[r].w : scales[r].z;
       s.scales[slot][t][key_of(r)] = __float2half_rn((t < 2 ? low : high) * inverse_unit);
     }
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_arrive(kReady + warpgroup_, kAll);
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) sums[i] += total[i];

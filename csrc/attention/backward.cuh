@@ -156,10 +156,7 @@ __device__ __forceinline__ void bulk_add(float* target, uint32_t shared, int byt
 }
 __device__ __forceinline__ int count_up(int& shared) {
   int before;
-  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], 1;"
-               : "=r"(before)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&shared)))
-               : "memory");
+  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(shared_pointer(&shared)) : "memory");
   return before;
 }
 __device__ __forceinline__ int load_acquire(const int* p) {

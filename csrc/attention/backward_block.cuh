@@ -121,7 +121,7 @@ struct KeyBlock {
     const int rows = w.keys - w.tile * kKeyTile;
     if (rows >= kKeyTile) return;
     zero_rows<C::kThreads>(keys(), kQuerySubs + kValueSubColumns, 2 * kSubBytes, rows);
-    cute::tma_store_fence();
+    fence_shared_writes();
     __syncthreads();
   }
   __device__ __forceinline__ void wait_queries(int tile, int step) {
@@ -130,7 +130,7 @@ struct KeyBlock {
     if (rows >= kQueryTile) return;
     zero_rows<kWarpgroup>(queries(stage), kQuerySubs, kSubBytes, rows);
     zero_rows<kWarpgroup>(dout(stage), kValueSubColumns, kSubBytes, rows);
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_sync(kTailZeroed + group, kWarpgroup);
   }
 
@@ -184,7 +184,7 @@ struct KeyBlock {
     for (int k = 0; k < 4; ++k) {
       store_matrices(gradients(step) + (warp * 16 + row) * 128 + ((2 * k + lane / 16) ^ (row % 8)) * 16, &left[4 * k]);
     }
-    cute::tma_store_fence();
+    fence_shared_writes();
     __syncwarp();
     if (lane == 0) cutlass::arch::ClusterBarrier::arrive(&s.ds_full[step % 2]);
     named_sync(kDsStored + group, kWarpgroup);
@@ -220,7 +220,7 @@ struct KeyBlock {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kBulkSteps; ++j) store_shared_float4(staged + (j * kWarpSize + lane) * 16, &dq[4 * j]);
-    fence_bulk_store();
+    fence_shared_writes();
     __syncwarp();
     if (lane == 0) bulk_add(target, staged, kBulkSteps * kWarpSize * 16);
     __syncwarp();

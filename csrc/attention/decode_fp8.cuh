@@ -72,8 +72,8 @@ __device__ __forceinline__ void init_fp8_barriers(Fp8Shared<C>& s) {
 // `bytes` of the cache to the same place in every block of the cluster.
 template <class C>
 __device__ __forceinline__ void load_codes(void* to, const uint8_t* from, int bytes, uint64_t& full, uint64_t hint) {
-  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&full));
+  const uint32_t target = shared_pointer(to);
+  const uint32_t barrier = shared_pointer(&full);
   if constexpr (C::kCluster == 1) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::

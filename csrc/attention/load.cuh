@@ -69,8 +69,8 @@ __device__ __forceinline__ void load_half(const DecodeParams& p, DecodeShared& s
       p.schedule.groups > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL : cute::TMA::CacheHintSm90::EVICT_FIRST;
   const int slot = buffer * 2 + half;
   uint64_t& full = s.full[slot];
-  wait_barrier(static_cast<uint32_t>(__cvta_generic_to_shared(&s.empty[slot])), phase ^ 1);
-  expect_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(&full)), half_subs(buffer, half) * kSubBytes);
+  wait_barrier(shared_pointer(&s.empty[slot]), phase ^ 1);
+  expect_bytes(shared_pointer(&full), half_subs(buffer, half) * kSubBytes);
   if (parts == 1) {
     const int sub = half * 4 + static_cast<int>(rank) * kSubsAtOnce<C>;
     uint8_t* const target = s.keys[buffer][sub];

@@ -15,6 +15,7 @@
 #include "../common/device_error.cuh"
 #include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
+#include "../common/rmsnorm.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
 
@@ -81,17 +82,15 @@ __device__ __forceinline__ bool stores(const AppendParams& p, int token, int64_t
   return false;
 }
 
-// rmsnorm of a row, in place: as rmsnorm.cu has it, bit for bit where the weights are bf16.
+// rmsnorm of a token's latent, in place: as rmsnorm.cu has it, bit for bit where the weights are bf16.
 template <class W>
-__device__ __forceinline__ void normalise(Vec<Bf16> (&x)[kVecs], const Weights<W> (&weights)[kVecs], float eps) {
-  float sums[kVecs] = {};
+__device__ __forceinline__ void normalise_latent(Vec<Bf16> (&x)[kVecs], const Weights<W> (&weights)[kVecs], float eps) {
+  float sums[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     float values[kSize];
     unpack(x[i], values);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sums[i] = __fmaf_rn(values[j], values[j], sums[i]);
-    sums[i] = warp_reduce<Sum>(sums[i]);
+    sums[i] = warp_reduce<Sum>(add_squares(values, 0.f));
   }
   const float rstd = rsqrtf((sums[0] + sums[1]) / kLatent + eps);
 #pragma unroll
@@ -99,8 +98,7 @@ __device__ __forceinline__ void normalise(Vec<Bf16> (&x)[kVecs], const Weights<W
     float values[kSize], w[kSize];
     unpack(x[i], values);
     weights[i].get(w);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[j] *= rstd * w[j];
+    normalise(values, rstd, w);
     pack(values, x[i]);
   }
 }
@@ -124,8 +122,7 @@ __device__ __forceinline__ void normalise_query(const AppendParams& p, int row) 
     if ((static_cast<int>(threadIdx.x) + i * kThreads) * kSize >= p.q_columns) continue;
     float wide[kSize];
     unpack(values[i], wide);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sum = __fmaf_rn(wide[j], wide[j], sum);
+    sum = add_squares(wide, sum);
   }
   const float rstd = rsqrtf(block_reduce<Sum, kThreads>(sum, scratch) / p.q_columns + p.eps);
 #pragma unroll
@@ -135,8 +132,7 @@ __device__ __forceinline__ void normalise_query(const AppendParams& p, int row) 
     float wide[kSize], w[kSize];
     unpack(values[i], wide);
     Weights<W>(weight + column).get(w);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) wide[j] *= rstd * w[j];
+    normalise(wide, rstd, w);
     pack(wide, values[i]);
     store(x + column, values[i]);
   }
@@ -186,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(AppendParams p) {
   release_dependents();
   if (!stores(p, token, slot, position)) return;
   const Angles angles(p, position, rope_lane);
-  normalise(latent, weights, p.eps);
+  normalise_latent(latent, weights, p.eps);
   rotate(rope, angles);
   if constexpr (kFp8) {
     uint8_t* const row = p.cache + slot * kFp8Row;

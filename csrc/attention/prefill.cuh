@@ -176,9 +176,7 @@ class Loader {
   }
 
  private:
-  __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
-  }
+  __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) { return shared_pointer(&barrier); }
   __device__ __forceinline__ void load_keys(const QueryTile& tile, int i) {
     wait_barrier(address(s.keys_empty[keys_at_.stage]), keys_at_.phase ^ 1);
     if (cute::elect_one_sync()) {

@@ -149,7 +149,7 @@ class Attender {
         *reinterpret_cast<uint4*>(s.values[values_at_.stage][sub] + at) = uint4{};
       }
     }
-    cute::tma_store_fence();
+    fence_shared_writes();
     named_sync(kAlone + warpgroup_, kWarpgroup);
   }
 

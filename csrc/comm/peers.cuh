@@ -168,12 +168,6 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
-// 16 bytes on their way into shared memory; wait_for_copies waits for this thread's.
-__device__ __forceinline__ void copy_ahead(void* shared, const void* source) {
-  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ uint64_t now_ns() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));

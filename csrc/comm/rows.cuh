@@ -33,8 +33,6 @@ __device__ __forceinline__ int slot_bytes(int columns) {
 
 // What this thread wrote to shared memory is seen by bulk copies, and what it acquired from a peer as well.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// All bulk stores of this thread have arrived.
-__device__ __forceinline__ void wait_bulk_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Lane j has pair j of a token: its expert's rank, and its place among the token's pairs by rank, then by row.
 struct Pair {
@@ -73,7 +71,8 @@ __device__ __forceinline__ void fill_slot(Slot* slot, ScaleRule rule, const type
       cast_packs(to, packs, 0, 0, first, kWarpSize, vectors);
     }
   } else {
-    for (int v = lane + part * kWarpSize; v < vectors; v += kParts * kWarpSize) copy_ahead(&slot->data[v], row + v);
+    for (int v = lane + part * kWarpSize; v < vectors; v += kParts * kWarpSize)
+      copy_async(shared_pointer(&slot->data[v]), row + v);
   }
   if (part == 0) {
     if (lane < topk) {

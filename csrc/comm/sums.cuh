@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "../hopper/shared_memory.cuh"
 #include "peers.cuh"
 
 namespace dsv3 {
@@ -53,9 +54,7 @@ struct Turn {
     if constexpr (kVector < kRuns * kWords) {
       constexpr int kColumn = kVector / kWords * kWarpSize * kRun + kVector % kWords * (kRun / kWords);
       if (!kBounded || kColumn < columns) {
-        asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(stage), "l"(own),
-                     "n"(kVector * kWidth), "n"(kColumn * static_cast<int>(sizeof(T)))
-                     : "memory");
+        copy_async_at<kVector * kWidth, kColumn* static_cast<int>(sizeof(T))>(stage, own);
       }
       copy<kVector + 1, kBounded>(stage, own, columns);
     }
@@ -109,13 +108,13 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
   static_assert(std::is_same_v<S, Out> || std::is_same_v<S, float>);  // so that rounding to S comes with the store
   constexpr int kRuns = kNodes ? 2 : 4;                               // nodes have sums of their own in registers
   using Load = Turn<In, kRuns>;
-  const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(memory + threadIdx.x % kWarpSize));
+  const uint32_t stages = shared_pointer(memory + threadIdx.x % kWarpSize);
   int next_row = 0, left = count > 0 ? columns : 0;  // what to ask for: of whose row, and how many columns are left
   const auto ask = [&](uint32_t stage) {
     const auto from = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), next_row);
     Load::ask(stages + stage, reinterpret_cast<const In*>(from), left);
     // Also where it asks for nothing: so the oldest can be waited for.
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
     if (++next_row == count) next_row = 0, left -= Load::kColumns, row += Load::kColumns;
   };
 #pragma unroll 1
@@ -127,7 +126,7 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
     [[maybe_unused]] float total[kNodes ? kRuns : 1][kRun] = {};
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(Load::kStages - 1) : "memory");
+      wait_for_copies<Load::kStages - 1>();
       Load::add(sum, stages + stage);
       ask(stage);
       stage = (stage + Load::kBytes) % kWarpBytes;

@@ -58,6 +58,7 @@ struct Launch {
   dim3 block;
   size_t smem = 0;
   int cluster = 1;
+  int carveout = -1;  // per cent of a multiprocessor's memory to share, the rest being L1; -1: as the driver chooses
 };
 
 // Dynamic shared memory beyond what every kernel may use must be asked for, once a kernel and device.
@@ -79,18 +80,26 @@ template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Launch& shape, cudaStream_t stream, Args&&... args) {
   if (shape.grid.x == 0) return;
   allow_smem(name, reinterpret_cast<const void*>(kernel), shape.smem);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchAttribute attributes[3] = {};
+  unsigned count = 0;
+  const auto attribute = [&](cudaLaunchAttributeID id) -> cudaLaunchAttributeValue& {
+    attributes[count].id = id;
+    return attributes[count++].val;
+  };
+  attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+  if (shape.cluster > 1) {
+    attribute(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.carveout >= 0) {
+    attribute(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = shape.carveout;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.smem;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = shape.cluster > 1 ? 2 : 1;
+  config.numAttrs = count;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
 }
 

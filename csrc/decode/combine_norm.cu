@@ -3,6 +3,7 @@
 // residual, out, h [T, H], y [T, S, H]; the sum is fp32, rounded once, slots in order. Latency-bound at few tokens: a block
 // a token, a thread a vector of its row.
 #include "../common/launch.cuh"
+#include "../common/rmsnorm.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
 
@@ -51,8 +52,7 @@ __global__ void __launch_bounds__(kThreads) combine_norm_kernel(CombineParams p)
     pack(sum[i], rounded);
     store(p.out + row + column, rounded);
     unpack(rounded, sum[i]);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) squares += sum[i][k] * sum[i][k];
+    squares = add_squares(sum[i], squares);
   }
   const float rstd = rsqrtf(block_reduce<Sum, kThreads>(squares, scratch) / p.hidden + p.eps);
 #pragma unroll
@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(kThreads) combine_norm_kernel(CombineParams p)
     if (column >= p.hidden) break;
     float factors[8];
     unpack(load(p.weight + column), factors);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) sum[i][k] = sum[i][k] * rstd * factors[k];
+    normalise(sum[i], rstd, factors);
     Vec<bf16> rounded;
     pack(sum[i], rounded);
     store(p.h + row + column, rounded);

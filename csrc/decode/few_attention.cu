@@ -10,10 +10,9 @@
 //   scores^T [64 keys, rows] = K Q^T      out^T [512 columns, rows] += V^T P^T
 //
 // A page's probabilities are relative to its own largest score, and so is its output until it is merged with others'. What is
-// merged with what is fixed: the pages of a chunk from the first on, then the chunks, of which the first 16 have two pages
-// each, the next 16 four, and so on. So a token's bits change neither with what is beside it nor with the drafts behind it,
-// although a piece is a page where tables are small, so that many multiprocessors share a sequence, and otherwise a chunk,
-// whose pages merge in registers. A second kernel merges the pieces, where they are several.
+// merged with what is fixed: the pages of a chunk from the first on, then the chunks. So a token's bits change neither with
+// what is beside it nor with the drafts behind it, although a piece is one or the other (few_pieces.cuh): the pages of a chunk
+// merge in registers. A second kernel merges the pieces, where they are several.
 #include <algorithm>
 
 #include "../common/device_error.cuh"
@@ -24,21 +23,19 @@
 #include "../hopper/tensor_map.h"
 #include "../hopper/wgmma.cuh"
 #include "../ops.h"
+#include "few_pieces.cuh"
 
 namespace dsv3 {
 namespace {
 
 using bf16 = __nv_bfloat16;
 
-constexpr int kPage = 64, kLatent = 512, kWidth = 576;
+constexpr int kLatent = 512, kWidth = 576;
 constexpr int kSubColumns = 64;  // of a sub-block, whose rows are 128 bytes
 constexpr int kSubs = kWidth / kSubColumns, kValueSubs = kLatent / kSubColumns, kSubBytes = kPage * 128;
 constexpr int kMaxRows = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kChunksASize = 16, kPagesASize = 2 * kChunksASize;  // of two pages each; then as many of four, ...
-constexpr int kCombined = 16;                                     // pieces whose results are read at a time
-// Pages of all tables up to which they are pieces, and of one: where the second kernel knows only chunks of two and four.
-constexpr int kMaxPagesApart = 264, kMaxWidthApart = 3 * kPagesASize;
+constexpr int kCombined = 16;  // pieces whose results are read at a time
 
 struct AttentionParams {
   CUtensorMap q;          // [B rows, 576] by sub-blocks of columns
@@ -46,114 +43,17 @@ struct AttentionParams {
   bf16* out;              // [B, rows, 512]
   float* partial;         // [B, pieces, rows, 512]
   float2* partial_state;  // [B, pieces, rows]: the largest score (to base 2), and the sum of the probabilities
-  const int *block_table, *seq_lens;
-  int64_t table_stride;
-  int64_t pages;
-  int batch, width, pieces, rows, steps, heads;  // pieces: of the width
-  bool pages_apart;                              // a piece is a page
-  float scale;                                   // times log2 e
+  Tables tables;
+  int pieces;  // of a table's width
+  int rows, steps, heads;
+  float scale;  // times log2 e
   bool static_cache;
   DeviceError* error;
 };
 
-// Chunks of so many pages.
-__host__ __device__ __forceinline__ int num_chunks(int pages) {
-  int smaller = 0, size = 2;
-  for (; pages > kChunksASize * size; size *= 2) {
-    pages -= kChunksASize * size;
-    smaller += kChunksASize;
-  }
-  return smaller + ceil_div(pages, size);
-}
-
 // What a largest score is subtracted as, also if it is that of no keys.
 __device__ __forceinline__ float base_of(float max) { return max == -INFINITY ? 0.f : max; }
 __device__ __forceinline__ float inverse_of(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
-
-__device__ __forceinline__ int pages_of(int length) { return length / kPage + (length % kPage != 0); }
-
-// How a sequence is divided. NOTE: what may be read before the wait goes past L1, which keeps no order with other grids.
-struct Division {
-  int length, needed, pages, pieces;  // pages: those of the needed ones that the table has
-  __device__ __forceinline__ Division(const AttentionParams& p, int sequence) {
-    length = max(__ldcg(p.seq_lens + sequence), 0);
-    needed = pages_of(length);
-    pages = min(needed, p.width);
-    pieces = p.pages_apart ? pages : num_chunks(pages);
-  }
-};
-
-// A page that a block is to attend to.
-struct Stage {
-  int sequence, piece;  // no sequence: -1
-  int entry, end;       // of the table: the page, and where the piece ends
-  int length;           // of the sequence
-  int page;
-  __device__ __forceinline__ bool is_last() const { return entry + 1 == end; }
-  __device__ __forceinline__ bool is_known(const AttentionParams& p) const { return page >= 0 && page < p.pages; }
-  // Whether the table is too short for the sequence.
-  __device__ __forceinline__ bool is_cut(const AttentionParams& p) const { return p.width < pages_of(length); }
-};
-
-// The pages of the block's pieces one by one; a block takes every gridDim.x-th piece of all sequences. Lane l of each warp
-// keeps sequence first + l: its length, and how many pieces lie before its end.
-class Stages {
- public:
-  __device__ __forceinline__ explicit Stages(const AttentionParams& params)
-      : p(params), piece(static_cast<int>(blockIdx.x)) {
-    look(0);
-  }
-
-  // The first page of the block's next piece.
-  __device__ __forceinline__ Stage first() {
-    for (int total; piece - before >= (total = __shfl_sync(kAll, end, kWarpSize - 1));) {
-      if (first_sequence + kWarpSize >= p.batch) return {.sequence = -1};
-      before += total;
-      look(first_sequence + kWarpSize);
-    }
-    const int n = piece - before, owner = __ffs(__ballot_sync(kAll, end > n)) - 1;
-    Stage at{.sequence = first_sequence + owner, .piece = n - __shfl_sync(kAll, end - mine, owner)};
-    at.length = __shfl_sync(kAll, length, owner);
-    const int level = p.pages_apart ? 0 : at.piece / kChunksASize, size = p.pages_apart ? 1 : 2 << level;
-    at.entry = p.pages_apart ? at.piece : kPagesASize * ((1 << level) - 1) + at.piece % kChunksASize * size;
-    at.end = min(at.entry + size, min(pages_of(at.length), p.width));
-    at.page = entry_of(at);
-    piece += static_cast<int>(gridDim.x);
-    return at;
-  }
-  // The page behind `at`, maybe of the next piece.
-  __device__ __forceinline__ Stage next(Stage at) {
-    if (at.sequence < 0) return at;
-    if (at.is_last()) return first();
-    ++at.entry;
-    at.page = entry_of(at);
-    return at;
-  }
-
- private:
-  __device__ __forceinline__ int entry_of(const Stage& at) const {
-    return __ldcg(p.block_table + at.sequence * p.table_stride + at.entry);
-  }
-  __device__ __forceinline__ void look(int sequence) {
-    const int lane = threadIdx.x % kWarpSize;
-    first_sequence = sequence;
-    mine = length = 0;
-    if (sequence + lane < p.batch) {
-      const Division d(p, sequence + lane);
-      mine = d.pieces, length = d.length;
-    }
-    end = mine;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const int others = __shfl_up_sync(kAll, end, distance);
-      if (lane >= distance) end += others;
-    }
-  }
-
-  const AttentionParams& p;
-  int piece, before = 0, first_sequence;  // the next piece, and how many lie before the first sequence
-  int mine, end, length;
-};
 
 // How two parts of a row's keys become one: sums of what is relative to each part's largest score, to that of both.
 struct Merged {
@@ -204,7 +104,7 @@ class Attention {
   }
   // A page that there is not leaves what was there before: its piece becomes NaN anyway.
   __device__ __forceinline__ void load_keys(const Stage& at) {
-    const bool known = at.is_known(p);
+    const bool known = is_known(at);
     expect_bytes(keys_full_, known ? sizeof(s.keys) : 0);
     if (known) load(s.keys, p.keys, s.keys_full, at.page * kPage, cute::TMA::CacheHintSm90::EVICT_FIRST);
   }
@@ -218,7 +118,7 @@ class Attention {
   // `now`, the first of a piece where it `begins`; `next` is asked for when this one's place is free, and its queries, if they
   // are others, when the scores are there.
   __device__ __forceinline__ void attend(const Stage& now, const Stage& next, bool begins) {
-    if (begins) spoiled_ = now.is_cut(p);
+    if (begins) spoiled_ = p.tables.width < pages_of(now.length);  // the table is too short
     if (now.sequence != sequence_) {
       wait_barrier(queries_full_, queries_phase_);
       queries_phase_ ^= 1;
@@ -240,14 +140,16 @@ class Attention {
     }
     __syncthreads();  // all warps have done with the keys
     if (threadIdx.x == 0 && next.sequence >= 0) load_keys(next);
-    if (!now.is_known(p)) {
+    if (!is_known(now)) {
       spoiled_ = true;
-      if (threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, now.sequence, now.page, now.entry, p.pages);
+      if (threadIdx.x == 0) report(p.error, DeviceErrorCode::kPages, now.sequence, now.page, now.entry, p.tables.pages);
     }
     if (now.is_last()) store(now);
   }
 
  private:
+  __device__ __forceinline__ bool is_known(const Stage& at) const { return at.page >= 0 && at.page < p.tables.pages; }
+
   static constexpr int kColumns = kN / 4;  // rows of queries whose values a thread has: of every 8 two
   struct Rows {                            // of these rows, all threads the same
     float max[kColumns], sum[kColumns];
@@ -274,7 +176,7 @@ class Attention {
         *reinterpret_cast<uint4*>(s.keys[sub] + i) = uint4{};
       }
     }
-    fence_bulk_store();
+    fence_shared_writes();
     __syncthreads();
   }
 
@@ -340,7 +242,7 @@ class Attention {
     }
     auto& sums = reinterpret_cast<float (&)[kWarpgroupWarps][kN]>(s.keys[kValueSubs]);  // all scores are there
     leave(sums, of_warp);
-    fence_bulk_store();
+    fence_shared_writes();
     __syncthreads();
     take<Sum>(sums, rows.sum);
   }
@@ -406,7 +308,7 @@ class Attention {
 
   __device__ __forceinline__ void store(const Stage& at) {
     const int64_t first = static_cast<int64_t>(at.sequence) * p.pieces + at.piece;
-    const bool only = at.piece == 0 && at.end == min(pages_of(at.length), p.width);
+    const bool only = at.piece == 0 && at.end == p.tables.pages_in_table(at.length);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = row_of(c);
@@ -480,7 +382,7 @@ __global__ void __launch_bounds__(kWarpgroup, 2) few_attention_kernel(const __gr
   Attention<kN> attention(p, shared);
   if (threadIdx.x == 0) attention.init();
   if (!p.static_cache) wait_for_inputs();
-  Stages stages(p);
+  Stages stages(p.tables);
   Stage now = stages.first();
   if (threadIdx.x == 0 && now.sequence >= 0) attention.load_keys(now);
   if (p.static_cache) wait_for_inputs();  // a block without a piece too: a grid must not end before the one ahead
@@ -526,26 +428,27 @@ __device__ __forceinline__ void merge_chunks(Part& all, Part (&parts)[kCombined]
 // row.
 __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(const __grid_constant__ AttentionParams p) {
   const int sequence = blockIdx.y, row = blockIdx.x, column = threadIdx.x * 4;
-  const Division d(p, sequence);  // of lengths that the kernel ahead had before it let this one begin
+  const int length = p.tables.length(sequence);  // the kernel ahead had it before it let this one begin
+  const int pieces = p.tables.pieces(length);
   wait_for_inputs();
   release_dependents();
-  if (d.pages < d.needed && row == 0 && threadIdx.x == 0)
-    report(p.error, DeviceErrorCode::kPages, sequence, -1, p.width, p.pages);
-  if (d.pieces == 1) return;
+  if (p.tables.width < pages_of(length) && row == 0 && threadIdx.x == 0)
+    report(p.error, DeviceErrorCode::kPages, sequence, -1, p.tables.width, p.tables.pages);
+  if (pieces == 1) return;
   const int64_t first = static_cast<int64_t>(sequence) * p.pieces * p.rows + row;
   Part all;
-  for (int begin = 0; begin < d.pieces; begin += kCombined) {
+  for (int begin = 0; begin < pieces; begin += kCombined) {
     // All that is read is asked for before any of it is used.
     Part parts[kCombined];
 #pragma unroll
     for (int i = 0; i < kCombined; ++i) {
-      if (begin + i >= d.pieces) continue;
+      if (begin + i >= pieces) continue;
       const int64_t at = first + (begin + i) * p.rows;
       const float2 state = p.partial_state[at];
       parts[i] = {state.x, state.y, *reinterpret_cast<const float4*>(p.partial + at * kLatent + column)};
     }
-    const int count = d.pieces - begin;
-    if (!p.pages_apart) {
+    const int count = pieces - begin;
+    if (!p.tables.pages_apart) {
       merge_chunks<1>(all, parts, count);
     } else if (begin < kPagesASize) {
       merge_chunks<2>(all, parts, count);
@@ -553,20 +456,18 @@ __global__ void __launch_bounds__(kLatent / 4) combine_pieces_kernel(const __gri
       merge_chunks<4>(all, parts, count);
     }
   }
-  const float factor = d.pieces == 0 && d.length > 0 ? NAN : inverse_of(all.sum);
+  const float factor = pieces == 0 && length > 0 ? NAN : inverse_of(all.sum);
   __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(all.out.x * factor, all.out.y * factor),
                                __floats2bfloat162_rn(all.out.z * factor, all.out.w * factor)};
   bf16* const out = p.out + (static_cast<int64_t>(sequence) * p.rows + row) * kLatent + column;
   *reinterpret_cast<uint2*>(out) = reinterpret_cast<const uint2&>(rounded);
 }
 
-bool pages_apart(int64_t batch, int64_t width) { return width <= kMaxWidthApart && batch * width <= kMaxPagesApart; }
-
 template <int kN>
 void launch_few_attention(const AttentionParams& p, cudaStream_t stream) {
   static_assert(sizeof(AttentionShared<kN>) <= 113 * 1024, "half of a multiprocessor's");
   Launch shape{.block = dim3(kWarpgroup), .smem = sizeof(AttentionShared<kN>)};
-  const int64_t pieces = std::max<int64_t>(static_cast<int64_t>(p.batch) * p.pieces, 1);
+  const int64_t pieces = std::max<int64_t>(static_cast<int64_t>(p.tables.batch) * p.pieces, 1);
   shape.grid = dim3(std::min<int64_t>(pieces, some_clusters("few_attention", few_attention_kernel<kN>, shape)));
   launch("few_attention", few_attention_kernel<kN>, shape, stream, p);
 }
@@ -574,7 +475,7 @@ void launch_few_attention(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t few_attention_pieces(int64_t batch, int64_t width) {
-  return pages_apart(batch, width) ? width : num_chunks(static_cast<int>(width));
+  return are_pages_apart(batch, width) ? width : num_chunks(static_cast<int>(width));
 }
 
 void few_attention(Tensor out, Tensor partial, Tensor partial_state, Tensor q, Tensor cache, Tensor block_table,
@@ -604,17 +505,17 @@ void few_attention(Tensor out, Tensor partial, Tensor partial_state, Tensor q, T
                           .out = out.data<bf16>(),
                           .partial = partial.data<float>(),
                           .partial_state = partial_state.data<float2>(),
-                          .block_table = block_table.data<int>(),
-                          .seq_lens = seq_lens.data<int>(),
-                          .table_stride = block_table.stride(0),
-                          .pages = cache.size(0),
-                          .batch = static_cast<int>(batch),
-                          .width = static_cast<int>(block_table.size(1)),
+                          .tables = {.entries = block_table.data<int>(),
+                                     .seq_lens = seq_lens.data<int>(),
+                                     .stride = block_table.stride(0),
+                                     .pages = cache.size(0),
+                                     .batch = static_cast<int>(batch),
+                                     .width = static_cast<int>(block_table.size(1)),
+                                     .pages_apart = are_pages_apart(batch, block_table.size(1))},
                           .pieces = static_cast<int>(pieces),
                           .rows = static_cast<int>(rows),
                           .steps = static_cast<int>(steps),
                           .heads = static_cast<int>(heads),
-                          .pages_apart = pages_apart(batch, block_table.size(1)),
                           .scale = static_cast<float>(softmax_scale * 1.4426950408889634),
                           .static_cache = static_cache,
                           .error = device_error()};

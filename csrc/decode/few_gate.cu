@@ -7,6 +7,7 @@
 // matrix [E, H] (128 KB of `mini`) from the L2 cache, the first 64 experts' first 1024 columns before the kernel ahead has ended
 // where nobody writes them. A warp takes every sixteenth expert; one warp chooses.
 #include "../common/launch.cuh"
+#include "../common/rmsnorm.cuh"
 #include "../common/vector.cuh"
 #include "../ops.h"
 
@@ -90,8 +91,7 @@ __device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGat
     pack(a, rounded);
     store(p.sum + row + column, rounded);
     unpack(rounded, a);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares += a[i] * a[i];
+    squares = add_squares(a, squares);
     keep(shared.u + column, a);
   }
   const float rstd = rsqrtf(block_reduce<Sum, kThreads>(squares, shared.scratch) / p.hidden + p.eps);
@@ -99,7 +99,8 @@ __device__ __forceinline__ void add_and_normalize(const FewGateParams& p, FewGat
     float w[8], a[8];
     unpack(column == threadIdx.x * 8 ? factors : load(p.norm_weight + column), w);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a[i] = shared.u[column + i] * rstd * w[i];
+    for (int i = 0; i < 8; ++i) a[i] = shared.u[column + i];
+    normalise(a, rstd, w);
     Vec<bf16> rounded;
     pack(a, rounded);
     store(p.u + row + column, rounded);

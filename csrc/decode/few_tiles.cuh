@@ -59,21 +59,6 @@ struct TileConfig {
   static_assert(kLag >= 1);
 };
 
-__device__ __forceinline__ uint32_t shared_pointer(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Copies in the background: 16 bytes, or zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most so many groups of copies are under way.
-template <int kGroups>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
 template <class C>
 struct TileShared {
   alignas(1024) uint8_t weights[C::kStages][C::kBoxes][kBoxBytes];

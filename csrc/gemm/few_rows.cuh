@@ -228,8 +228,8 @@ __device__ __forceinline__ void send_units(FewRowsShared<C>& shared, const float
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* const v = &sum[8 * j + 4 * i];
-      const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.received[slot].values[i][lane]));
-      const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.arrived));
+      const uint32_t local = shared_pointer(&shared.received[slot].values[i][lane]);
+      const uint32_t barrier = shared_pointer(&shared.arrived);
       asm volatile(
           "{ .reg .b32 data, done; mapa.shared::cluster.u32 data, %0, %2; mapa.shared::cluster.u32 done, %1, %2;"
           " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [data], {%3, %4, %5, %6}, [done]; }" ::"r"(

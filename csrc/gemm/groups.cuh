@@ -39,7 +39,7 @@ __device__ __forceinline__ bool exceed(const NarrowParams& p) {
 // Shared memory from one to the other, by all threads of the cluster.
 template <class Few, class Many>
 __device__ __forceinline__ void pass_on(NarrowShared<Few>& few, WideShared<Many>& many) {
-  cute::tma_store_fence();  // what was written here may be written by TMA now
+  fence_shared_writes();  // what was written here may be written by TMA now
   __syncwarp();
   sync_cluster<Few::kCluster>();
   if (threadIdx.x == 0) {

@@ -103,7 +103,7 @@ __device__ __forceinline__ void produce(const NarrowParams& p, NarrowShared<C>& 
         if (lane == 1) {
           const int scale_row = min(tile.column / kBlockK, scale_rows - 1);
           const int64_t row = static_cast<int64_t>(tile.group) * scale_rows + scale_row;
-          if (more) copy_float_async(&shared.b_sf[at.stage], p.b_sf + row * p.depth_blocks + block);
+          if (more) copy_float_async(shared_pointer(&shared.b_sf[at.stage]), p.b_sf + row * p.depth_blocks + block);
           arrive_when_copied(full);
         }
       } else if (cute::elect_one_sync()) {

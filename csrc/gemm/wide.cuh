@@ -70,7 +70,7 @@ __device__ __forceinline__ void produce(const WideParams& p, WideShared<C>& shar
         }
       }
       if (lane > 0 && lane <= C::kScales) {
-        copy_float_async(&shared.b_sf[at.stage][lane - 1], b_sf + block);
+        copy_float_async(shared_pointer(&shared.b_sf[at.stage][lane - 1]), b_sf + block);
         arrive_when_copied(full);
       }
     }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void store_tile(const WideParams& p, const Tile& tile
 #pragma unroll
     for (int i = 0; i < C::kBuffers; ++i) stage_chunk(buffers[i], &sum[(c + i) * kChunk / 2]);
     if (rows == 16 && begin + C::kBuffers * kChunk <= p.columns) {
-      cute::tma_store_fence();
+      fence_shared_writes();
       __syncwarp();
       if (cute::elect_one_sync()) {
         const int first_row = static_cast<int>(out_row);

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "shared_memory.cuh"
+
 namespace dsv3 {
 
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
@@ -22,17 +24,18 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, int 
   cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<uint64_t*>(&full), shared, bytes);
 }
 
-// The writers of `shared` have called fence_bulk_store and then met in a barrier.
+// The writers of `shared` have called fence_shared_writes and then met in a barrier.
 __device__ __forceinline__ void bulk_store(void* global, const void* shared, int bytes) {
   cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes);
   cute::tma_store_arrive();
 }
-__device__ __forceinline__ void fence_bulk_store() { cute::tma_store_fence(); }
 
 // Waits until all but the kPending latest stores of this thread have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void wait_bulk_stores_read() {
   cute::tma_store_wait<kPending>();
 }
+// Waits until all of them have arrived.
+__device__ __forceinline__ void wait_bulk_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace dsv3

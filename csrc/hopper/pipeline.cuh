@@ -9,6 +9,8 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "shared_memory.cuh"
+
 namespace dsv3 {
 
 // Named barriers, of which 0 is __syncthreads, between so many threads.
@@ -71,7 +73,7 @@ struct RingBarriers {
   }
   // Where this lane's arrivals go, for `release`: the address of `empty`, lane l's in block l of the cluster.
   __device__ __forceinline__ uint32_t empty_address() const {
-    const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(empty));
+    const uint32_t local = shared_pointer(empty);
     if constexpr (kCluster == 1) {
       return local;
     } else {
@@ -121,20 +123,6 @@ __device__ __forceinline__ void tma_load_multicast(
 // `bytes` (a multiple of 16, perhaps none) of scales in a row.
 __device__ __forceinline__ void load_scales(float* shared, const float* global, int bytes, uint64_t& full) {
   if (bytes > 0) cute::SM90_BULK_COPY_G2S::copy(global, &full, shared, bytes);
-}
-
-// One fp32 to shared memory in the background, and an arrival at `full` (one of its kLoaders) when this thread's copies
-// have landed.
-__device__ __forceinline__ void copy_float_async(float* shared, const float* global) {
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(global)
-      : "memory");
-}
-__device__ __forceinline__ void arrive_when_copied(uint64_t& full) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(&full)))
-               : "memory");
 }
 
 }  // namespace dsv3

@@ -8,6 +8,8 @@
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <utility>
 
+#include "shared_memory.cuh"
+
 namespace dsv3 {
 
 constexpr int kWarpgroup = 128;  // threads
@@ -68,19 +70,7 @@ constexpr uint64_t kDescriptorHigh = (uint64_t{1} << 30 | 1024 / 16) << 32;
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 // An address in shared memory, computed once: the compiler makes a generic pointer's anew wherever it is used.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return uniform(static_cast<uint32_t>(__cvta_generic_to_shared(p)));
-}
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
-}
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uniform(shared_pointer(p)); }
 
 namespace detail {
 template <class Atom, int kSize, int... kIndex>

@@ -86,8 +86,8 @@ __device__ __forceinline__ Partial exponentials(const T* stage, int vecs, float 
 // Writes a pair into the shared memory of another block of the cluster and counts its 8 bytes on that block's barrier:
 // data and signal in one, without the fence over all of memory that a cluster barrier brings.
 __device__ __forceinline__ void send(Partial x, Partial* slot, TransactionBarrier* arrived, int block) {
-  const uint32_t target = cute::set_block_rank(cute::cast_smem_ptr_to_uint(slot), block);
-  const uint32_t barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(arrived), block);
+  const uint32_t target = cute::set_block_rank(shared_pointer(slot), block);
+  const uint32_t barrier = cute::set_block_rank(shared_pointer(arrived), block);
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target),
                "f"(x.max), "f"(x.sum), "r"(barrier)
                : "memory");
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kVecs* Vec<T>::kSize <= 32 ? 2 : 1)
         store(stage + v * kSize, gradient);
       }
       if (holds) stage[column] = from_float<T>(fast_exp2((target_logit - lse) * kLog2e) - 1.f);
-      fence_bulk_store();
+      fence_shared_writes();
     }
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -103,9 +103,10 @@ __global__ void __launch_bounds__(kThreads, 2) swiglu_both_casts_kernel(BothCast
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const T* const gate = p.gate_up + static_cast<int64_t>(row + r) * 2 * p.inner + column;
-    copy_async(&own_pack(shared, kGate, r), gate, r < live);
-    copy_async(&own_pack(shared, kUp, r), gate + p.inner, r < live);
-    copy_async(&own_pack(shared, kOut, r), p.dout + static_cast<int64_t>(row + r) * p.inner + column, r < live);
+    copy_async(shared_pointer(&own_pack(shared, kGate, r)), gate, r < live);
+    copy_async(shared_pointer(&own_pack(shared, kUp, r)), gate + p.inner, r < live);
+    copy_async(shared_pointer(&own_pack(shared, kOut, r)), p.dout + static_cast<int64_t>(row + r) * p.inner + column,
+               r < live);
   }
   float weights[4];
 #pragma unroll

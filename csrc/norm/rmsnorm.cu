@@ -11,6 +11,7 @@
 // second, small kernel adds the partial rows in order. No atomics: results do not change from run to run.
 #include "../common/e4m3.cuh"
 #include "../common/launch.cuh"
+#include "../common/rmsnorm.cuh"
 #include "../common/vector.cuh"
 #include "../hopper/bulk.cuh"
 #include "../ops.h"
@@ -64,8 +65,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
       store(static_cast<T*>(p.residual_out) + row + v * kSize, x[i]);
       unpack(x[i], values);  // what is normalised is the rounded sum
     }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sum = __fmaf_rn(values[j], values[j], sum);
+    sum = add_squares(values, sum);
   }
   const float mean = block_reduce<Sum, kThreads>(sum, scratch) / p.hidden;
   const float rstd = rsqrtf(mean + p.eps);
@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
     float values[kSize], weights[kSize];
     unpack(x[i], values);
     unpack(weight, weights);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[j] *= rstd * weights[j];
+    normalise(values, rstd, weights);
     pack(values, x[i]);
     if (!kCast || p.y) store(static_cast<T*>(p.y) + row + v * kSize, x[i]);
     rounded[i] = as_pack(x[i]);

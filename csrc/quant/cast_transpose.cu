@@ -89,12 +89,14 @@ __device__ __forceinline__ void copy_tile(Shared<T>& shared, const CastTranspose
 #pragma unroll
   for (int i = 0; i < kTile; i += kStep) {
     const int64_t from = kGathered ? shared.tokens[row + i] : rows.first + row + i;
-    copy_async(&shared.packs[row + i][pack ^ row / 4 % 8], x + from * p.hidden, row + i < live);
+    copy_async(shared_pointer(&shared.packs[row + i][pack ^ row / 4 % 8]), x + from * p.hidden, row + i < live);
   }
   if constexpr (kIsCast<T>) {
     static_assert(kLanePacks * Pack<T>::kSize == kTile && kThreads >= kTile);
     const float* const sf = p.x_sf + column_tile * p.x_sf_stride;
-    if (t < kTile) copy_async(&shared.sf[t], sf + (kGathered ? shared.tokens[t] : rows.first + t), t < rows.count);
+    if (t < kTile)
+      copy_float_async(shared_pointer(&shared.sf[t]), sf + (kGathered ? shared.tokens[t] : rows.first + t),
+                       t < rows.count);
   }
   wait_for_copies();
   __syncthreads();

@@ -76,7 +76,8 @@ __device__ __forceinline__ void stage(Shared<T, kTranspose>& shared, const PerBl
     const Part<T> part(p, at, i);
     const T* w = static_cast<const T*>(p.w) + part.start;
 #pragma unroll
-    for (int r = 0; r < 4; ++r, w += p.columns) copy_async(&shared.staged[i][r][threadIdx.x], w, r < part.live);
+    for (int r = 0; r < 4; ++r, w += p.columns)
+      copy_async(shared_pointer(&shared.staged[i][r][threadIdx.x]), w, r < part.live);
   }
 }
 

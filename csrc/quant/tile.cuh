@@ -6,25 +6,11 @@
 #include <algorithm>
 
 #include "../common/e4m3.cuh"
+#include "../hopper/shared_memory.cuh"
 
 namespace dsv3 {
 
 constexpr int kLanePacks = 8;
-
-// Background copies to shared memory, 16 or 4 bytes; zeros where not `live`. A thread waits for its own.
-__device__ __forceinline__ void copy_async(uint4* to, const void* from, bool live) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(live ? 16 : 0)
-      : "memory");
-}
-__device__ __forceinline__ void copy_async(float* to, const float* from, bool live) {
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(live ? 4 : 0)
-      : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 template <class T>
 __device__ __forceinline__ Pack<T> load_shared(const uint4& from) {
