@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
-from dsv3.ops import Quantized
+from dsv3.ops import Fp8Weights, Quantized
 
 log = logging.getLogger("dsv3")
 
@@ -84,5 +84,7 @@ def addresses(model: nn.Module) -> tuple[object, ...]:
                 found += [value.data.data_ptr(), value.sf.data_ptr()]
             elif isinstance(value, Tensor):
                 found.append(value.data_ptr())
+            elif isinstance(value, Fp8Weights):
+                found += [copy.data.data.data_ptr() for copy in value.made.values()]
         found.append(getattr(module, "fp8", False))
     return tuple(found)

@@ -4,6 +4,7 @@ CPUs, and over ipc and nvshmem where there is a Hopper GPU, which they share."""
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import re
@@ -348,6 +349,11 @@ def test_what_cannot_be_cast_or_does_not_fit_is_refused() -> None:
     for settings in ({"max_recv": 4}, {"max_tokens": 4}, {"max_recv": -1, "max_tokens": 1}):
         with pytest.raises(ValueError, match="max_recv and max_tokens go together and are at least 0, got"):
             ExpertBuffer(num_experts=4, **settings)
+    for settings, bad in itertools.product(({}, {"max_recv": 8, "max_tokens": 2}), (-1, 4, 5)):
+        with pytest.raises(RuntimeError, match=rf"experts must lie in 0\.\.3, got {bad}"):
+            ExpertBuffer(num_experts=4, **settings).dispatch(
+                torch.ones(2, 8), torch.tensor([[0, 1], [2, bad]]), torch.ones(2, 2)
+            )
     small = ExpertBuffer(num_experts=4, max_recv=1, max_tokens=8)
     with pytest.raises(RuntimeError, match="dispatch: rank 0 gets 2 rows, and max_recv is 1"):
         small.dispatch(torch.zeros(2, 8), *indices(2))
@@ -409,6 +415,15 @@ def test_the_memory_is_said(caplog: pytest.LogCaptureFixture) -> None:
         "dispatch takes 1.28e-07 GB for 4 rows of 8 float32. Never too small: 2 rows = 1 ranks x 2 tokens x 1 experts, "
         "6.4e-08 GB"
     )
+
+
+def test_an_engine_may_dispatch_before_training() -> None:
+    """What is remembered of static calls is made once, and is no tensor of inference."""
+    room = Room(Layout(4, 1, 1, 0), 2, 8)
+    for context in (torch.inference_mode(), nullcontext()):
+        with context:
+            assert not room.note(torch.tensor(3, dtype=torch.int32))
+    assert [int(word) for word in room.words[torch.device("cpu")]] == [3, 3]
 
 
 @pytest.mark.parametrize("wire", [None, torch.float32, FP8])

@@ -11,6 +11,7 @@ from torch import nn
 
 import dsv3
 from dsv3 import DeepSeekV3, Engine, SamplingParams
+from dsv3.graphs import addresses
 from tests.inference.small import random_model, random_prompts, small_config, tokens_of
 
 # Sizes that all native kernels of a decoding step take.
@@ -146,6 +147,16 @@ def test_completions_fill_the_context_exactly(device):
             assert [len(t) for t in tokens_of(engine.generate(prompts, params))] == [1, 3, 64]
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("change", [{"kv_lora_rank": 256}, {"qk_rope_head_dim": 32}])
+def test_sizes_that_have_no_kernel_decode_all_the_same(change):
+    """Many heads, which are few_attention's no more: rounds run on the reference, in graphs too."""
+    model = make_model(torch.device("cuda"), num_attention_heads=40, **change)
+    prompts = random_prompts(4)
+    expected = Engine(model, cuda_graphs=False, speculative=False).generate(prompts, GREEDY)
+    assert tokens_of(Engine(model, speculative=False).generate(prompts, GREEDY)) == tokens_of(expected)
+
+
 @torch.no_grad()
 def test_weights_may_change_between_calls(device):
     model, prompts = make_model(device), random_prompts(4)
@@ -169,6 +180,21 @@ def test_weights_may_change_between_calls(device):
     check(True)
     model.head.weight.copy_(model.head.weight.flip(0))
     check(True)
+    model.load_state_dict({name: value.detach() for name, value in model.state_dict().items()}, assign=True)
+    check(False)  # the same memory under other names: the copies in FP8 are others
+
+
+def test_copies_in_fp8_are_among_the_addresses():
+    model = random_model(small_config())
+    model.set_precision("fp8")
+    layer = model.layers[0].attention.o
+    layer.fp8_weight()
+    before = addresses(model)
+    assert addresses(model) == before
+    layer.weight = nn.Parameter(layer.weight.detach())  # the same memory
+    first = layer.fp8_copies.made["weight"]
+    assert layer.fp8_weight() is not first
+    assert addresses(model) != before
 
 
 def test_an_interrupted_engine_goes_on(device):

@@ -96,6 +96,20 @@ def test_special_tokens_are_left_out():
     assert _pieces([97, EOS, 98])[0] == ["a", "", "b", ""]
 
 
+def test_a_space_behind_a_special_token_stays():
+    """Decoders that drop the space of their first piece, as Llama's does."""
+    words = ["\u2581Hello", "\u2581world", "\u2581again"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<|eos|>"])
+    ids = [0, 1, 3, 2, 1]
+    stream = TextStream(tokenizer)
+    for token in ids:
+        stream.push([token])
+    stream.take(final=True)
+    assert stream.text == tokenizer.decode(ids) == "Hello world again world"
+
+
 @settings(deadline=None)
 @given(st.text("abé", max_size=20), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_text_ends_before_the_first_stop_string(text, stop):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3 import Engine, SamplingParams, ops
 from dsv3.model import AttentionContext, few
-from dsv3.model.layers import Linear
+from dsv3.model.layers import Linear, identity
 from dsv3.model.moe import Experts
 from tests.model.cases import random_model, tokens_for
 from tests.model.test_decode import Paged
@@ -180,5 +180,10 @@ def test_gradients_and_other_ways_of_experts_go_elsewhere():
     assert not few.prepare(model.layers[1:2], ctx, 65)
     with torch.enable_grad():
         assert not few.prepare(model.layers[1:2], ctx, 1)
+    shared = model.layers[1].moe.shared
+    shared.reduce = lambda y: y  # tensor parallelism
+    assert not few.prepare(model.layers[1:2], ctx, 1)
+    shared.reduce = identity
+    assert few.prepare(model.layers[1:2], ctx, 1)
     model.layers[1].moe.buffer.room = 64
     assert not few.prepare(model.layers[1:2], ctx, 1)

@@ -168,6 +168,16 @@ def test_targets_mask():
     assert all(param.grad is None or param.grad.isfinite().all() for param in model.parameters())
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_rows_shorter_than_the_depth(length):
+    """Depth 2 has no target in a row of two tokens."""
+    model, tokens = random_model(MTP2), tokens_for(BASE, 2, length + 1)
+    loss = model.loss(Batch(tokens))
+    loss.total.backward()
+    torch.testing.assert_close(loss.ce, F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+    assert bool(loss.mtp > 0) == (length > 1)
+
+
 def test_samples_do_not_see_each_other():
     """A row of three samples gives the losses of three rows of their own: what crosses a border is not learnt."""
     model = random_model(replace(BASE, num_nextn_predict_layers=1))

@@ -79,6 +79,16 @@ def test_few_linear_in_fp32_and_with_static_weights(device):
     assert torch.equal(wide, again)
 
 
+def test_copies_are_not_static(monkeypatch):
+    """What is made contiguous has just been written by the kernel ahead."""
+    seen = []
+    monkeypatch.setattr(torch.ops.dsv3, "few_linear", lambda *args: seen.append(args[-1]) or [args[0]])
+    weight = draw(64, 128, device="cpu")
+    for w in (weight, weight.t().contiguous().t()):
+        ops.few_linear(draw(2, 128, device="cpu"), [w], static_weights=True)
+    assert seen == [True, False]
+
+
 @pytest.mark.cuda
 def test_a_token_is_the_same_alone():
     device = torch.device("cuda")

@@ -363,6 +363,9 @@ def test_permutation_gradients(dtype, device):
         return (y[position].to(w.dtype) * w[..., None]).sum(1).to(y.dtype)
 
     check_op(lambda y, w: ops.moe_unpermute(y, handle, w), plain, rows, weights)
+    check_op(
+        lambda y, w: ops.moe_unpermute(y, handle, w.t()), lambda y, w: plain(y, w.t()), rows, weights.t().contiguous()
+    )
 
 
 def test_sum_is_in_fp32(device):
@@ -455,6 +458,11 @@ def test_bad_arguments():
     for bad in (-1, 2):
         with pytest.raises(RuntimeError, match=rf"experts must lie in 0\.\.1, got {bad}"):
             ops.moe_permute(logits, torch.tensor([[0], [bad]]), 2)
+    for dtype in (torch.int32, torch.float32):
+        with pytest.raises(ValueError, match="moe_permute: expected topk_idx of int64"):
+            ops.moe_permute(logits, torch.zeros(2, 1, dtype=dtype), 2)
+    with pytest.raises(ValueError, match="num_experts must not be negative, got -1"):
+        ops.moe_permute(logits[:0], torch.zeros(0, 1, dtype=torch.int64), -1)
     rows, handle = ops.moe_permute(logits, torch.tensor([[0, 1], [1, 0]]), 2)
     for shape in ((2, 1), (1, 2), (2,)):
         with pytest.raises(ValueError, match=r"moe_unpermute: weights must be \(T, k\), got .* for \(2, 2\) pairs"):

@@ -56,6 +56,19 @@ def test_round_trip_and_pruning(tmp_path: Path) -> None:
     assert stored < 4096 * 4, "a view must not drag its whole buffer along"
 
 
+def test_an_old_one_that_cannot_be_deleted_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(old: Path) -> None:
+        raise PermissionError(f"{old} is in use")
+
+    save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(checkpoint, "_delete", refuse)
+    assert save(tmp_path, 2, keep=1) == latest(tmp_path)[0] == tmp_path / "step-00000002"
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert "an old checkpoint could not be deleted" in caplog.text
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint.save(tmp_path, 5, state(7), {"step": 5}, parallel=ALONE, keep=3)

@@ -305,6 +305,8 @@ def test_export_takes_the_tokenizer_of_the_run(
         ValueError, match=r"was trained with another tokenizer than that of .* and .*tokens: name the folder"
     ):
         train.export(tmp_path / "alone", tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer than that of .*tokens"):
+        train.export(tmp_path / "alone", tmp_path / "wrong", tokenizer_dir=str(data))
     assert not (tmp_path / "wrong").exists()
     shutil.rmtree(data)
     (tmp_path / "tokenizer.json").unlink()

@@ -35,6 +35,7 @@ from dsv3.comm.steps import (
     fixed_copies_to,
     spread,
 )
+from dsv3.reference.moe import check_experts
 
 TRANSPORTS = ("auto", "local", "collective", "ipc", "nvshmem")
 WIRES = (None, torch.float32, torch.float8_e4m3fn)
@@ -392,6 +393,8 @@ class ExpertBuffer:
         self, slots: Tensor, traffic: counts.Counts | None
     ) -> tuple[list[Exchange], Copies | FixedCopies, Tensor]:
         """The exchanges on the way of tokens with the experts slots [T, k], the copies at its end, and their offsets."""
+        if self.transport == "local" and self.room is not None and not torch.compiler.is_compiling():
+            check_experts(slots, self.num_experts)  # exact mode's op does, and ranks tell each other
         exchanges = []
         num_rows = slots.numel() if traffic is None else traffic.num_rows
         for level in self.layout.levels if self.transport == "collective" else ():

@@ -12,6 +12,13 @@ from dsv3.comm.alive import naming_lost_ranks
 from dsv3.comm.counts import Layout
 
 
+@torch.inference_mode(False)  # what an engine's dispatch makes must serve training too
+def _words(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The most rows that a call on a device has needed, there, and where the host sees it."""
+    most, seen = (torch.zeros((), dtype=torch.int32, device=where) for where in (device, "cpu"))
+    return most, seen.pin_memory() if device.type == "cuda" else seen
+
+
 @dataclass(frozen=True)
 class Room:
     """`max_recv` rows for what the experts of a rank get from all ranks' `max_tokens` tokens."""
@@ -56,8 +63,7 @@ class Room:
     def note(self, needed: Tensor) -> Tensor:
         """Leaves needed, int32 [] on a device, where `raise_noted` sees it -> bool []: whether it is too much."""
         if needed.device not in self.words:
-            pin = needed.device.type == "cuda"
-            self.words[needed.device] = needed.clone(), torch.zeros((), dtype=torch.int32, pin_memory=pin)
+            self.words[needed.device] = _words(needed.device)
         most, seen = self.words[needed.device]
         seen.copy_(torch.maximum(most, needed, out=most), non_blocking=True)
         return needed > self.max_recv

@@ -29,6 +29,8 @@ from dsv3.inference.sampling import ACCEPT, DRAFT, DRAW, SamplingParams, draw, p
 from dsv3.inference.speculative import accept_sampled
 from dsv3.model import AttentionContext, DeepSeekV3
 from dsv3.model.attention import MLA
+from dsv3.model.layers import Linear
+from dsv3.model.moe import Experts
 
 # What a batch needs, cheapest first: best tokens only; drawing; drawing with top_p, top_k or min_p somewhere.
 GREEDY, PLAIN, FILTERED = range(3)
@@ -183,8 +185,13 @@ class Decoder:
         tokens whose embedding is not finite are not drafted. A draft may stand beside the newest token, and what is not
         finite reaches it, though the draft is not accepted."""
         for module in self.model.modules():
-            if isinstance(module, MLA):  # what rounds read of a quantised kv_b is made here, outside of graphs
+            # What rounds read that is made of weights is made here, outside of graphs.
+            if isinstance(module, MLA):
                 module.up_projections(self.model.embed.weight.dtype)
+            elif isinstance(module, Linear):
+                module.fp8_weight()
+            elif isinstance(module, Experts):
+                module.fp8_weights()
         if self.depth:
             self._unfit.copy_(self.model.embed.weight.sum(-1, dtype=torch.float32).isfinite().logical_not_())
             self._any_unfit = bool(self._unfit.any())

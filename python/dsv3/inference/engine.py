@@ -22,6 +22,7 @@ from dsv3.inference.text import TextStream, Tokenizer, encode
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import MoE
 from dsv3.ops import batch_invariance
+from dsv3.ops.attention import LATENT, ROPE
 from dsv3.ops.registry import why_no_kernels
 from dsv3.tokenizer import load_tokenizer
 
@@ -169,7 +170,8 @@ class Engine:
         self._decoder = Decoder(model, depth=self._depth, **sizes, **options)
         self._min_width = MIN_WIDTH if graphs else 1
         # References would take a token at a time, and ask the device.
-        self._batch_invariant = bool(batch_invariant and native)
+        decodes = native and (config.kv_lora_rank, config.qk_rope_head_dim) == (LATENT, ROPE)
+        self._batch_invariant = bool(batch_invariant and decodes)
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before
         self._under_way: _Round | None = None
         self._busy = threading.Lock()
@@ -206,9 +208,11 @@ class Engine:
                     self._step(on_token)
         finally:
             self._under_way = None
-            self._decoder.release(0, self._max_batch)
-            self._scheduler.clear()
-            self._busy.release()
+            try:
+                self._decoder.release(0, self._max_batch)
+            finally:
+                self._scheduler.clear()
+                self._busy.release()
         return [self._completion(r) for r in requests]
 
     # ---- requests ----

@@ -55,7 +55,10 @@ class TextStream:
         # An unfinished character is one replacement character, or one for each of its bytes.
         self._extend(decoded if whole else decoded.rstrip(_PARTIAL))
         if whole:
-            self._prefix, self._read = self._read, len(self._ids)
+            # What has no text (special tokens) is no context: some decoders drop the first piece's space.
+            if self._tokenizer.decode(self._ids[self._read :], skip_special_tokens=True):
+                self._prefix = self._read
+            self._read = len(self._ids)
             self._done = len(self._decode())
 
     def take(self, *, final: bool = False) -> str:

@@ -55,7 +55,8 @@ def _prepare(block: Block, ctx: AttentionContext, tokens: int) -> FewBlock | Non
     weight = block.attn_norm.weight
     if weight.is_cuda and (weight.dtype != torch.bfloat16 or registry.why_no_kernels(weight.device)):
         return None  # their references compute every expert
-    if not (block.attention.gather is block.attention.reduce is identity):
+    split = block.attention, block.moe.shared if block.is_moe else block.mlp
+    if any(not (module.gather is module.reduce is identity) for module in split if module is not None):
         return None
     if block.is_moe and (block.moe.buffer.transport, block.moe.buffer.room) != ("local", None):
         return None

@@ -88,6 +88,12 @@ class Experts(QuantizedModule):
         takes = self.fp8_copies.takes(self.gate_up) and self.fp8_copies.takes(self.down)
         return self.fp8 and takes and isinstance(self.gate_up, ops.Quantized) == isinstance(self.down, ops.Quantized)
 
+    def fp8_weights(self) -> tuple[ops.Fp8Weight | ops.Quantized | None, ...]:
+        """gate_up and down in FP8, or None where one is multiplied in the dtype of x."""
+        return tuple(
+            self.fp8_copies.of(name, getattr(self, name)) if self.fp8 else None for name in ("gate_up", "down")
+        )
+
     def forward(
         self, x: Tensor, weights: Tensor, offsets: Tensor, *cast: Tensor, wgrad: ops.WgradQueue | None = None
     ) -> Tensor:
@@ -96,8 +102,7 @@ class Experts(QuantizedModule):
         cast: x as e4m3 [R, H] and its scales, where it came as FP8. Raises ValueError where the experts want it otherwise.
         """
         if self.in_fp8:
-            first, second = (self.fp8_copies.of(name, getattr(self, name)) for name in ("gate_up", "down"))
-            return ops.fp8_experts(x, weights, offsets, first, second, cast=cast or None, wgrad=wgrad)
+            return ops.fp8_experts(x, weights, offsets, *self.fp8_weights(), cast=cast or None, wgrad=wgrad)
         if cast:
             raise ValueError("rows came as FP8 to experts that do not compute in it: leave out the buffer's wire_dtype")
         gate_up = ops.grouped_linear(x, self.gate_up, offsets, wgrad=wgrad)

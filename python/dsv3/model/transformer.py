@@ -306,7 +306,7 @@ def _targets(batch: Batch, segment: Tensor | None, depth: int) -> Tensor:
         ends = torch.zeros_like(ids, dtype=torch.bool)
         ends[:, :-1] = ids[:, 1:] != ids[:, :-1]
         targets = targets.masked_fill(ends, IGNORED)
-    if depth:
+    if depth := min(depth, length):
         targets = nn.functional.pad(targets[:, depth:], (0, depth), value=IGNORED)
         if segment is not None:
             later = nn.functional.pad(ids[:, depth:], (0, depth), value=-1)

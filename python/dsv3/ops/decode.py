@@ -249,7 +249,8 @@ def few_linear(
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"few_linear: out_dtype must be {x.dtype} or torch.float32, got {out_dtype}")
     matrices, scales = _parts("few_linear", x, weights)
-    return torch.ops.dsv3.few_linear(x.detach().contiguous(), matrices, scales, out_dtype or x.dtype, static_weights)
+    static = static_weights and _are_contiguous(*weights)
+    return torch.ops.dsv3.few_linear(x.detach().contiguous(), matrices, scales, out_dtype or x.dtype, static)
 
 
 def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Tensor:
@@ -271,7 +272,8 @@ def few_heads(x: Tensor, weight: Tensor, *, static_weights: bool = False) -> Ten
             f"few_heads: expected x (T, G, K) and weight (G, N, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     _check_dtypes("few_heads", x, weight)
-    return torch.ops.dsv3.few_heads(x.detach().contiguous(), _matrices(weight), static_weights)
+    static = static_weights and _has_matrices(weight)
+    return torch.ops.dsv3.few_heads(x.detach().contiguous(), _matrices(weight), static)
 
 
 def mla_absorb(
@@ -306,7 +308,8 @@ def mla_absorb(
         wanted = "q (T, G, Dn+Dr), weight (G, Dn, Dc), cos and sin (P, Dr/2), positions (T,)"
         raise ValueError(f"mla_absorb: expected {wanted}, got {found}")
     _check_dtypes("mla_absorb", q, weight)
-    return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static_weights)
+    static = static_weights and _has_matrices(weight)
+    return torch.ops.dsv3.mla_absorb(q.detach().contiguous(), _matrices(weight), cos, sin, positions, static)
 
 
 def few_gate(
@@ -353,9 +356,8 @@ def few_gate(
     settings = num_groups, topk_groups, topk, route_scale, score, group_score
     check_gate("few_gate", gate.shape[0], *settings[:3], score, group_score)
     tensors = x.detach().contiguous(), residual.detach().contiguous(), norm_weight.detach()
-    return torch.ops.dsv3.few_gate(
-        *tensors, eps, gate.detach().contiguous(), bias, *settings, normalize, static_weights
-    )
+    static = static_weights and _are_contiguous(gate)
+    return torch.ops.dsv3.few_gate(*tensors, eps, gate.detach().contiguous(), bias, *settings, normalize, static)
 
 
 def few_experts(
@@ -421,16 +423,16 @@ def few_experts(
             f"or shared_gate_up (2J, H) and shared_down (H, J), or both, got {tuple(x.shape)} with {shapes}"
         )
     weights = gate_up, down, *shared
-    matrices, scales = (
-        iter(part) for part in _parts("few_experts", x, [weight for weight in weights if weight is not None])
-    )
+    used = [weight for weight in weights if weight is not None]
+    matrices, scales = (iter(part) for part in _parts("few_experts", x, used))
     if topk_idx is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         require_dtype("few_experts", "topk_idx of int64", torch.int64, topk_idx)
         require_dtype("few_experts", f"topk_weights of {str(wide).removeprefix('torch.')}", wide, topk_weights)
     choice = (None if t is None else t.detach().contiguous() for t in (topk_idx, topk_weights))
     parts = (None if weight is None else next(part, None) for part in (matrices, scales) for weight in weights)
-    return torch.ops.dsv3.few_experts(x.detach().contiguous(), *choice, *parts, static_weights)
+    static = static_weights and _are_contiguous(*used)
+    return torch.ops.dsv3.few_experts(x.detach().contiguous(), *choice, *parts, static)
 
 
 def combine_norm(residual: Tensor, y: Tensor, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -493,4 +495,14 @@ def _parts(name: str, x: Tensor, weights: Sequence[Tensor | Quantized]) -> tuple
 def _matrices(weight: Tensor) -> Tensor:
     """weight [G, N, K], each of whose matrices is contiguous."""
     weight = weight.detach()
-    return weight if weight.stride()[1:] == (weight.shape[2], 1) else weight.contiguous()
+    return weight if _has_matrices(weight) else weight.contiguous()
+
+
+def _has_matrices(weight: Tensor) -> bool:
+    return weight.stride()[1:] == (weight.shape[2], 1)
+
+
+def _are_contiguous(*weights: Tensor | Quantized) -> bool:
+    """Whether kernels read these weights themselves: a copy has just been written, and is not static."""
+    parts = [part for w in weights for part in ((w.data, w.sf) if isinstance(w, Quantized) else (w,))]
+    return all(part.is_contiguous() for part in parts)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 class Function(torch.autograd.Function):
     """Of an op whose backward is made of primitives, which nothing differentiates: gradients of second order raise
-    RuntimeError instead of being zeros."""
+    RuntimeError instead of being zeros, but where torch.autograd.grad is told to let them (allow_unused, materialize_grads)."""
 
     def __init_subclass__(cls) -> None:
         cls.backward = staticmethod(_once(cls.backward))

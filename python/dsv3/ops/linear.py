@@ -265,7 +265,8 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dh, dw, weight = ctx.dh, ctx.dw, ctx.weight
         if dh is not None:
-            dh = dh * dloss.to(dh.dtype)
+            # NOTE: with dimensions, so that it multiplies in its own dtype; a number would be rounded to that of dh first.
+            dh = torch.mul(dh, dloss.view(1, 1), out=torch.empty_like(dh))
         if dw is not None:
             main_grad = getattr(weight, "main_grad", None)
             if main_grad is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv3.ops.grad import Function, apply
 from dsv3.ops.quant import row_scales
-from dsv3.ops.registry import check_dtype, define, native
+from dsv3.ops.registry import check_dtype, define, native, require_dtype
 from dsv3.reference import moe as reference
 from dsv3.reference.quant import empty_row_scales
 
@@ -341,7 +341,7 @@ class _Unpermute(Function):
             return drows, None, None, None
         y, weights = weighted
         dots = (drows.to(weights.dtype) * y).sum(-1)
-        factor = weights.view(-1).index_select(0, source)[:, None]
+        factor = weights.reshape(-1).index_select(0, source)[:, None]
         return (drows * factor).to(y.dtype), None, None, dots.index_select(0, position.view(-1)).view(position.shape)
 
 
@@ -376,6 +376,9 @@ def moe_permute(
         raise ValueError(
             f"moe_permute: x must be (T, H) and topk_idx (T, k), got {tuple(data.shape)} and {tuple(topk_idx.shape)}"
         )
+    require_dtype("moe_permute", "topk_idx of int64", torch.int64, topk_idx)
+    if num_experts < 0:
+        raise ValueError(f"moe_permute: num_experts must not be negative, got {num_experts}")
     sf = None if isinstance(x, Tensor) else row_scales("moe_permute", *x)
     handle = Permutation(*torch.ops.dsv3.moe_permutation(topk_idx, num_experts))
     if sf is not None:

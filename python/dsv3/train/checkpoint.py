@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY, _DELETED, _DAMAGED = ".writing-", ".deleting-", "damaged-"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 
+log = logging.getLogger(__name__)
 State = dict[str, Any]  # nested dict of tensors
 T = TypeVar("T")
 
@@ -179,7 +181,8 @@ def _publish(temporary: Path, final: Path, manifests: list[dict[str, Any]], keep
     temporary.rename(final)
     _sync_folder(final.parent)
     for old in complete(final.parent)[keep:]:
-        _delete(old)
+        if error := _attempt(lambda old=old: _delete(old)):
+            log.warning("an old checkpoint could not be deleted: %s", error)
 
 
 def _delete(checkpoint: Path) -> None:

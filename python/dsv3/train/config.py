@@ -23,6 +23,7 @@ _CHOICES = {
 _POSITIVE = (
     "ep", "seq_len", "batch", "micro_batch", "lr", "eps", "clip", "save_every", "keep", "max_skips", "log_load_every",
 )  # fmt: skip
+MAX_BETA2 = 0.99  # moments are bf16: a step of 1 - beta2 must be more than half of its last place
 _FRACTIONS = ("beta1", "beta2", "ema_decay", "fim_rate", "mtp_switch", "gamma_until", "lr_final", "decay_fraction")
 
 
@@ -41,7 +42,9 @@ class TrainConfig:
     model: dict[str, Any] = field(default_factory=dict)  # keys of Config to replace, e.g. model.rope_scaling
     data: str = ""  # token folder (dsv3 tokenize): splits train and valid
     out: str = "runs/train"  # checkpoints, metrics.jsonl, TensorBoard events
-    init_from: str = ""  # training checkpoint to start from: second stages, e.g. the YaRN context extension
+    init_from: str = (
+        ""  # training checkpoint to start from, whose model counts instead of preset's: second stages, e.g. YaRN
+    )
     init_optimizer: str = "keep"  # "keep" the moments of init_from, or start "fresh"
     # how
     device: str = "auto"
@@ -88,7 +91,7 @@ class TrainConfig:
     save_every: int = 1000  # steps
     keep: int = 3  # checkpoints
     eval_every: int = 0  # steps; 0: only at the end
-    eval_sequences: int = 0  # validation sequences a time before the end; 0: all
+    eval_sequences: int = 0  # validation sequences a time before the end, in whole micro-batches; 0: all
     log_load_every: int = 50  # steps between expert loads in metrics.jsonl
     max_skips: int = 10  # non-finite steps in a row that stop the run
     tensorboard: bool = True
@@ -112,6 +115,10 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             if getattr(self, key) >= 1:
                 raise ValueError(f"{key} must be below 1, got {getattr(self, key)}")
+        if self.beta2 > MAX_BETA2:
+            raise ValueError(
+                f"beta2 must be at most {MAX_BETA2}, got {self.beta2}: in bf16 slower averages stand still"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if not (self.max_steps or self.max_tokens or self.max_seconds):

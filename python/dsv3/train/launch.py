@@ -93,8 +93,9 @@ def _launcher(parallel: DataParallel) -> str:
     """What starts as many processes as these."""
     if parallel.world == 1:
         return command()
-    nodes = parallel.world // ranks_here()
-    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {ranks_here()} -m dsv3"
+    nodes, (python, module, _) = parallel.world // ranks_here(), command().partition(" -m dsv3")
+    run = f"{python} -m torch.distributed.run" if module else "torchrun"
+    return f"{run} {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {ranks_here()} -m dsv3"
 
 
 def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, tokenizer_dir: str | None = None) -> None:
@@ -107,6 +108,8 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, to
     found = checkpoint.find(Path(checkpoint_dir))
     info = checkpoint.read_info(found)
     config = Config.from_dict(info["config"])
+    if tokenizer_dir and tokenizer_sha(load_tokenizer(tokenizer_dir)) != info["data"]["tokenizer_sha"]:
+        raise ValueError(f"{found} was trained with another tokenizer than that of {tokenizer_dir}")
     tokenizer_dir = tokenizer_dir or _tokenizer_of(found, info)
     weights = "ema" if ema else "master"
     stored = checkpoint.stored_names(found)

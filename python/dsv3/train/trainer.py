@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -222,8 +223,8 @@ class Trainer:
     # ---- validation ----
     @torch.no_grad()
     def evaluate(self, max_sequences: int = 0) -> EvalReport | None:
-        """Scores the validation text, or its first `max_sequences` windows (0: all). Ranks share the work. None without such
-        text, or where a rank was told to stop meanwhile."""
+        """Scores the validation text, or its first `max_sequences` windows, rounded up to whole micro-batches (0: all). Ranks
+        share the work. None without such text, or where a rank was told to stop meanwhile."""
         if self.validation is None:
             return None
         self.gradients.release()
@@ -405,7 +406,8 @@ class _Stamp:
 
 
 class _StopSignal:
-    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one interrupts at once."""
+    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one interrupts at once. A request counts
+    also where it cannot be answered: the step may be writing where `say` does."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.requested = False
@@ -424,4 +426,5 @@ class _StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._say("stopping after this step, then saving; once more to stop at once")
+        with contextlib.suppress(RuntimeError):
+            self._say("stopping after this step, then saving; once more to stop at once")
