@@ -341,7 +341,7 @@ class _Unpermute(Function):
             return drows, None, None, None
         y, weights = weighted
         dots = (drows.to(weights.dtype) * y).sum(-1)
-        factor = weights.reshape(-1).index_select(0, source)[:, None]
+        factor = weights.view(-1).index_select(0, source)[:, None]
         return (drows * factor).to(y.dtype), None, None, dots.index_select(0, position.view(-1)).view(position.shape)
 
 
@@ -357,7 +357,7 @@ def moe_permute(
     """Copies every token once for each of its experts, in expert order; differentiable in x (summed over the k copies, fp32).
 
     Args:
-        x: [T, H]; or e4m3 [T, H] and its scales as per_token_cast returns them, which has no gradient.
+        x: [T, H], made contiguous; or e4m3 [T, H] and its scales as per_token_cast returns them, which has no gradient.
         topk_idx: int64 [T, k], experts in 0..num_experts-1.
         num_experts: E.
 
@@ -384,16 +384,16 @@ def moe_permute(
     if sf is not None:
         rows = torch.ops.dsv3.moe_permute_cast(data.detach().contiguous(), sf, handle.source, handle.position)
         return rows, handle
-    return apply(_Permute, x, handle.source, handle.position), handle
+    return apply(_Permute, x.contiguous(), handle.source, handle.position), handle
 
 
 def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None) -> Tensor:
     """Sums every token's k rows, in fp32 and in the order of its slots; differentiable in y and weights.
 
     Args:
-        y: [T*k, H] in expert order.
+        y: [T*k, H] in expert order, made contiguous.
         handle: of moe_permute.
-        weights: fp32 [T, k], or None for the plain sum.
+        weights: fp32 [T, k], made contiguous, or None for the plain sum.
 
     Returns:
         [T, H] of y's dtype.
@@ -406,4 +406,5 @@ def moe_unpermute(y: Tensor, handle: Permutation, weights: Tensor | None = None)
     if weights is not None and weights.shape != handle.position.shape:
         found = f"{tuple(weights.shape)} for {tuple(handle.position.shape)} pairs"
         raise ValueError(f"moe_unpermute: weights must be (T, k), got {found}")
-    return apply(_Unpermute, y, handle.source, handle.position, weights)
+    weights = None if weights is None else weights.contiguous()
+    return apply(_Unpermute, y.contiguous(), handle.source, handle.position, weights)

@@ -93,8 +93,9 @@ def _launcher(parallel: DataParallel) -> str:
     """What starts as many processes as these."""
     if parallel.world == 1:
         return command()
-    nodes, (python, module, _) = parallel.world // ranks_here(), command().partition(" -m dsv3")
-    run = f"{python} -m torch.distributed.run" if module else "torchrun"
+    nodes, ours = parallel.world // ranks_here(), command()
+    python = ours.removesuffix(" -m dsv3")
+    run = f"{ours.removesuffix('dsv3')}torchrun" if python == ours else f"{python} -m torch.distributed.run"
     return f"{run} {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {ranks_here()} -m dsv3"
 
 
