@@ -11,10 +11,11 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ from bench.table import print_table
 from bench.timing import FULL, Ceilings, measure_ceilings, release
 from dsv3.terminal import clock
 from dsv3.train.config import TrainConfig
-from dsv3.train.corpus import open_corpus
+from dsv3.train.tokenizer import MAX_BYTES, train_tokenizer
 
 RUNS = {"bf16": ("bf16", 0.0), "fp8": ("fp8", 0.0), "control": ("bf16", 1e-6)}  # precision, perturbation of the weights
 TOLERANCE, CONTROL_FACTOR = 0.0025, 1.5  # the bound is the larger of one, and the other times the control's difference
 REPORT_EVERY = 200  # steps
+SOURCE = Path(torch.__file__).parents[1]
 FP8_OPS = ("fp8_gemm", "fp8_gemm_out", "grouped_fp8_gemm", "grouped_fp8_wgrad")
 
 
@@ -97,16 +99,31 @@ class Run:
 
 
 # ---- a run ----
+def _source() -> Iterator[str]:
+    """All Python files beside torch's, shuffled."""
+    files = sorted(SOURCE.rglob("*.py"))
+    for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist():
+        yield files[i].read_text(encoding="utf-8", errors="replace")
+
+
 @functools.cache
 def sequences(setup: Setup) -> Tensor:
-    """uint8 [steps * rows, length + 1]: torch's own Python source, one byte a token, cut up and shuffled. None comes twice: how
-    fast a model learns by heart what it has seen differs by 10% between two bf16 runs (README.md)."""
-    corpus = open_corpus(Path(torch.__file__).parent)
-    text = bytearray().join(document.text.encode() for document in corpus.documents("train"))
+    """int32 [steps * rows, length + 1]: source of the packages that are installed, in tokens of a BPE of its own, cut up and
+    shuffled. None comes twice: how fast a model learns by heart what it has seen differs by 10% between two bf16 runs
+    (README.md). Raises ValueError where there is not enough."""
     width, needed = setup.length + 1, setup.steps * setup.rows
-    cut = torch.frombuffer(text, dtype=torch.uint8)[: len(text) // width * width].view(-1, width)
-    if len(cut) < needed:
-        raise ValueError(f"{corpus.root} makes {len(cut)} sequences, and the runs need {needed}")
+    source, sample, left = _source(), [], min(MAX_BYTES, 64 * needed * width)
+    while left > 0 and (text := next(source, None)) is not None:
+        sample.append(text)
+        left -= len(text)
+    tokenizer = train_tokenizer(sample, setup.config(False).vocab_size)
+    source, parts, found = itertools.chain(sample, source), [], 0
+    while found < needed * width and (texts := list(itertools.islice(source, 100))):
+        parts += [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in tokenizer.encode_batch(texts)]
+        found += sum(map(len, parts[-len(texts) :]))
+    if found < needed * width:
+        raise ValueError(f"{SOURCE} makes {found // width} sequences, and the runs need {needed}")
+    cut = torch.cat(parts)[: found // width * width].view(-1, width)
     return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:needed]]
 
 

@@ -83,11 +83,11 @@ void launch_few_linear(const char* name, const FewLinearParams& p, int heads, cu
   visit_tiles(p.tokens, [&](auto count) {
     constexpr int kTiles = decltype(count)::value;
     const int warps = depth_warps(p.depth);
-    // Many heads' blocks read more than one matrix' do: as much L1 as there is (1% of a round of 32 sequences).
-    const Launch shape{.grid = dim3(rows / kRowTile, heads),
-                       .block = dim3(warps * kWarpSize),
-                       .smem = sizeof(float) * warps * kTiles * kSumTile,
-                       .carveout = heads > 1 ? 0 : -1};
+    Launch shape{.grid = dim3(rows / kRowTile, heads),
+                 .block = dim3(warps * kWarpSize),
+                 .smem = sizeof(float) * warps * kTiles * kSumTile};
+    // Heads whose blocks have a multiprocessor each: all of its memory but theirs as L1. More would wait for each other.
+    if (heads > 1 && rows / kRowTile * heads <= sm_count()) shape.carveout = 0;
     launch(name, p.fp8 ? few_linear_kernel<kTiles, Codes> : few_linear_kernel<kTiles, Values>, shape, stream, p);
   });
 }
