@@ -109,8 +109,8 @@ def _source() -> Iterator[str]:
 @functools.cache
 def sequences(setup: Setup) -> Tensor:
     """int32 [steps * rows, length + 1]: source of the packages that are installed, in tokens of a BPE of its own, cut up and
-    shuffled. None comes twice: how fast a model learns by heart what it has seen differs by 10% between two bf16 runs
-    (README.md). Raises ValueError where there is not enough."""
+    shuffled. No part of it is read twice: how fast a model learns by heart what it has seen differs by 10% between two bf16
+    runs (README.md). Raises ValueError where there is not enough."""
     width, needed = setup.length + 1, setup.steps * setup.rows
     source, sample, left = _source(), [], min(MAX_BYTES, 64 * needed * width)
     while left > 0 and (text := next(source, None)) is not None:
@@ -216,7 +216,7 @@ def join(folder: Path, out: Path | None, console: Console) -> bool:
     print_table(console, "train_parity", [row])
     out = out or RESULTS / gpu_folder(fp8.env.gpu)
     write_apart(out / "model.jsonl", row)
-    console.print(str(write_means(out / "train_parity.json", losses, row)), soft_wrap=True)
+    console.print(str(write_means(out / "train_parity.json", losses, row, fp8.data)), soft_wrap=True)
     return bool(facts["held"])
 
 
@@ -236,13 +236,13 @@ def parity_row(run: Run, facts: dict[str, float]) -> dict[str, Any]:
     return make_row(case, Timing(run.step_us, {}, facts), ceilings=run.ceilings, env=run.env, sha=run.sha)
 
 
-def write_means(path: Path, losses: dict[str, Tensor], row: dict[str, Any]) -> Path:
-    """What the picture is drawn from, and the picture."""
+def write_means(path: Path, losses: dict[str, Tensor], row: dict[str, Any], data: str) -> Path:
+    """What the picture is drawn from, with the name of the data, and the picture."""
     case = row["case"]
     means = {name: [round(x, 5) for x in window_means(loss, case["window"]).tolist()] for name, loss in losses.items()}
     title = f"{case['model']}, {case['rows']} x {case['length']} tokens a step"
     record = {"title": title, **{key: case[key] for key in ("window", "warmup_steps", "bound")}}
-    record |= {key: row[key] for key in ("gpu", "commit", "csrc_sha", "date")}
+    record |= {key: row[key] for key in ("gpu", "commit", "csrc_sha", "date")} | {"data": data}
     path.write_text(json.dumps({**record, "means": means}) + "\n")
     return plot_parity(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ ENV = results.Environment("NVIDIA H100 80GB HBM3", "580.1", "2.13.0", "13.0", "c
 
 # ---- the runs ----
 def test_the_plan_is_that_of_the_issue() -> None:
-    assert (PLAN.setup.preset, PLAN.window) == ("mini", 100)
+    assert (PLAN.setup.preset, PLAN.setup.rows, PLAN.setup.length, PLAN.window) == ("mini", 8, 2048, 100)
     assert PLAN.setup.steps >= 2000
     assert PLAN.warmup_steps <= 200
     rates = [
@@ -65,6 +66,12 @@ def test_perturbation(dtype: torch.dtype) -> None:
     assert abs(float(noise.mean())) < 2e-8
     for slot, group in training.buffers.slots():
         assert torch.equal(slot.param, slot.view(group.master).to(dtype))
+
+
+def test_a_run_learns() -> None:
+    setup = dataclasses.replace(TINY.setup, steps=60)
+    losses, _ = parity.train("bf16", dataclasses.replace(TINY, setup=setup), CPU, lambda line: None)
+    assert losses[-10:].mean() < losses[:10].mean() - 0.05
 
 
 def test_runs_see_the_same_and_differ_in_the_precision() -> None:
@@ -153,6 +160,7 @@ def test_what_it_leaves(measured: dict[str, Tensor], tmp_path: Path, capsys: pyt
     assert row["case"].items() >= {"model": "tiny", "rows": 2, "steps": 12, "window": 2, "warmup_steps": 4}.items()
     assert row["case"].items() >= {"max_difference": 0.001, "bound": 0.0025, "held": True}.items()
     record = json.loads((tmp_path / "train_parity.json").read_text())
+    assert record["data"] == hashlib.sha256(parity.sequences(TINY.setup).numpy().tobytes()).hexdigest()
     assert record["means"] == {"bf16": [2.0] * 6, "fp8": [2.0, 2.0, 2.0, 2.002, 2.0, 2.0], "control": [2.0] * 6}
     assert (tmp_path / "train_parity.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "train_parity.png") in capsys.readouterr().out

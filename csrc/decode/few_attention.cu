@@ -34,7 +34,6 @@ constexpr int kLatent = 512, kWidth = 576;
 constexpr int kSubColumns = 64;  // of a sub-block, whose rows are 128 bytes
 constexpr int kSubs = kWidth / kSubColumns, kValueSubs = kLatent / kSubColumns, kSubBytes = kPage * 128;
 constexpr int kMaxRows = 32;
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kCombined = 16;  // pieces whose results are read at a time
 
 struct AttentionParams {

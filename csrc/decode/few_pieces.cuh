@@ -7,13 +7,14 @@
 
 #include <cstdint>
 
+#include "../common/tensor.h"
 #include "../common/vector.cuh"
-#include "../ops.h"
 
 namespace dsv3 {
 namespace {
 
 constexpr int kPage = 64;
+constexpr unsigned kAll = 0xffffffffu;                            // lanes
 constexpr int kChunksASize = 16, kPagesASize = 2 * kChunksASize;  // of two pages each; then as many of four, ...
 // Pages of all tables up to which they are pieces, and of one: where the combination knows only chunks of two and four.
 constexpr int kMaxPagesApart = 264, kMaxWidthApart = 3 * kPagesASize;
@@ -75,14 +76,14 @@ class Stages {
 
   // The first page of the block's next piece.
   __device__ __forceinline__ Stage first() {
-    for (int total; piece - before >= (total = __shfl_sync(kWholeWarp, end, kWarpSize - 1));) {
+    for (int total; piece - before >= (total = __shfl_sync(kAll, end, kWarpSize - 1));) {
       if (first_sequence + kWarpSize >= t.batch) return {.sequence = -1};
       before += total;
       look(first_sequence + kWarpSize);
     }
-    const int n = piece - before, owner = __ffs(__ballot_sync(kWholeWarp, end > n)) - 1;
-    Stage at{.sequence = first_sequence + owner, .piece = n - __shfl_sync(kWholeWarp, end - mine, owner)};
-    at.length = __shfl_sync(kWholeWarp, length, owner);
+    const int n = piece - before, owner = __ffs(__ballot_sync(kAll, end > n)) - 1;
+    Stage at{.sequence = first_sequence + owner, .piece = n - __shfl_sync(kAll, end - mine, owner)};
+    at.length = __shfl_sync(kAll, length, owner);
     const int level = t.pages_apart ? 0 : at.piece / kChunksASize, size = t.pages_apart ? 1 : 2 << level;
     at.entry = t.pages_apart ? at.piece : kPagesASize * ((1 << level) - 1) + at.piece % kChunksASize * size;
     at.end = min(at.entry + size, t.pages_in_table(at.length));
@@ -100,8 +101,6 @@ class Stages {
   }
 
  private:
-  static constexpr unsigned kWholeWarp = 0xffffffffu;
-
   __device__ __forceinline__ void look(int sequence) {
     const int lane = threadIdx.x % kWarpSize;
     first_sequence = sequence;
@@ -113,7 +112,7 @@ class Stages {
     end = mine;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const int others = __shfl_up_sync(kWholeWarp, end, distance);
+      const int others = __shfl_up_sync(kAll, end, distance);
       if (lane >= distance) end += others;
     }
   }

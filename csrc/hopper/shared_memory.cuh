@@ -25,21 +25,21 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
 // What this thread has written to shared memory is seen by TMA and the tensor core once it has met them in a barrier.
 __device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes, or zeros, in the background.
+// 16 bytes in the background, with `there` perhaps zeros.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-// The same, so many bytes behind both addresses.
+// The same, so many bytes behind either address.
 template <int kToOffset, int kFromOffset>
 __device__ __forceinline__ void copy_async_at(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kToOffset),
                "n"(kFromOffset)
                : "memory");
 }
-// 4 bytes, or zero.
+// 4 bytes likewise.
 __device__ __forceinline__ void copy_float_async(uint32_t to, const float* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }

@@ -85,6 +85,6 @@ def addresses(model: nn.Module) -> tuple[object, ...]:
             elif isinstance(value, Tensor):
                 found.append(value.data_ptr())
             elif isinstance(value, Fp8Weights):
-                found += [copy.data.data.data_ptr() for copy in value.made.values()]
+                found += [t.data_ptr() for made in value.made.values() for t in (made.data.data, made.data.sf)]
         found.append(getattr(module, "fp8", False))
     return tuple(found)

@@ -79,13 +79,34 @@ def test_few_linear_in_fp32_and_with_static_weights(device):
     assert torch.equal(wide, again)
 
 
-def test_copies_are_not_static(monkeypatch):
+def transposed(w):
+    """The same values, not contiguous."""
+    return w.mT.contiguous().mT
+
+
+STATIC_CALLS = {
+    "few_linear": lambda x, w, copied: ops.few_linear(x, [copied(w[0])], static_weights=True),
+    "few_heads": lambda x, w, copied: ops.few_heads(x[:, None].expand(-1, 4, -1), copied(w), static_weights=True),
+    "mla_absorb": lambda x, w, copied: ops.mla_absorb(
+        torch.cat([draw(2, 4, 64, device="cpu"), x[:, None, :8].expand(-1, 4, -1)], -1),
+        copied(w), *torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64), static_weights=True,
+    ),
+    "few_gate": lambda x, w, copied: ops.few_gate(
+        x, x, x[0], copied(w[0]), None, eps=1e-6, num_groups=1, topk_groups=1, topk=2, route_scale=1.0, static_weights=True
+    ),
+    "few_experts": lambda x, w, copied: ops.few_experts(
+        x, shared_gate_up=w[0], shared_down=copied(draw(128, 32, device="cpu")), static_weights=True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATIC_CALLS)
+def test_copies_are_not_static(monkeypatch, name):
     """What is made contiguous has just been written by the kernel ahead."""
     seen = []
-    monkeypatch.setattr(torch.ops.dsv3, "few_linear", lambda *args: seen.append(args[-1]) or [args[0]])
-    weight = draw(64, 128, device="cpu")
-    for w in (weight, weight.t().contiguous().t()):
-        ops.few_linear(draw(2, 128, device="cpu"), [w], static_weights=True)
+    monkeypatch.setattr(torch.ops.dsv3, name, lambda *args: seen.append(args[-1]) or [args[0]])
+    for copied in (torch.clone, transposed):
+        STATIC_CALLS[name](draw(2, 128, device="cpu"), draw(4, 64, 128, device="cpu"), copied)
     assert seen == [True, False]
 
 

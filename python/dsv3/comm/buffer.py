@@ -224,7 +224,7 @@ class ExpertBuffer:
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatched:
         """Sends every token to its experts; differentiable in x (through the handle's `rows`) and topk_weights.
 
-        In exact mode "collective" and "ipc" read all ranks' counts once on the host. "local", and static mode on a GPU, never
+        In exact mode "collective" and "ipc" read all ranks' counts once on the host. On a GPU "local" and static mode never
         wait for the device, so they do not look at the expert ids; over ipc one that does not exist means the nearest that
         does.
 
@@ -237,7 +237,8 @@ class ExpertBuffer:
         Raises:
             ValueError: shapes, dtypes or expert ids that do not fit, in static mode also T > max_tokens. Between ranks exact
                 mode, and static mode on CPUs, raise on every rank if they do not on one, or if H, k or a dtype differ.
-            RuntimeError: static mode, more rows than max_recv; over ipc, a rank that was waited for in vain (see RankLost).
+            RuntimeError: "local" on a CPU, expert ids that do not exist; static mode, more rows than max_recv; over ipc, a rank
+                that was waited for in vain (see RankLost).
         """
         cast = self.wire_dtype == FP8
         found = counts.problem(x, topk_idx, topk_weights, cast)

@@ -102,11 +102,12 @@ class Engine:
             pieces of a long prompt then see rounded keys, so the output depends a little on where it is cut.
         cuda_graphs: replay decode rounds as CUDA graphs, a graph for 1, 2, 4, 8, ... sequences; None: where that can be.
             Weights may be changed in place between calls of `generate`, and replaced.
-        batch_invariant: on a Hopper GPU a token of a bf16 model, in either precision, gets the same bits whatever is decoded
-            beside it, other sequences or drafts, as long as a round has at most 64 tokens and all experts are here (a prompt's
-            depend on what is prefilled with it; weights dequantised for more than 64 tokens are another exception). So
-            speculation gives the greedy tokens of plain decoding. False lets FP8 products of few rows (of engines whose rounds
-            may have more than 64 tokens) and attention to few long sequences divide their sums, which is faster.
+        batch_invariant: on a Hopper GPU a token of a bf16 model of the released one's kv_lora_rank and qk_rope_head_dim
+            (512, 64), in either precision, gets the same bits whatever is decoded beside it, other sequences or drafts, as
+            long as a round has at most 64 tokens and all experts are here (a prompt's depend on what is prefilled with it;
+            weights dequantised for more than 64 tokens are another exception). So speculation gives the greedy tokens of
+            plain decoding. False lets FP8 products of few rows (of engines whose rounds may have more than 64 tokens) and
+            attention to few long sequences divide their sums, which is faster.
 
     Raises:
         ValueError: speculative without MTP, CUDA graphs for anything but a bf16 model with all its experts on a Hopper GPU
@@ -169,7 +170,7 @@ class Engine:
         options = {"kv_cache_dtype": kv_cache_dtype, "cuda_graphs": graphs}
         self._decoder = Decoder(model, depth=self._depth, **sizes, **options)
         self._min_width = MIN_WIDTH if graphs else 1
-        # References would take a token at a time, and ask the device.
+        # The references of decoding would take a token at a time, and ask the device.
         decodes = native and (config.kv_lora_rank, config.qk_rope_head_dim) == (LATENT, ROPE)
         self._batch_invariant = bool(batch_invariant and decodes)
         self._ahead = weight.is_cuda  # whether a round is launched before the host has looked at the one before

@@ -89,7 +89,7 @@ class Experts(QuantizedModule):
         return self.fp8 and takes and isinstance(self.gate_up, ops.Quantized) == isinstance(self.down, ops.Quantized)
 
     def fp8_weights(self) -> tuple[ops.Fp8Weight | ops.Quantized | None, ...]:
-        """gate_up and down in FP8, or None where one is multiplied in the dtype of x."""
+        """gate_up and down in FP8; None for one that has no such form. They are used where both have (`in_fp8`)."""
         return tuple(
             self.fp8_copies.of(name, getattr(self, name)) if self.fp8 else None for name in ("gate_up", "down")
         )

@@ -266,7 +266,7 @@ class _LinearCrossEntropy(Function):
         dh, dw, weight = ctx.dh, ctx.dw, ctx.weight
         if dh is not None:
             # NOTE: with dimensions, so that it multiplies in its own dtype; a number would be rounded to that of dh first.
-            dh = torch.mul(dh, dloss.view(1, 1), out=torch.empty_like(dh))
+            dh = (dh * dloss.view(1, 1)).to(dh.dtype)
         if dw is not None:
             main_grad = getattr(weight, "main_grad", None)
             if main_grad is not None:
