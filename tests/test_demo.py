@@ -125,9 +125,15 @@ def test_what_to_type_next_works_where_it_is_read(monkeypatch: pytest.MonkeyPatc
     assert command() == f"PYTHONPATH={root} {sys.executable} -m dsv3"
     done = subprocess.run(f"{command()} --help", shell=True, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (
+        command("torchrun", "torch.distributed.run") == f"PYTHONPATH={root} {sys.executable} -m torch.distributed.run"
+    )
     scripts.mkdir(parents=True)
     (scripts / "dsv3").touch()
     assert command() == ".venv/bin/dsv3"
+    assert command("torchrun", "torch.distributed.run").endswith(" -m torch.distributed.run")  # torch lies elsewhere
+    (scripts / "torchrun").touch()
+    assert command("torchrun", "torch.distributed.run") == ".venv/bin/torchrun"
     monkeypatch.setattr(terminal.shutil, "which", lambda name: str(scripts / name))
     assert command() == "dsv3"
 

@@ -30,15 +30,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def command() -> str:
-    """What starts this dsv3 in the shell of whoever reads it: `dsv3` where that is on the PATH, otherwise its script (in a
-    .venv that is not activated) or, where it is not installed at all, python with the package's folder."""
-    script, found = Path(sysconfig.get_path("scripts")) / "dsv3", shutil.which("dsv3")
-    if script.exists():
-        return "dsv3" if found and script.samefile(found) else str(_from_here(script))
+def command(name: str = "dsv3", module: str = "dsv3") -> str:
+    """What starts this dsv3, or torch's torchrun for it, in the shell of whoever reads it: `name` where that is on the PATH,
+    otherwise its script (in a .venv that is not activated) or, where dsv3 or the script is not installed at all, python with
+    the package's folder and the module."""
+    scripts, found = Path(sysconfig.get_path("scripts")), shutil.which(name)
+    script = scripts / name
+    if script.exists() and (scripts / "dsv3").exists():
+        return name if found and script.samefile(found) else str(_from_here(script))
     python = shutil.which("python3")
-    name = "python3" if python and Path(sys.executable).samefile(python) else sys.executable
-    return f"PYTHONPATH={_from_here(Path(__file__).resolve().parents[1])} {name} -m dsv3"
+    interpreter = "python3" if python and Path(sys.executable).samefile(python) else sys.executable
+    return f"PYTHONPATH={_from_here(Path(__file__).resolve().parents[1])} {interpreter} -m {module}"
 
 
 def _from_here(path: Path) -> Path:

@@ -51,6 +51,7 @@ def test_toml_json_and_overrides_agree(tmp_path: Path) -> None:
         ("batch", "expected key=value, got 'batch'"),
         ("lr.x=1", "lr holds no keys of its own, got 'lr.x=1'"),
         ("beta1=1", "beta1 must be at most 0.99, as moments are bf16, got 1.0"),
+        ("beta2=1", "beta2 must be at most 0.99, as moments are bf16, got 1.0"),
         ("beta2=0.999", "beta2 must be at most 0.99, as moments are bf16, got 0.999"),
         ("eps=0", "eps must be positive, got 0.0"),
         ("seed=99999999999999999999", "seed must be below 2^63, got 99999999999999999999"),

@@ -4,7 +4,6 @@ stop, checkpoints that either can read."""
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from dsv3 import train
 from dsv3.parallel.data import DataParallel, ranks_share_gpus
+from dsv3.terminal import command
 from dsv3.train import checkpoint, launch
 from tests.torchrun import torchrun
 from tests.train.common import Recorder, same_losses
@@ -30,8 +30,8 @@ def test_two_processes_train_as_one(on: str, token_folder: Path, tmp_path: Path)
         assert (tmp_path / f"codes-{rank}").read_text() == "[130, 0, 0]"
     stopped = [line for line in done.stdout.splitlines() if line.startswith("saved ")]
     assert len(stopped) == 1
-    torchrun_or_module = r"(\S*torchrun|PYTHONPATH=\S+ \S+ -m torch\.distributed\.run)"
-    assert re.search(rf"resume with: {torchrun_or_module} --nproc-per-node 2 -m dsv3 train ", stopped[0])
+    run = command("torchrun", "torch.distributed.run")
+    assert f"resume with: {run} --nproc-per-node 2 -m dsv3 train " in stopped[0]
     two = rows(tmp_path / "two")
     assert [row["step"] for row in two] == list(range(1, 51))
 

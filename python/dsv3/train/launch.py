@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,11 +93,7 @@ def _launcher(parallel: DataParallel) -> str:
     """What starts as many processes as these."""
     if parallel.world == 1:
         return command()
-    nodes, ours = parallel.world // ranks_here(), command()
-    python, beside = ours.removesuffix(" -m dsv3"), f"{ours.removesuffix('dsv3')}torchrun"
-    if python == ours and not shutil.which(beside):
-        python = sys.executable
-    run = beside if python == ours else f"{python} -m torch.distributed.run"
+    run, nodes = command("torchrun", "torch.distributed.run"), parallel.world // ranks_here()
     return f"{run} {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc-per-node {ranks_here()} -m dsv3"
 
 
