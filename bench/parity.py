@@ -1,8 +1,9 @@
 """`python -m bench.parity [RUN...] [join]`: does a model learn in FP8 what it learns in bf16? Three runs on the same data in
-the same order: bf16, fp8, and as the control bf16 once more, from weights that differ by a millionth. See README.md.
+the same order: bf16, fp8, and as the control bf16 once more, from weights that differ by a millionth; each from several starts,
+whose mean is compared, since what one start makes of a small difference is chance. See README.md.
 
-A run leaves its losses in a file, so that the three can be made by one process after the other or on three GPUs at once; `join`
-compares them.
+Every start of a run leaves its losses in a file, so that the runs can be made by one process after the other or on three GPUs
+at once; `join` compares them.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ FP8_OPS = ("fp8_gemm", "fp8_gemm_out", "grouped_fp8_gemm", "grouped_fp8_wgrad")
 
 @dataclass(frozen=True)
 class Plan:
-    """What the runs share: a model, `steps` batches, the steps of the learning rate's warm-up and those of a mean."""
+    """What the runs share: a model, `steps` batches, the steps of the learning rate's warm-up and those of a mean, and how many
+    initial weights a run starts from, one after the other."""
 
     setup: Setup
     warmup_steps: int
     window: int
+    starts: int
 
     @property
     def recipe(self) -> TrainConfig:
@@ -60,15 +63,16 @@ class Plan:
         )
 
 
-PLAN = Plan(Setup("mini", 8, 2048, 2000), warmup_steps=200, window=100)
-TINY = Plan(Setup("tiny", 2, 32, 12), warmup_steps=4, window=2)
+PLAN = Plan(Setup("mini", 8, 512, 2000), warmup_steps=500, window=100, starts=3)
+TINY = Plan(Setup("tiny", 2, 32, 12), warmup_steps=4, window=2, starts=2)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves behind."""
+    """What a run leaves behind of one of its starts."""
 
     name: str
+    start: int
     plan: Plan
     data: str  # sha256 of the sequences in their order
     sha: str  # csrc_sha
@@ -79,12 +83,12 @@ class Run:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(asdict(self)) + "\n")
+        (folder / f"{self.name}-{self.start}.json").write_text(json.dumps(asdict(self)) + "\n")
 
     @staticmethod
-    def load(folder: Path, name: str) -> Run:
+    def load(folder: Path, name: str, start: int) -> Run:
         """ValueError where there is none."""
-        path = folder / f"{name}.json"
+        path = folder / f"{name}-{start}.json"
         if not path.is_file():
             raise ValueError(f"no {path}: run {name} first")
         values = json.loads(path.read_text())
@@ -94,7 +98,7 @@ class Run:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must be the same in all three."""
+        """What must be the same in all."""
         return {"plan": self.plan, "data": self.data, "csrc_sha": self.sha, **asdict(self.env), "date": None}
 
 
@@ -128,64 +132,74 @@ def sequences(setup: Setup) -> Tensor:
 
 
 @torch.no_grad()
-def perturb(training: Training, size: float) -> None:
+def perturb(training: Training, size: float, seed: int = 1) -> None:
     """Every weight times 1 + size * normal noise, in fp32: bf16 has no room for a millionth, the master weights do."""
     groups = training.buffers.groups
-    generator = torch.Generator(groups[0].master.device).manual_seed(1)
+    generator = torch.Generator(groups[0].master.device).manual_seed(seed)
     for group in groups:
         noise = torch.empty_like(group.master).normal_(generator=generator)
         group.master *= noise.mul_(size).add_(1)
     training.buffers.sync_weights()
 
 
-def train(name: str, plan: Plan, device: torch.device, say: Callable[[str], None]) -> tuple[Tensor, float]:
-    """The loss of every step, fp64 [steps] on the CPU, and microseconds a step after the first two.
+def train(name: str, start: int, plan: Plan, device: torch.device, say: Callable[[str], None]) -> tuple[Tensor, float]:
+    """The loss of every step, fp64 [steps] on the CPU, and microseconds a step after the first two; `start` is the seed of the
+    initial weights.
 
     Losses stay on the device: it is waited for only where progress is reported.
     """
     setup, (precision, perturbation) = plan.setup, RUNS[name]
     data, losses = sequences(setup).to(device), torch.zeros(setup.steps, dtype=torch.float64, device=device)
-    training = Training(setup.config(False), device, setup.dtype(device), precision=precision, recipe=plan.recipe)
+    training = Training(
+        setup.config(False), device, setup.dtype(device), precision=precision, recipe=plan.recipe, seed=start
+    )
     if perturbation:
-        perturb(training, perturbation)
-    start, warm = 0.0, 2  # the first steps are slow: kernels load, a graph is captured
+        perturb(training, perturbation, start + 1)
+    begin, warm = 0.0, 2  # the first steps are slow: kernels load, a graph is captured
     for step in range(setup.steps):
         if step == warm:
             losses[step - 1].item()
-            start = time.perf_counter()
+            begin = time.perf_counter()
         losses[step] = training.step(data[step * setup.rows : (step + 1) * setup.rows].long())
         done = step + 1
         if done % REPORT_EVERY == 0 or done == setup.steps:
             loss = float(losses[max(done - plan.window, 0) : done].mean())
-            left = (time.perf_counter() - start) / max(done - warm, 1) * (setup.steps - done)
-            say(f"{name}: step {done} of {setup.steps}, loss {loss:.4f}, {clock(left)} left")
-    return losses.cpu(), (time.perf_counter() - start) / (setup.steps - warm) * 1e6
+            left = (time.perf_counter() - begin) / max(done - warm, 1) * (setup.steps - done)
+            place = f"{name}, start {start + 1} of {plan.starts}"
+            say(f"{place}: step {done} of {setup.steps}, loss {loss:.4f}, {clock(left)} left")
+    return losses.cpu(), (time.perf_counter() - begin) / (setup.steps - warm) * 1e6
 
 
-def measure(name: str, plan: Plan, env: Environment, say: Callable[[str], None]) -> Run:
-    """A run on this GPU; RuntimeError if an FP8 product ran on its reference."""
+def measure(name: str, start: int, plan: Plan, env: Environment, say: Callable[[str], None]) -> Run:
+    """A start of a run on this GPU; RuntimeError if an FP8 product ran on its reference."""
     sha = csrc_sha("model", copied=env.copied)
     release()  # the run before
     ceilings, _ = measure_ceilings(FULL)
-    losses, step_us = train(name, plan, torch.device("cuda", torch.cuda.current_device()), say)
+    losses, step_us = train(name, start, plan, torch.device("cuda", torch.cuda.current_device()), say)
     for op in FP8_OPS:
         require_native(op)
     data = hashlib.sha256(sequences(plan.setup).numpy().tobytes()).hexdigest()
-    return Run(name, plan, data, sha, env, ceilings, step_us, losses.tolist())
+    return Run(name, start, plan, data, sha, env, ceilings, step_us, losses.tolist())
 
 
 # ---- the three together ----
-def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
+def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
     """How far the means are from those of bf16 after the warm-up, relative; the bound, and whether FP8 keeps it.
 
-    The means of signed differences say whether a run is on one side of bf16 throughout; windows_within, in how many of the
-    `windows` FP8 keeps the bound that the control's difference in the same one makes.
+    Args:
+        losses: fp64 [starts, steps] by the run's name. Compared is their mean over the starts.
+
+    Returns:
+        The means of signed differences say whether a run is on one side of bf16 throughout; windows_within, in how many of the
+        `windows` FP8 keeps the bound that the control's difference in the same one makes; `*_of_starts`, the largest difference
+        of each start from bf16's same start, in either direction, with its sign: how much of a single pair is chance.
     """
-    means = {name: window_means(loss, plan.window) for name, loss in losses.items()}
     first = -(-plan.warmup_steps // plan.window)
-    apart = {name: (means[name] / means["bf16"] - 1)[first:] for name in ("fp8", "control")}
+    means = {name: window_means(loss, plan.window)[:, first:] for name, loss in losses.items()}
+    apart = {name: means[name].mean(0) / means["bf16"].mean(0) - 1 for name in ("fp8", "control")}
     worst = {name: float(difference.abs().max()) for name, difference in apart.items()}
     bound = max(TOLERANCE, CONTROL_FACTOR * worst["control"])
+    of_window = apart["control"].abs().mul(CONTROL_FACTOR).clamp(min=TOLERANCE)
     found = {
         "max_difference": worst["fp8"],
         "control_difference": worst["control"],
@@ -193,10 +207,21 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, float]:
         "mean_difference": float(apart["fp8"].mean()),
         "control_mean_difference": float(apart["control"].mean()),
     }
-    of_window = apart["control"].abs().mul(CONTROL_FACTOR).clamp(min=TOLERANCE)
-    found |= {"windows": len(of_window), "windows_within": int((apart["fp8"].abs() <= of_window).sum())}
-    rounded = {name: round(value, 6) for name, value in found.items()}
-    return {**rounded, "last_loss": round(float(means["fp8"][-1]), 4), "held": worst["fp8"] <= bound}
+    return {
+        **{name: round(value, 6) for name, value in found.items()},
+        "windows": len(of_window),
+        "windows_within": int((apart["fp8"].abs() <= of_window).sum()),
+        "fp8_of_starts": _worst_of_starts(means["fp8"], means["bf16"]),
+        "control_of_starts": _worst_of_starts(means["control"], means["bf16"]),
+        "last_loss": round(float(means["fp8"][:, -1].mean()), 4),
+        "held": worst["fp8"] <= bound,
+    }
+
+
+def _worst_of_starts(means: Tensor, bf16: Tensor) -> list[float]:
+    """Of each row, the difference that is largest without its sign."""
+    apart = means / bf16 - 1
+    return [round(x, 6) for x in apart.gather(1, apart.abs().argmax(1, keepdim=True)).flatten().tolist()]
 
 
 def join(folder: Path, out: Path | None, console: Console) -> bool:
@@ -204,13 +229,14 @@ def join(folder: Path, out: Path | None, console: Console) -> bool:
 
     Raises ValueError where a run is missing or was made under other conditions than the others.
     """
-    runs = {name: Run.load(folder, name) for name in RUNS}
-    fp8 = runs["fp8"]
-    for name, run in runs.items():
+    starts = range(PLAN.starts)
+    runs = {name: [Run.load(folder, name, start) for start in starts] for name in RUNS}
+    fp8 = runs["fp8"][0]
+    for run in itertools.chain(*runs.values()):
         differing = [key for key, value in run.conditions.items() if value != fp8.conditions[key]]
         if differing:
-            raise ValueError(f"{folder}: runs fp8 and {name} differ in {', '.join(differing)}")
-    losses = {name: torch.tensor(run.losses, dtype=torch.float64) for name, run in runs.items()}
+            raise ValueError(f"{folder}: runs fp8-0 and {run.name}-{run.start} differ in {', '.join(differing)}")
+    losses = {name: torch.tensor([run.losses for run in of], dtype=torch.float64) for name, of in runs.items()}
     facts = compare(losses, fp8.plan)
     row = parity_row(fp8, facts)
     print_table(console, "train_parity", [row])
@@ -220,14 +246,14 @@ def join(folder: Path, out: Path | None, console: Console) -> bool:
     return bool(facts["held"])
 
 
-def parity_row(run: Run, facts: dict[str, float]) -> dict[str, Any]:
-    """The row: times are those of the FP8 run; the runs may have had a GPU each, so bf16's are no baselines."""
+def parity_row(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """The row: times are those of the FP8 run's first start; the runs may have had a GPU each, so bf16's are no baselines."""
     setup, config = run.plan.setup, run.plan.setup.config(False)
     case = Case(
         op="train_parity",
         case={
             "model": setup.preset, "rows": setup.rows, "length": setup.length, "mtp": False, "precision": "fp8",
-            "steps": setup.steps, "warmup_steps": run.plan.warmup_steps, "window": run.plan.window,
+            "steps": setup.steps, "warmup_steps": run.plan.warmup_steps, "window": run.plan.window, "starts": run.plan.starts,
         },
         flops=step_flops(setup, config),
         bytes=step_bytes(config),
@@ -237,10 +263,13 @@ def parity_row(run: Run, facts: dict[str, float]) -> dict[str, Any]:
 
 
 def write_means(path: Path, losses: dict[str, Tensor], row: dict[str, Any], data: str) -> Path:
-    """What the picture is drawn from, with the name of the data, and the picture."""
+    """What the picture is drawn from, [starts][windows] of each run, with the name of the data, and the picture."""
     case = row["case"]
-    means = {name: [round(x, 5) for x in window_means(loss, case["window"]).tolist()] for name, loss in losses.items()}
-    title = f"{case['model']}, {case['rows']} x {case['length']} tokens a step"
+    means = {
+        name: [[round(x, 5) for x in start] for start in window_means(loss, case["window"]).tolist()]
+        for name, loss in losses.items()
+    }
+    title = f"{case['model']}, {case['rows']} x {case['length']} tokens a step, {case['starts']} starts"
     record = {"title": title, **{key: case[key] for key in ("window", "warmup_steps", "bound")}}
     record |= {key: row[key] for key in ("gpu", "commit", "csrc_sha", "date")} | {"data": data}
     path.write_text(json.dumps({**record, "means": means}) + "\n")
@@ -251,7 +280,10 @@ def write_means(path: Path, losses: dict[str, Tensor], row: dict[str, Any], data
 def dry_run(names: list[str], console: Console) -> None:
     """Runs at a tiny size, where this runs; compared where all three are asked for. Writes nothing."""
     device = torch.device("cuda" if bench.has_hopper() else "cpu")
-    losses = {name: train(name, TINY, device, console.print)[0] for name in names}
+    starts = range(TINY.starts)
+    losses = {
+        name: torch.stack([train(name, start, TINY, device, console.print)[0] for start in starts]) for name in names
+    }
     if len(losses) == len(RUNS):
         console.print(f"on {device.type}: {compare(losses, TINY)}")
 
@@ -284,8 +316,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         env = bench.measuring(args.commit) if args.what != ["join"] else None
-        for name in (name for name in args.what if name in RUNS):
-            measure(name, PLAN, env, functools.partial(console.print, soft_wrap=True)).save(args.runs)
+        names = [name for name in args.what if name in RUNS]
+        for start, name in itertools.product(range(PLAN.starts if names else 0), names):
+            measure(name, start, PLAN, env, functools.partial(console.print, soft_wrap=True)).save(args.runs)
         held = "join" not in args.what or join(args.runs, args.out, console)
     except ValueError as error:
         print(f"bench.parity: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ curves of the parity run."""
 from __future__ import annotations
 
 import json
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,18 +97,27 @@ def _finish(axes: Any, rows: list[dict[str, Any]], names: list[str], *, on_paper
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
+def _percent(values: list[float], of: list[float]) -> list[float]:
+    return [100 * (x / y - 1) for x, y in zip(values, of, strict=True)]
+
+
 def plot_parity(file: Path) -> Path:
-    """What bench.parity wrote: the mean losses of its three runs, and below how far they are from bf16's; a PNG beside it."""
+    """What bench.parity wrote: the mean losses of its three runs, and below how far they are from bf16's, each start thinly and
+    their mean, which is judged; a PNG beside it."""
     record = json.loads(file.read_text())
-    means, window, bound = record["means"], record["window"], 100 * record["bound"]
+    starts, window, bound = record["means"], record["window"], 100 * record["bound"]
+    means = {name: [statistics.fmean(window) for window in zip(*runs, strict=True)] for name, runs in starts.items()}
     steps = [window * (i + 1) for i in range(len(means["bf16"]))]
     figure, (top, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 7), height_ratios=(3, 2), layout="constrained")
     for name, (color, label) in RUNS.items():
         style = {"color": color, "label": label, "marker": ".", "linestyle": "--" if name == "control" else "-"}
         top.plot(steps, means[name], **style)
         if name != "bf16":
-            differences = [100 * (x / y - 1) for x, y in zip(means[name], means["bf16"], strict=True)]
-            below.plot(steps, differences, **style)
+            for mine, bf16 in zip(starts[name], starts["bf16"], strict=True):
+                below.plot(
+                    steps, _percent(mine, bf16), color=color, linewidth=0.7, alpha=0.5, linestyle=style["linestyle"]
+                )
+            below.plot(steps, _percent(means[name], means["bf16"]), **style)
     below.axhline(0, color=RUNS["bf16"][0], linewidth=1)
     for limit in (-bound, bound):
         below.axhline(limit, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)))

@@ -26,14 +26,15 @@ ENV = results.Environment("NVIDIA H100 80GB HBM3", "580.1", "2.13.0", "13.0", "c
 
 # ---- the runs ----
 def test_the_plan_is_that_of_the_issue() -> None:
-    assert (PLAN.setup.preset, PLAN.setup.rows, PLAN.setup.length, PLAN.window) == ("mini", 8, 2048, 100)
+    assert (PLAN.setup.preset, PLAN.setup.rows, PLAN.setup.length, PLAN.window) == ("mini", 8, 512, 100)
     assert PLAN.setup.steps >= 2000
-    assert PLAN.warmup_steps <= 200
+    assert PLAN.warmup_steps <= 500  # the published one is of 2000
+    assert PLAN.starts >= 3
     rates = [
         PLAN.recipe.learning_rate.at(progress=PLAN.recipe.progress(step=step, tokens=0, seconds=0), step=step, tokens=0)
-        for step in (0, 199, 1300, 1999)
+        for step in (0, 499, 1300, 1999)
     ]
-    assert rates == pytest.approx([1.1e-6, 2.2e-4, 2.2e-4, 7.3e-6])
+    assert rates == pytest.approx([4.4e-7, 2.2e-4, 2.2e-4, 7.3e-6])
 
 
 def test_no_sequence_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,13 +55,14 @@ def test_no_sequence_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_perturbation(dtype: torch.dtype) -> None:
     """Of the master weights, by a millionth of each, the same every time; the weights are what they round to."""
 
-    def start(size: float) -> tuple[Training, Tensor]:
+    def start(size: float, seed: int = 1) -> tuple[Training, Tensor]:
         training = Training(TINY.setup.config(False), CPU, dtype, recipe=TINY.recipe)
-        parity.perturb(training, size)
+        parity.perturb(training, size, seed)
         return training, torch.cat([group.master for group in training.buffers.groups])
 
-    (_, plain), (training, moved), (_, again) = start(0.0), start(1e-6), start(1e-6)
+    (_, plain), (training, moved), (_, again), (_, other) = start(0.0), start(1e-6), start(1e-6), start(1e-6, 2)
     assert torch.equal(moved, again)
+    assert not torch.equal(moved, other)
     noise = ((moved.double() - plain) / plain)[plain != 0]
     assert float(noise.std()) == pytest.approx(1e-6, rel=0.05)
     assert abs(float(noise.mean())) < 2e-8
@@ -70,17 +72,19 @@ def test_perturbation(dtype: torch.dtype) -> None:
 
 def test_a_run_learns() -> None:
     setup = dataclasses.replace(TINY.setup, steps=60)
-    losses, _ = parity.train("bf16", dataclasses.replace(TINY, setup=setup), CPU, lambda line: None)
+    losses, _ = parity.train("bf16", 0, dataclasses.replace(TINY, setup=setup), CPU, lambda line: None)
     assert losses[-10:].mean() < losses[:10].mean() - 0.05
 
 
 def test_runs_see_the_same_and_differ_in_the_precision() -> None:
     lines: list[str] = []
-    losses = {name: parity.train(name, TINY, CPU, lines.append)[0] for name in RUNS}
-    assert [line.split(":")[0] for line in lines] == list(RUNS)
-    assert lines[0].startswith("bf16: step 12 of 12, loss ")
+    losses = {name: parity.train(name, 0, TINY, CPU, lines.append)[0] for name in RUNS}
+    assert [line.split(",")[0] for line in lines] == list(RUNS)
+    assert lines[0].startswith("bf16, start 1 of 2: step 12 of 12, loss ")
     assert all(loss.shape == (TINY.setup.steps,) for loss in losses.values())
-    assert torch.equal(parity.train("bf16", TINY, CPU, lines.append)[0], losses["bf16"])
+    assert torch.equal(parity.train("bf16", 0, TINY, CPU, lines.append)[0], losses["bf16"])
+    other = parity.train("bf16", 1, TINY, CPU, lines.append)[0]
+    assert (other - losses["bf16"]).abs().min() > 0  # other weights, the same data
     for name in ("fp8", "control"):
         assert not torch.equal(losses[name], losses["bf16"])
         torch.testing.assert_close(losses[name], losses["bf16"], rtol=1e-3, atol=0)
@@ -88,11 +92,11 @@ def test_runs_see_the_same_and_differ_in_the_precision() -> None:
 
 # ---- what counts ----
 def made_up(steps: int, **changes: dict[int, float]) -> dict[str, Tensor]:
-    """Losses of 2.0 in all runs, but for the factors at some steps."""
-    losses = {name: torch.full((steps,), 2.0, dtype=torch.float64) for name in RUNS}
+    """Losses of 2.0 in both starts of all runs, but for the factors at some steps."""
+    losses = {name: torch.full((TINY.starts, steps), 2.0, dtype=torch.float64) for name in RUNS}
     for name, factors in changes.items():
         for step, factor in factors.items():
-            losses[name][step] *= factor
+            losses[name][:, step] *= factor
     return losses
 
 
@@ -101,7 +105,8 @@ def test_means_count_and_only_after_the_warm_up() -> None:
     found = parity.compare(made_up(12, fp8={3: 2.0, 6: 1.004, 8: 0.999}), TINY)
     assert found == {
         "max_difference": 0.002, "control_difference": 0.0, "bound": 0.0025, "mean_difference": 0.000375,
-        "control_mean_difference": 0.0, "windows": 4, "windows_within": 4, "last_loss": 2.0, "held": True,
+        "control_mean_difference": 0.0, "windows": 4, "windows_within": 4, "fp8_of_starts": [0.002, 0.002],
+        "control_of_starts": [0.0, 0.0], "last_loss": 2.0, "held": True,
     }  # fmt: skip
 
 
@@ -112,6 +117,18 @@ def test_means_count_and_only_after_the_warm_up() -> None:
 def test_the_bound(fp8: float, control: float, held: bool) -> None:
     """A quarter of a per cent, or one and a half times what the control differs anywhere."""
     assert parity.compare(made_up(12, fp8={6: fp8}, control={9: control}), TINY)["held"] is held
+
+
+def test_the_mean_of_the_starts_counts() -> None:
+    """What one start loses the other may win, each at another step; the row has both."""
+    losses = made_up(12)
+    losses["fp8"][0, 6] *= 1.02
+    losses["fp8"][1, 6] *= 0.984
+    found = parity.compare(losses, TINY)
+    assert (found["max_difference"], found["held"]) == (0.001, True)
+    assert found["fp8_of_starts"] == [0.01, -0.008]
+    losses["fp8"][1, 6] = 2.0
+    assert parity.compare(losses, TINY)["held"] is False
 
 
 def test_windows_apart() -> None:
@@ -132,7 +149,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     monkeypatch.setattr(parity, "require_native", lambda op: None)
     monkeypatch.setattr(parity, "measure_ceilings", lambda protocol: (Ceilings(3000.0, 3100.0, 800.0, 1600.0), []))
     monkeypatch.setattr(parity, "PLAN", TINY)
-    monkeypatch.setattr(parity, "train", lambda name, plan, device, say: (losses[name], 50.0))
+    monkeypatch.setattr(parity, "train", lambda name, start, *_: (losses[name][start], 50.0))
     return losses
 
 
@@ -161,7 +178,8 @@ def test_what_it_leaves(measured: dict[str, Tensor], tmp_path: Path, capsys: pyt
     assert row["case"].items() >= {"max_difference": 0.001, "bound": 0.0025, "held": True}.items()
     record = json.loads((tmp_path / "train_parity.json").read_text())
     assert record["data"] == hashlib.sha256(parity.sequences(TINY.setup).numpy().tobytes()).hexdigest()
-    assert record["means"] == {"bf16": [2.0] * 6, "fp8": [2.0, 2.0, 2.0, 2.002, 2.0, 2.0], "control": [2.0] * 6}
+    same, fp8 = [[2.0] * 6] * 2, [[2.0, 2.0, 2.0, 2.002, 2.0, 2.0]] * 2
+    assert record["means"] == {"bf16": same, "fp8": fp8, "control": same}
     assert (tmp_path / "train_parity.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "train_parity.png") in capsys.readouterr().out
     assert run(tmp_path, "join") == 0
@@ -176,22 +194,22 @@ def test_runs_of_several_processes(
     """In any order, joined on a machine without a GPU; not while one is missing or was made of other sources."""
     assert run(tmp_path, "fp8") == 0
     assert run(tmp_path, "join") == 2
-    assert f"no {tmp_path}/runs/bf16.json: run bf16 first" in capsys.readouterr().err
+    assert f"no {tmp_path}/runs/bf16-0.json: run bf16 first" in capsys.readouterr().err
     assert run(tmp_path, "control") == run(tmp_path, "bf16") == 0
     monkeypatch.setattr(cli, "has_hopper", lambda: False)
     assert run(tmp_path, "join") == 0
     assert run(tmp_path, "bf16") == 2
-    path = tmp_path / "runs" / "control.json"
+    path = tmp_path / "runs" / "control-1.json"
     path.write_text(path.read_text().replace('"abc"', '"abd"'))
     capsys.readouterr()
     assert run(tmp_path, "join") == 2
-    assert capsys.readouterr().err == f"bench.parity: {tmp_path}/runs: runs fp8 and control differ in commit\n"
+    assert capsys.readouterr().err == f"bench.parity: {tmp_path}/runs: runs fp8-0 and control-1 differ in commit\n"
 
 
 def test_a_run_that_parts_is_a_failure(
     measured: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured["fp8"][6] = 2.02
+    measured["fp8"][:, 6] = 2.02
     assert run(tmp_path) == 1
     assert "FAILED train_parity" in capsys.readouterr().out
     assert rows(tmp_path)[0]["case"]["held"] is False

@@ -56,7 +56,7 @@ class Setup:
 
 class Training:
     """Our training step, as dsv3.train.Trainer takes it: losses and backward of the recipe's micro-batches, clip, update,
-    expert biases; no host sync. Settings and schedules are those of `recipe` from its first step."""
+    expert biases; no host sync. Settings and schedules are those of `recipe` from its first step, weights those of `seed`."""
 
     def __init__(
         self,
@@ -66,9 +66,10 @@ class Training:
         *,
         precision: str = "bf16",
         recipe: TrainConfig = RECIPE,
+        seed: int = 0,
     ) -> None:
         self.recipe = recipe
-        self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=0)
+        self.model = DeepSeekV3(config, device=device, dtype=dtype, precision=precision).init_weights(seed=seed)
         self.buffers = ParamBuffers(self.model)
         graphs = why_no_graphs(device, dtype) is None
         self.gradients = Gradients(self.model, balance_alpha=recipe.balance_alpha, cuda_graphs=graphs)
@@ -211,8 +212,8 @@ def measure_agreement(setup: Setup, device: torch.device, quick: bool) -> Timing
 
 
 def window_means(losses: Tensor, window: int) -> Tensor:
-    """Means over each `window` steps; what is left over at the end is left out."""
-    return losses[: len(losses) // window * window].view(-1, window).mean(1)
+    """Means over each `window` steps, the last dimension; what is left over at the end is left out."""
+    return losses[..., : losses.shape[-1] // window * window].unflatten(-1, (-1, window)).mean(-1)
 
 
 def differences(native: Tensor, plain: Tensor) -> dict[str, float]:
