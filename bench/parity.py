@@ -63,7 +63,7 @@ class Plan:
         )
 
 
-PLAN = Plan(Setup("mini", 8, 512, 2000), warmup_steps=500, window=100, starts=3)
+PLAN = Plan(Setup("mini", 8, 512, 2000), warmup_steps=500, window=100, starts=6)
 TINY = Plan(Setup("tiny", 2, 32, 12), warmup_steps=4, window=2, starts=2)
 
 
@@ -208,6 +208,7 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
         "control_mean_difference": float(apart["control"].mean()),
     }
     return {
+        "starts": len(losses["bf16"]),
         **{name: round(value, 6) for name, value in found.items()},
         "windows": len(of_window),
         "windows_within": int((apart["fp8"].abs() <= of_window).sum()),
@@ -253,7 +254,7 @@ def parity_row(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         op="train_parity",
         case={
             "model": setup.preset, "rows": setup.rows, "length": setup.length, "mtp": False, "precision": "fp8",
-            "steps": setup.steps, "warmup_steps": run.plan.warmup_steps, "window": run.plan.window, "starts": run.plan.starts,
+            "steps": setup.steps, "warmup_steps": run.plan.warmup_steps, "window": run.plan.window,
         },
         flops=step_flops(setup, config),
         bytes=step_bytes(config),

@@ -29,7 +29,7 @@ def test_the_plan_is_that_of_the_issue() -> None:
     assert (PLAN.setup.preset, PLAN.setup.rows, PLAN.setup.length, PLAN.window) == ("mini", 8, 512, 100)
     assert PLAN.setup.steps >= 2000
     assert PLAN.warmup_steps <= 500  # the published one is of 2000
-    assert PLAN.starts >= 3
+    assert PLAN.starts >= 6
     rates = [
         PLAN.recipe.learning_rate.at(progress=PLAN.recipe.progress(step=step, tokens=0, seconds=0), step=step, tokens=0)
         for step in (0, 499, 1300, 1999)
@@ -104,7 +104,7 @@ def test_means_count_and_only_after_the_warm_up() -> None:
     """Windows of two steps; the first four steps warm up. A step 0.4% off is 0.2% of its mean."""
     found = parity.compare(made_up(12, fp8={3: 2.0, 6: 1.004, 8: 0.999}), TINY)
     assert found == {
-        "max_difference": 0.002, "control_difference": 0.0, "bound": 0.0025, "mean_difference": 0.000375,
+        "starts": 2, "max_difference": 0.002, "control_difference": 0.0, "bound": 0.0025, "mean_difference": 0.000375,
         "control_mean_difference": 0.0, "windows": 4, "windows_within": 4, "fp8_of_starts": [0.002, 0.002],
         "control_of_starts": [0.0, 0.0], "last_loss": 2.0, "held": True,
     }  # fmt: skip
@@ -175,7 +175,7 @@ def test_what_it_leaves(measured: dict[str, Tensor], tmp_path: Path, capsys: pyt
     )
     assert (row["time_us"], row["baselines"], row["gpu"]) == (50.0, {}, ENV.gpu)
     assert row["case"].items() >= {"model": "tiny", "rows": 2, "steps": 12, "window": 2, "warmup_steps": 4}.items()
-    assert row["case"].items() >= {"max_difference": 0.001, "bound": 0.0025, "held": True}.items()
+    assert row["case"].items() >= {"starts": 2, "max_difference": 0.001, "bound": 0.0025, "held": True}.items()
     record = json.loads((tmp_path / "train_parity.json").read_text())
     assert record["data"] == hashlib.sha256(parity.sequences(TINY.setup).numpy().tobytes()).hexdigest()
     same, fp8 = [[2.0] * 6] * 2, [[2.0, 2.0, 2.0, 2.002, 2.0, 2.0]] * 2
@@ -221,7 +221,7 @@ def test_dry_run(
     monkeypatch.setattr(cli, "has_hopper", lambda: False)
     monkeypatch.setattr(parity, "PLAN", None)
     assert parity.main(["--dry-run"]) == 0
-    assert "on cpu: {'max_difference': 0.001, " in capsys.readouterr().out
+    assert "on cpu: {'starts': 2, 'max_difference': 0.001, " in capsys.readouterr().out
 
 
 def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:
