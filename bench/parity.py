@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -87,14 +88,22 @@ class Run:
 
     @staticmethod
     def load(folder: Path, name: str, start: int) -> Run:
-        """ValueError where there is none."""
+        """ValueError where there is none, or something else."""
         path = folder / f"{name}-{start}.json"
         if not path.is_file():
             raise ValueError(f"no {path}: run {name} first")
-        values = json.loads(path.read_text())
-        plan = values["plan"]
-        values["plan"] = Plan(**{**plan, "setup": Setup(**plan["setup"])})
-        return Run(**{**values, "env": Environment(**values["env"]), "ceilings": Ceilings(**values["ceilings"])})
+        try:
+            values = json.loads(path.read_text())
+            plan = values["plan"]
+            values["plan"] = Plan(**{**plan, "setup": Setup(**plan["setup"])})
+            run = Run(**{**values, "env": Environment(**values["env"]), "ceilings": Ceilings(**values["ceilings"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no run that this version wrote: {error}") from error
+        if (run.name, run.start, len(run.losses)) != (name, start, run.plan.setup.steps):
+            raise ValueError(
+                f"{path} has start {run.start} of {run.name} and {len(run.losses)} steps: run {name} again"
+            )
+        return run
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -215,7 +224,7 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
         "fp8_of_starts": _worst_of_starts(means["fp8"], means["bf16"]),
         "control_of_starts": _worst_of_starts(means["control"], means["bf16"]),
         "last_loss": round(float(means["fp8"][:, -1].mean()), 4),
-        "held": worst["fp8"] <= bound,
+        "held": math.isfinite(worst["control"]) and worst["fp8"] <= bound,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.timing import Ceilings
 from dsv3.ops import registry
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 ENV = results.Environment("NVIDIA H100 80GB HBM3", "580.1", "2.13.0", "13.0", "c" * 40, "2026-11-24T00:00:00+00:00")
 
 
@@ -112,7 +114,14 @@ def test_means_count_and_only_after_the_warm_up() -> None:
 
 @pytest.mark.parametrize(
     ("fp8", "control", "held"),
-    [(1.006, 1.0, False), (0.994, 1.0, False), (1.006, 1.003, False), (1.006, 0.995, True), (float("nan"), 1.1, False)],
+    [
+        (1.006, 1.0, False),
+        (0.994, 1.0, False),
+        (1.006, 1.003, False),
+        (1.006, 0.995, True),
+        (NAN, 1.1, False),
+        (1.0, NAN, False),
+    ],
 )
 def test_the_bound(fp8: float, control: float, held: bool) -> None:
     """A quarter of a per cent, or one and a half times what the control differs anywhere."""
@@ -142,6 +151,8 @@ def test_windows_apart() -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Everything around the training, on this machine; what the runs' losses are may be changed."""
     losses = made_up(12, fp8={6: 1.002})
+    for loss in losses.values():
+        loss[1] *= 1.5  # another start has other losses
     monkeypatch.setattr(cli, "has_hopper", lambda: True)
     monkeypatch.setattr(registry, "NATIVE_ERROR", "")
     monkeypatch.setattr(cli, "environment", lambda commit: dataclasses.replace(ENV, commit=commit or "none"))
@@ -178,7 +189,7 @@ def test_what_it_leaves(measured: dict[str, Tensor], tmp_path: Path, capsys: pyt
     assert row["case"].items() >= {"starts": 2, "max_difference": 0.001, "bound": 0.0025, "held": True}.items()
     record = json.loads((tmp_path / "train_parity.json").read_text())
     assert record["data"] == hashlib.sha256(parity.sequences(TINY.setup).numpy().tobytes()).hexdigest()
-    same, fp8 = [[2.0] * 6] * 2, [[2.0, 2.0, 2.0, 2.002, 2.0, 2.0]] * 2
+    same, fp8 = [[2.0] * 6, [3.0] * 6], [[2.0, 2.0, 2.0, 2.002, 2.0, 2.0], [3.0, 3.0, 3.0, 3.003, 3.0, 3.0]]
     assert record["means"] == {"bf16": same, "fp8": fp8, "control": same}
     assert (tmp_path / "train_parity.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "train_parity.png") in capsys.readouterr().out
@@ -204,6 +215,40 @@ def test_runs_of_several_processes(
     capsys.readouterr()
     assert run(tmp_path, "join") == 2
     assert capsys.readouterr().err == f"bench.parity: {tmp_path}/runs: runs fp8-0 and control-1 differ in commit\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:9], "fp8-1.json is no run that this version wrote: "),
+        (lambda text: "{}", "fp8-1.json is no run that this version wrote: 'plan'"),
+        (lambda text: text.replace('"starts": 2, ', "").replace(', "starts": 2', ""), "missing 1 required"),
+        (
+            lambda text: text.replace('"start": 1', '"start": 0'),
+            "fp8-1.json has start 0 of fp8 and 12 steps: run fp8 again",
+        ),
+        (lambda text: text.replace('"name": "fp8"', '"name": "bf16"'), "has start 1 of bf16 and 12 steps"),
+        (lambda text: text.replace('"losses": [3.0, ', '"losses": ['), "has start 1 of fp8 and 11 steps"),
+    ],
+)
+def test_files_that_are_no_runs(
+    measured: dict[str, Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[str], str],
+    message: str,
+) -> None:
+    assert run(tmp_path) == 0
+    path = tmp_path / "runs" / "fp8-1.json"
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    capsys.readouterr()
+    assert run(tmp_path, "join") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench.parity: {path} ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_run_that_parts_is_a_failure(
