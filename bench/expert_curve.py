@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from bench.cases.model import window_means
-from bench.parity import CONTROL_FACTOR, TOLERANCE
+from bench.parity import CONTROL_FACTOR, TOLERANCE, perturb
 from bench.results import RESULTS, ROOT, csrc_sha, gpu_folder, head_commit
 from bench.shared_gpu import run_on_nodes, shared_gpu
 from dsv3.parallel.data import DataParallel
@@ -125,16 +125,6 @@ def prepare(folder: Path, parallel: DataParallel) -> Path:
     return tokens
 
 
-@torch.no_grad()
-def perturb(trainer: launch.Trainer, seed: int) -> None:
-    """Master weights times 1 + 1e-6 x normal noise, the same on every rank."""
-    generator = torch.Generator(trainer.buffers.dense.master.device).manual_seed(seed)
-    for group in trainer.buffers.groups:
-        noise = torch.randn(group.master.shape, generator=generator, device=group.master.device)
-        group.master *= 1 + PERTURBATION * noise
-    trainer.buffers.sync_weights()
-
-
 def train(config: TrainConfig, parallel: DataParallel, seed: int) -> list[float]:
     """The loss of every step, on the first rank; empty on the others."""
     losses = Losses()
@@ -144,7 +134,7 @@ def train(config: TrainConfig, parallel: DataParallel, seed: int) -> list[float]
     if used != config.ep_transport:
         raise RuntimeError(f"the ranks reach each other over {used} alone, not over {config.ep_transport}")
     if seed:
-        perturb(trainer, seed)
+        perturb(trainer.buffers, PERTURBATION, seed)
     while trainer.progress < 1:
         trainer._issue_step(stop_requested=False)
     trainer._drain()

@@ -35,6 +35,7 @@ from bench.results import RESULTS, ROOT, Environment, csrc_sha, gpu_folder, make
 from bench.table import print_table
 from bench.timing import FULL, Ceilings, measure_ceilings, release
 from dsv3.terminal import clock
+from dsv3.train.buffers import ParamBuffers
 from dsv3.train.config import TrainConfig
 from dsv3.train.tokenizer import MAX_BYTES, train_tokenizer
 
@@ -141,14 +142,14 @@ def sequences(setup: Setup) -> Tensor:
 
 
 @torch.no_grad()
-def perturb(training: Training, size: float, seed: int = 1) -> None:
-    """Every weight times 1 + size * normal noise, in fp32: bf16 has no room for a millionth, the master weights do."""
-    groups = training.buffers.groups
-    generator = torch.Generator(groups[0].master.device).manual_seed(seed)
-    for group in groups:
+def perturb(buffers: ParamBuffers, size: float, seed: int) -> None:
+    """Every weight times 1 + size * normal noise, in fp32: bf16 has no room for a millionth, the master weights do. The noise
+    is the same on every rank."""
+    generator = torch.Generator(buffers.dense.master.device).manual_seed(seed)
+    for group in buffers.groups:
         noise = torch.empty_like(group.master).normal_(generator=generator)
         group.master *= noise.mul_(size).add_(1)
-    training.buffers.sync_weights()
+    buffers.sync_weights()
 
 
 def train(name: str, start: int, plan: Plan, device: torch.device, say: Callable[[str], None]) -> tuple[Tensor, float]:
@@ -163,7 +164,7 @@ def train(name: str, start: int, plan: Plan, device: torch.device, say: Callable
         setup.config(False), device, setup.dtype(device), precision=precision, recipe=plan.recipe, seed=start
     )
     if perturbation:
-        perturb(training, perturbation, start + 1)
+        perturb(training.buffers, perturbation, start + 1)
     begin, warm = 0.0, 2  # the first steps are slow: kernels load, a graph is captured
     for step in range(setup.steps):
         if step == warm:
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         env = bench.measuring(args.commit) if args.what != ["join"] else None
         names = [name for name in args.what if name in RUNS]
-        for start, name in itertools.product(range(PLAN.starts if names else 0), names):
+        for start, name in itertools.product(range(PLAN.starts), names):
             measure(name, start, PLAN, env, functools.partial(console.print, soft_wrap=True)).save(args.runs)
         held = "join" not in args.what or join(args.runs, args.out, console)
     except ValueError as error:

@@ -59,7 +59,7 @@ def test_perturbation(dtype: torch.dtype) -> None:
 
     def start(size: float, seed: int = 1) -> tuple[Training, Tensor]:
         training = Training(TINY.setup.config(False), CPU, dtype, recipe=TINY.recipe)
-        parity.perturb(training, size, seed)
+        parity.perturb(training.buffers, size, seed)
         return training, torch.cat([group.master for group in training.buffers.groups])
 
     (_, plain), (training, moved), (_, again), (_, other) = start(0.0), start(1e-6), start(1e-6), start(1e-6, 2)
