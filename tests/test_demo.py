@@ -94,7 +94,9 @@ def test_a_terminal_gets_a_bar(ran: tuple[Path, Path, str]) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, highlight=False)
     assert demo(data=text, preset="tiny", seconds=1.0, out=out, console=console) == 0
     printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
-    assert re.search(r"\d+%  loss \d\.\d{3}  bits/byte \d\.\d{3}  MTP \d\.\d{3}  [\d,]+ tok/s  ", printed)
+    # MTP joins at 60% of the time, when a slow machine may have no step left.
+    text = r"loss \d\.\d{3}  bits/byte \d\.\d{3}  (MTP \d\.\d{3}  )?[\d,]+ tok/s  (\d+:\d\d|-:--) left"
+    assert re.search(rf"━ 100%  {text}", printed)
 
 
 def test_presets_fit_their_limits(ran: tuple[Path, Path, str]) -> None:

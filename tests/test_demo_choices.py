@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +65,21 @@ def test_the_bar_shows_the_time_left() -> None:
     shown.on_step(report(2, 0.25 + 0.05 * 0.75, 100.0))
     text = shown._text(report(2, 0.25 + 0.05 * 0.75, 100.0))
     assert text == "loss 2.500  bits/byte 2.125  MTP 1.250  5,000 tok/s  3:00 left"
+
+
+def test_a_terminal_gets_a_bar_that_names_mtp_once_it_has_joined() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, highlight=False)
+    shown = ShowProgress(console)
+    frames = []
+    shown.on_start(SimpleNamespace(progress=0.0))
+    for step in (dataclasses.replace(report(1, 0.01, 1.0), mtp=0.0), report(2, 0.51, 31.0)):
+        shown.on_step(step)
+        before = console.file.tell()
+        shown._bar.refresh()
+        frames.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()[before:]))
+    shown.on_end(SimpleNamespace(progress=1.0))
+    assert "   1%  loss 2.500  bits/byte 2.125  5,000 tok/s  -:-- left" in frames[0]
+    assert "  51%  loss 2.500  bits/byte 2.125  MTP 1.250  5,000 tok/s  0:29 left" in frames[1]
 
 
 def test_a_skipped_step_does_not_stay_in_what_is_shown() -> None:
