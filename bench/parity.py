@@ -181,13 +181,16 @@ def train(name: str, start: int, plan: Plan, device: torch.device, say: Callable
 
 
 def measure(name: str, start: int, plan: Plan, env: Environment, say: Callable[[str], None]) -> Run:
-    """A start of a run on this GPU; RuntimeError if an FP8 product ran on its reference."""
+    """A start of a run on this GPU; ValueError if an FP8 product ran on its reference."""
     sha = csrc_sha("model", copied=env.copied)
     release()  # the run before
     ceilings, _ = measure_ceilings(FULL)
     losses, step_us = train(name, start, plan, torch.device("cuda", torch.cuda.current_device()), say)
     for op in FP8_OPS:
-        require_native(op)
+        try:
+            require_native(op)
+        except RuntimeError as error:
+            raise ValueError(f"{op} of {name}: {error}") from error
     data = hashlib.sha256(sequences(plan.setup).numpy().tobytes()).hexdigest()
     return Run(name, start, plan, data, sha, env, ceilings, step_us, losses.tolist())
 
@@ -243,6 +246,8 @@ def join(folder: Path, out: Path | None, console: Console) -> bool:
     starts = range(PLAN.starts)
     runs = {name: [Run.load(folder, name, start) for start in starts] for name in RUNS}
     fp8 = runs["fp8"][0]
+    if fp8.plan != PLAN:
+        raise ValueError(f"{folder}: runs were made by another plan than this version's: run all again")
     for run in itertools.chain(*runs.values()):
         differing = [key for key, value in run.conditions.items() if value != fp8.conditions[key]]
         if differing:
@@ -335,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.parity: {error}", file=sys.stderr)
         return 2
     if not held:
-        console.print("FAILED train_parity: FP8 is further from bf16 than the bound", style="red")
+        console.print(
+            "FAILED train_parity: FP8 is further from bf16 than the bound, or the control diverged", style="red"
+        )
     return 0 if held else 1
 
 

@@ -217,6 +217,30 @@ def test_runs_of_several_processes(
     assert capsys.readouterr().err == f"bench.parity: {tmp_path}/runs: runs fp8-0 and control-1 differ in commit\n"
 
 
+def test_runs_of_another_plan(
+    measured: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path) == 0
+    for change in ({"starts": 1}, {"window": 3}):
+        monkeypatch.setattr(parity, "PLAN", dataclasses.replace(TINY, **change))
+        capsys.readouterr()
+        assert run(tmp_path, "join") == 2
+        error = f"{tmp_path}/runs: runs were made by another plan than this version's: run all again"
+        assert capsys.readouterr().err == f"bench.parity: {error}\n"
+
+
+def test_a_run_on_references_is_none(
+    measured: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(op: str) -> None:
+        raise RuntimeError("ran on its reference: no native kernel")
+
+    monkeypatch.setattr(parity, "require_native", refuse)
+    assert run(tmp_path) == 2
+    assert capsys.readouterr().err == "bench.parity: fp8_gemm of bf16: ran on its reference: no native kernel\n"
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
