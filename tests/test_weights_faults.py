@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3 import files
 from dsv3.model import DeepSeekV3
 from dsv3.weights import load_pretrained, save_pretrained, writer
 from tests.checkpoints import FP8, assert_same, edit, random_model, small_config, state, write_fp8
@@ -277,6 +278,7 @@ def test_the_config_cannot_be_written(folder: Path, model: DeepSeekV3, monkeypat
 
 
 def test_the_new_folder_cannot_take_its_place(folder: Path, model: DeepSeekV3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that cannot exchange names."""
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -285,6 +287,7 @@ def test_the_new_folder_cannot_take_its_place(folder: Path, model: DeepSeekV3, m
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(files, "_exchange", lambda *names: False)
     with pytest.raises(OSError, match="could not save to"):
         random_model(model.config, seed=1).save_pretrained(folder)
     untouched(folder, model)

@@ -1,9 +1,11 @@
-"""Files that are complete or not there."""
+"""Files and folders that are complete or not there."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import shutil
 from pathlib import Path
 
 
@@ -18,3 +20,39 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error.strerror}") from error
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """`fresh` takes the name of `target`, and an older folder of that name goes: at every moment the name is the old one's or
+    the new one's. Where the file system cannot exchange two names it is nobody's between two renames; `put_back` then mends
+    what a process killed there has left. Raises OSError with `target` as it was."""
+    old = _moved(target)
+    if not target.exists():
+        fresh.rename(target)
+    elif _exchange(fresh, target):
+        old = fresh
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        finally:
+            put_back(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Gives a folder its name again that `replace_folder` took from it and did not live to give to another."""
+    if _moved(target).exists() and not target.exists():
+        _moved(target).rename(target)
+
+
+def _moved(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step; whether system and file system can (renameat2(2), which many network file systems lack)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

@@ -24,6 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dsv3.files import put_back, replace_folder
 from dsv3.tokenizer import for_whole_texts
 from dsv3.train.corpus import Corpus, Document
 from dsv3.train.tokenizer import SpecialIds, joined_tokens, save_tokenizer, special_ids, tokenizer_sha
@@ -66,6 +67,7 @@ def tokenize_corpus(
     if not 0 <= split_rate <= 1:
         raise ValueError(f"split_rate must lie between 0 and 1, got {split_rate}")
     out_dir = Path(out_dir).resolve()
+    put_back(out_dir)
     _check_replaceable(out_dir)
     tokenizer = for_whole_texts(Tokenizer.from_str(tokenizer.to_str()))
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -95,11 +97,7 @@ def tokenize_corpus(
         index = TokenIndex(vocab_size, dtype, sha, special, splits)
         save_tokenizer(tokenizer, temporary)
         (temporary / "index.json").write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
-        older = temporary.with_name(f"{temporary.name}.older")
-        if out_dir.exists():
-            os.replace(out_dir, older)
-        os.replace(temporary, out_dir)
-        shutil.rmtree(older, ignore_errors=True)
+        replace_folder(temporary, out_dir)
     except OSError as error:
         reason = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of write_whole, or as it is
         if reason.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv3 import ops
 from dsv3.config import Config
+from dsv3.files import put_back, replace_folder
 from dsv3.ops.linear import Quantized
 from dsv3.weights.reader import BLOCK, INDEX, SINGLE, scale_at
 from dsv3.weights.table import GATE_BIAS, SCALE_SUFFIX, Piece, Source, mtp_copies, plan
@@ -173,29 +174,22 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Raises ValueError where `target` is not a folder of plain files, and OSError, naming it, where writing fails.
     """
-    fresh, old = (target.with_name(f".{target.name}.{what}") for what in ("saving", "replaced"))
+    fresh = target.with_name(f".{target.name}.saving")
     _check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for stale in (fresh, old):
-            shutil.rmtree(stale, ignore_errors=True)
+        put_back(target)
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         yield fresh
         if target.exists():
             _keep_others(target, fresh)
         _sync(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+        replace_folder(fresh, target)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save to {target}, which is as it was before: {error}") from error
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_target(target: Path) -> None:
