@@ -211,7 +211,7 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
     means = {name: window_means(loss, plan.window)[:, first:] for name, loss in losses.items()}
     apart = {name: means[name].mean(0) / means["bf16"].mean(0) - 1 for name in ("fp8", "control")}
     worst = {name: float(difference.abs().max()) for name, difference in apart.items()}
-    bound = max(TOLERANCE, CONTROL_FACTOR * worst["control"])
+    bound = bound_of(worst["control"])
     of_window = apart["control"].abs().mul(CONTROL_FACTOR).clamp(min=TOLERANCE)
     found = {
         "max_difference": worst["fp8"],
@@ -228,8 +228,14 @@ def compare(losses: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
         "fp8_of_starts": _worst_of_starts(means["fp8"], means["bf16"]),
         "control_of_starts": _worst_of_starts(means["control"], means["bf16"]),
         "last_loss": round(float(means["fp8"][:, -1].mean()), 4),
-        "held": math.isfinite(worst["control"]) and worst["fp8"] <= bound,
+        "held": worst["fp8"] <= bound,
     }
+
+
+def bound_of(control: float) -> float:
+    """How far a run may be from another where nearly equal ones are `control` apart; NaN, which nothing keeps, where that is no
+    number: a control that diverged."""
+    return max(TOLERANCE, CONTROL_FACTOR * control) if math.isfinite(control) else math.nan
 
 
 def _worst_of_starts(means: Tensor, bf16: Tensor) -> list[float]:

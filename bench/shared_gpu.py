@@ -2,74 +2,101 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
 from bench.results import ROOT
 
 
-def run_on_nodes(
-    nodes: int,
+def torchrun(
     ranks: int,
-    command: list[str],
-    *,
-    env: dict[str, str] | None = None,
+    *command: object,
+    nodes: int = 1,
+    env: Mapping[str, str] | None = None,
     shown: bool = False,
-    timeout: float = 120,
-) -> str:
-    """A torchrun a node, as on so many machines, each with `ranks` processes of `python command...`; returns what the first
-    said as errors. shown: what they print is seen as it comes. Raises RuntimeError with the end of what was said where one
-    fails, or all take longer than `timeout` seconds; then none is left."""
+    timeout: float = 200,
+) -> subprocess.CompletedProcess[str]:
+    """`ranks` processes of `python command...` on each of `nodes`, which are torchruns of this machine; what the first of them
+    printed. shown: the output is seen as it comes, and not returned. Raises RuntimeError with the ranks' errors and the end of
+    what was said where one fails, or all take longer than `timeout` seconds. No rank is left, unless a torchrun was killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
-    at = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    out = None if shown else subprocess.DEVNULL
+        at = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(ranks), *at]
+    words = list(map(str, command))
     with ExitStack() as files:
-        errors = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(nodes)]
+        out, *errors = (files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1 + nodes))
         started = [
             subprocess.Popen(
-                [*torchrun, "--node-rank", str(node), *at, *command], cwd=ROOT, env=env, stdout=out, stderr=errors[node]
+                [*start, "--node-rank", str(node), *words],
+                cwd=ROOT, env=env, stdout=None if shown else subprocess.DEVNULL if node else out, stderr=errors[node],
             )
             for node in range(nodes)
-        ]
+        ]  # fmt: skip
         try:
-            late = not _wait(started, timeout)
+            _wait(started, timeout)
+            codes = [run.poll() for run in started]
         finally:
-            for run in started:
-                run.terminate()  # torchrun ends its processes then
-            for run in started:
-                try:
-                    run.wait(30)
-                except subprocess.TimeoutExpired:
-                    run.kill()
-        for file in errors:
-            file.seek(0)
-        said = [file.read() for file in errors]
-    failed = [text for run, text in zip(started, said, strict=True) if run.returncode > 0]
-    if late or failed:
-        why = f"no end after {timeout:.0f} seconds" if late else f"{len(failed)} of {nodes} torchruns failed"
-        raise RuntimeError(f"{why}: {(failed or said)[0].strip()[-3000:]}")
-    return said[0]
+            _end(started)
+        printed, *said = (_read(file) for file in (out, *errors))
+    failed = [text for code, text in zip(codes, said, strict=True) if code]
+    if failed or None in codes:
+        why = f"{len(failed)} of {nodes} torchruns failed" if failed else f"no end after {timeout:.0f} seconds"
+        text = (failed or said)[0].strip()
+        errors = [line for line in text.splitlines() if line.startswith("[rank") and "Error" in line]
+        raise RuntimeError(f"{why}: {'; '.join(errors)[:500]}\n{text[-3000:]}")
+    return subprocess.CompletedProcess(words, 0, printed, said[0])
 
 
-def _wait(started: list[subprocess.Popen[str]], timeout: float) -> bool:
-    """Until all have ended or one has failed; False where they take longer."""
+def _wait(started: list[subprocess.Popen[str]], timeout: float) -> None:
+    """Until all have ended, one has failed, or they have taken too long."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         codes = [run.poll() for run in started]
         if None not in codes or any(codes):
-            return True
+            return
         time.sleep(0.1)
-    return False
+
+
+def _end(started: list[subprocess.Popen[str]]) -> None:
+    """Ends those that still run, and the ranks of all: torchrun ends its own, unless it is killed or they do not listen."""
+    ranks = [rank for run in started for rank in descendants(run.pid)]
+    for run in started:
+        run.terminate()
+    for run in started:
+        try:
+            run.wait(30)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+
+
+def descendants(process: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    try:
+        lists = [thread.read_text().split() for thread in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return []
+    return [found for child in map(int, itertools.chain(*lists)) for found in (child, *descendants(child))]
+
+
+def _read(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
 
 
 @contextmanager

@@ -33,10 +33,23 @@ def test_differences_after_the_warm_up() -> None:
     assert [len(mean) for mean in found["means"].values()] == [200 // WINDOW] * 6
 
 
-@pytest.mark.parametrize(("split", "held"), [(1.0024, True), (1.0026, False), (0.9974, False)])
-def test_a_curve_that_parts_is_not_held(split: float, held: bool) -> None:
-    """Controls that hardly differ leave a quarter of a percent."""
-    assert compare(losses(split=split, control1=1.0001))["held"] is held
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("split", "control", "held"),
+    [
+        (1.0024, 1.0001, True),
+        (1.0026, 1.0001, False),
+        (0.9974, 1.0001, False),
+        (NAN, 1.0001, False),
+        (1.0, NAN, False),
+    ],
+)
+def test_a_curve_that_parts_is_not_held(split: float, control: float, held: bool) -> None:
+    """Controls that hardly differ leave a quarter of a percent; one that diverged leaves nothing."""
+    for name in ("control1", "control4"):
+        assert compare(losses(**{"split": split, name: control}))["held"] is held
 
 
 CPU, SHARED, SEVERAL = (
@@ -87,17 +100,16 @@ def test_what_was_asked_for_reaches_the_ranks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Setup, "of_this_machine", lambda transport: CPU._replace(ranks=2))
     started: list[object] = []
 
-    def run_on_nodes(*arguments: object, **options: object) -> str:
-        started.append(arguments)
+    def torchrun(ranks: int, *command: str, nodes: int, **options: object) -> None:
+        started.append((nodes, ranks, command))
         (tmp_path / "expert_curve_collective.json").write_text('{"held": false}')
-        return ""
 
-    monkeypatch.setattr(expert_curve, "run_on_nodes", run_on_nodes)
+    monkeypatch.setattr(expert_curve, "torchrun", torchrun)
     monkeypatch.chdir(tmp_path)
     assert expert_curve.main(["--out", ".", "--runs", "runs", "--steps", "40", "--commit", "abc"]) == 1
     [(nodes, ranks, command)] = started
     assert (nodes, ranks) == (1, 2)
-    assert command[:2] == ["-m", "bench.expert_curve"]
+    assert command[:2] == ("-m", "bench.expert_curve")
     folders = f"--runs {tmp_path / 'runs'} --out {tmp_path}"  # ranks start in another folder
     assert " ".join(command).endswith(f"{folders} --steps 40 --transport collective --commit abc")
 
@@ -134,7 +146,7 @@ def test_a_run_that_ends_early_leaves_no_empty_folder(
         raise error
 
     monkeypatch.setattr(Setup, "of_this_machine", lambda transport: CPU)
-    monkeypatch.setattr(expert_curve, "run_on_nodes", stop)
+    monkeypatch.setattr(expert_curve, "torchrun", stop)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
     for out in ("new", "kept"):

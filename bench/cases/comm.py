@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from bench.cases import Case, Timing
-from bench.results import ROOT
-from bench.shared_gpu import shared_gpu
+from bench.shared_gpu import shared_gpu, torchrun
 from dsv3.reference.quant import TILE
 
 WIRES = ("fp8", "bf16")
@@ -76,16 +73,8 @@ def _measured(transport: str, device: str, tiny: bool, quick: bool) -> dict[str,
     # Where ranks share a GPU collective goes through the host, and lasts.
     collective = {"transport": "collective", "mode": "exact", "quick": quick or shared}
     asked += [{**_sizes(kind, tiny), **kind, **collective} for kind in peers]
-    ranks = str(asked[0]["ranks"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     with shared_gpu() if shared else nullcontext() as env:
-        done = subprocess.run(
-            [*command, "-m", "bench.comm_worker", json.dumps(asked)],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") and "Error" in line]
-        raise RuntimeError(f"the ranks failed: {'; '.join(errors)[:500] or done.stderr.strip()[-500:]}")
+        done = torchrun(asked[0]["ranks"], "-m", "bench.comm_worker", json.dumps(asked), env=env, timeout=300)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return dict(zip(map(_name, [*kinds, *peers]), found, strict=True))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.shared_gpu import shared_gpu
+from bench.shared_gpu import shared_gpu, torchrun
 from dsv3.comm import ExpertBuffer
 from dsv3.comm.counts import Layout
 from dsv3.comm.room import Room
@@ -26,7 +26,6 @@ from dsv3.ops import Fp8Weight, fp8_experts, per_token_cast
 from dsv3.ops.fp8_linear import GRADIENT_FLOOR
 from dsv3.reference.quant import dequantize
 from tests.comm.cases import CASES, FP8, Case, experts, inputs, over_wire
-from tests.torchrun import torchrun
 
 ON_A_GPU = [pytest.param(transport, marks=[pytest.mark.cuda, pytest.mark.alone]) for transport in ("ipc", "nvshmem")]
 

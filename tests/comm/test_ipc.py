@@ -16,11 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.shared_gpu import shared_gpu
+from bench.shared_gpu import shared_gpu, torchrun
 from dsv3.comm import ExpertBuffer, ipc
 from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat
 from dsv3.ops import registry
-from tests.torchrun import torchrun
 
 LEAVING = "-m", "tests.comm.leaving_worker"
 

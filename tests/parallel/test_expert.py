@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.shared_gpu import run_on_nodes, shared_gpu
+from bench.shared_gpu import descendants, shared_gpu, torchrun
 from dsv3 import train
 from dsv3.cli import _run
 from dsv3.model import is_expert_param
@@ -35,7 +35,6 @@ from tests.train.common import MODEL, Recorder, make_tokens, micro, same_losses
 from tests.train.test_resume import tensors
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes leave: runs ep2, ep4, fp8, whole and parts, and first-<ep>-<rank>.pt."""
     out = tmp_path_factory.mktemp("runs")
-    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(out)]
-    done = subprocess.run([*TORCHRUN, "4", *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(4, "-m", "tests.parallel.expert_worker", tokens, out)
     return out
 
 
@@ -90,9 +87,7 @@ def test_the_first_step_is_that_of_one_process(runs: Path, single: tuple[dict[st
 
 def test_the_first_step_of_eight_processes(tokens: Path, tmp_path: Path) -> None:
     """An expert a rank."""
-    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(tmp_path)]
-    done = subprocess.run([*TORCHRUN, "8", *worker], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(8, "-m", "tests.parallel.expert_worker", tokens, tmp_path)
     expected = first_step(trainer_of(eight_config(tokens, tmp_path / "single", 1), DataParallel()))
     check_first_step(tmp_path, expected, 8, 8, 8)
 
@@ -172,9 +167,7 @@ def test_dsv3_train_ep(ranks: int, tokens: Path, tmp_path: Path) -> None:
     """The command itself; and its checkpoint exported."""
     config = micro(tokens, tmp_path / "run", max_steps=2, micro_batch=8 // ranks)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    arguments = ["-m", "dsv3", "train", str(tmp_path / "run.json"), "--ep", str(ranks)]
-    done = subprocess.run([*TORCHRUN, str(ranks), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(ranks, "-m", "dsv3", "train", tmp_path / "run.json", "--ep", ranks)
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
     assert json.loads((tmp_path / "run" / "train_config.json").read_text())["ep"] == ranks
     found = checkpoint.find(tmp_path / "run")
@@ -194,8 +187,8 @@ def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) 
     config = dataclasses.replace(same, ep_transport=transport)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
     with shared_gpu() as env:
-        said = run_on_nodes(nodes, 4 // nodes, ["-m", "dsv3", "train", str(tmp_path / "run.json")], env=env)
-    assert f"instead of {transport}" not in said
+        done = torchrun(4 // nodes, "-m", "dsv3", "train", tmp_path / "run.json", nodes=nodes, env=env)
+    assert f"instead of {transport}" not in done.stderr
     recorder = Recorder()
     alone = same_losses(tokens, tmp_path / "alone", device="cuda", max_steps=6)
     assert train.run(alone, callbacks=[recorder]) == 0
@@ -209,9 +202,8 @@ def test_dsv3_train_ep_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) 
 def test_the_first_step_on_one_gpu(tokens: Path, tmp_path: Path, transport: str) -> None:
     """Four processes that share a GPU, over nvshmem as on two nodes, in fp32."""
     nodes = {"ipc": 1, "nvshmem": 2}[transport]
-    worker = ["-m", "tests.parallel.expert_worker", str(tokens), str(tmp_path), transport]
     with shared_gpu() as env:
-        run_on_nodes(nodes, 4 // nodes, worker, env=env)
+        torchrun(4 // nodes, "-m", "tests.parallel.expert_worker", tokens, tmp_path, transport, nodes=nodes, env=env)
     expected = first_step(trainer_of(gpu_config(tokens, tmp_path / "single", 1), DataParallel.start("cuda")))
     check_first_step(tmp_path, expected, 4, 4, MODEL["n_routed_experts"])
 
@@ -220,7 +212,8 @@ def test_dsv3_train_names_a_rank_that_dies(tokens: Path, tmp_path: Path) -> None
     """Killed in the middle of a run of three: one line says which, torchrun's exit code is 1, and the checkpoint stays."""
     config = micro(tokens, tmp_path / "run", micro_batch=2, batch=6, max_steps=100000, save_every=5, keep=1000)
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
-    command = [*TORCHRUN, "3", "-m", "dsv3", "train", str(tmp_path / "run.json")]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*start, "-m", "dsv3", "train", str(tmp_path / "run.json")]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 90
@@ -242,9 +235,9 @@ def test_dsv3_train_names_a_rank_that_dies(tokens: Path, tmp_path: Path) -> None
 
 def worker_of(launcher: int, rank: int) -> int:
     """The process that a torchrun has started for a rank."""
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+    for child in descendants(launcher):
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
+            return child
     raise AssertionError(f"no rank {rank} below process {launcher}")
 
 
@@ -269,7 +262,7 @@ def test_ranks_that_do_not_divide(
 
 def test_nodes_are_those_of_torchrun(tmp_path: Path) -> None:
     """Two torchruns of two processes each, as on two machines: a group of 4 is 2 x 2, groups of 2 stay in their node."""
-    run_on_nodes(2, 2, ["-m", "tests.parallel.nodes_worker", str(tmp_path)])
+    torchrun(2, "-m", "tests.parallel.nodes_worker", tmp_path, nodes=2)
     for rank in range(4):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[2, 2, 1], [4, 2, 2]]
 

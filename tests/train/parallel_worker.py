@@ -39,6 +39,11 @@ def main() -> None:
     launch.Trainer = Trainer
     codes.append(train.run(config, resume=True))
     codes.append(train.run(micro(tokens, out / "timed", device=on, max_steps=10**6, max_seconds=1.0)))
+    (out / "file").touch()
+    try:
+        train.run(micro(tokens, out / "file" / "run", device=on))
+    except OSError as error:  # of the first rank alone, which writes
+        codes.append(type(error).__name__)
     (out / f"codes-{parallel.rank}").write_text(str(codes))
     parallel.stop()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from dsv3.comm.alive import Heartbeat
 if TYPE_CHECKING:
     from dsv3.train.buffers import ParamBuffers
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; groups of a mesh keep torch's default
 
 
@@ -125,3 +127,20 @@ class DataParallel:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank (any picklable object), on every rank. An OSError or ValueError of it is raised
+        on every rank, so that none waits for one that gave up."""
+        outcome: Any = None
+        if self.is_first:
+            try:
+                outcome = work()
+            except (OSError, ValueError) as error:
+                outcome = error
+        outcome = self.gather(outcome)[0]
+        if isinstance(outcome, OSError | ValueError):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        """Frees what ranks have opened for each other to train; all call it together, after a run that none left early."""

@@ -83,6 +83,9 @@ class ExpertParallel(DataParallel):
                 setattr(moe.experts, name, nn.Parameter(part, requires_grad=weight.requires_grad))
             moe.buffer = self.buffer
 
+    def close(self) -> None:
+        self.buffer.close()
+
     def broadcast_parameters(self, buffers: ParamBuffers) -> None:
         dist.broadcast(buffers.dense.master, src=0)
         dist.broadcast(buffers.expert.master, group=self.mesh.get_group(_REPLICA), group_src=0)
