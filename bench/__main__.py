@@ -111,10 +111,10 @@ def run_benchmarks(args: argparse.Namespace, env: Environment, console: Console,
     for family in args.what:
         sha = csrc_sha(family, copied=env.copied)  # before the run: what is measured is what was there when it began
         measured = run_family(family, ceilings, protocol, failures)
-        if measured:
+        if measured:  # otherwise what an earlier run has left stays
             print_table(console, family, rows(measured, sha))
-        if args.out is not None or not args.quick:
-            write_rows(folder(args, env, [family]) / f"{family}.jsonl", rows([*top, *measured], sha))
+            if args.out is not None or not args.quick:
+                write_rows(folder(args, env, [family]) / f"{family}.jsonl", rows([*top, *measured], sha))
         if failures.stopped:
             break
 

@@ -15,6 +15,7 @@ import torch
 
 from bench.cases import Case, Timing
 from bench.timing import Ceilings
+from dsv3.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -132,7 +133,7 @@ def write_apart(path: Path, row: dict[str, Any]) -> None:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

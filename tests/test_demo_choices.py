@@ -50,6 +50,24 @@ def test_four_minutes_under_runs() -> None:
         assert defaults["data"] is defaults["preset"] is None
 
 
+def test_what_a_killed_demo_left_is_cleared(tmp_path: Path) -> None:
+    """Hidden files and folders of the demo's own names, and no others."""
+    for name in ("model", ".model.saving", ".model.replaced", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in ("demo.json", ".demo.json.4242"):
+        (tmp_path / name).touch()
+    demo._check_out(tmp_path)
+    demo._clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    demo._clear(tmp_path / "none")
+    for name in (".notes.4242", ".model.old"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"expected an earlier demo or nothing in .*, found {name}"):
+            demo._check_out(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def report(step: int, progress: float, seconds: float) -> StepReport:
     return StepReport(
         step=step, loss=3.0, ce=2.5, mtp=1.25, balance=0.0, bits_per_byte=2.125, tokens=100 * step, seconds=seconds,

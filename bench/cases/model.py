@@ -233,7 +233,7 @@ def _largest(ours: Tensor, theirs: Tensor) -> float:
 
 def step_flops(setup: Setup, config: Config) -> float:
     """6 a token and active weight of a matrix product; causal attention: 2 (forward) + 5 (backward) half products."""
-    tokens, layers = setup.rows * setup.length, config.num_hidden_layers + config.num_nextn_predict_layers
+    tokens, layers = setup.rows * setup.length, config.num_blocks
     active = config.num_params(active=True) - config.vocab_size * config.hidden_size
     block = (active - config.vocab_size * config.hidden_size) / config.num_hidden_layers
     mtp = config.num_nextn_predict_layers * (block + 2 * config.hidden_size**2 + config.vocab_size * config.hidden_size)

@@ -172,7 +172,8 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
-    def num_cache_layers(self) -> int:
+    def num_blocks(self) -> int:
+        """Of the main model and of MTP; each has a cache."""
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
     def is_moe(self, layer: int) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsv3 import plots
 from dsv3.config import Config
-from dsv3.files import write_whole
+from dsv3.files import leftover_of, write_whole
 from dsv3.inference import Engine, SamplingParams
 from dsv3.model import DeepSeekV3
 from dsv3.ops import registry
@@ -160,17 +160,20 @@ def _choose(preset: str | None, seconds: float) -> str:
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder at {out}, found a file")
-    foreign = sorted({p.name for p in out.iterdir()} - OUTPUTS) if out.is_dir() else []
+    foreign = sorted(p.name for p in out.iterdir() if not _is_output(p)) if out.is_dir() else []
     if foreign:
         raise ValueError(f"expected an earlier demo or nothing in {out}, found {', '.join(foreign[:3])}")
 
 
+def _is_output(path: Path) -> bool:
+    return (leftover_of(path.name) or path.name) in OUTPUTS
+
+
 def _clear(out: Path) -> None:
-    for name in OUTPUTS:
-        path = out / name
+    for path in filter(_is_output, out.iterdir() if out.is_dir() else ()):
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.exists():
+        else:
             path.unlink()
 
 

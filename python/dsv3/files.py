@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error.strerror}") from error
+
+
+def leftover_of(name: str) -> str | None:
+    """What a file or folder was to be called, or had been, that a process killed while it wrote has left under `name`."""
+    found = re.fullmatch(r"\.(.+)\.(?:\d+|saving|replaced)", name)
+    return found and found[1]
 
 
 def replace_folder(fresh: Path, target: Path) -> None:

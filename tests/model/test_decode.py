@@ -21,7 +21,7 @@ class Paged:
     def __init__(self, config, batch, device):
         self.cache = [
             torch.full((batch * WIDTH, PAGE, 1, config.latent_dim), float("nan"), device=device)
-            for _ in range(config.num_cache_layers)
+            for _ in range(config.num_blocks)
         ]
         order = torch.randperm(batch * WIDTH, generator=torch.Generator().manual_seed(5))
         self.table = order.view(batch, WIDTH).int().to(device)

@@ -115,7 +115,7 @@ def test_the_model_and_mtp_in_pieces(device):
         return torch.stack(outs)
 
     mla, table = model.layers[0].attention, torch.randperm(WIDTH).int().to(device)[None]
-    cache = [make_cache(mla, 1, torch.float32, device) for _ in range(config.num_cache_layers)]
+    cache = [make_cache(mla, 1, torch.float32, device) for _ in range(config.num_blocks)]
     found, bounds = [], [0, 16, 17, 50, 100]
     for begin, end in pairwise(bounds):
         ctx = AttentionContext.prefill([end - begin], [begin], table, PAGE, chunk=20)

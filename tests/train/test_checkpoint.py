@@ -94,7 +94,7 @@ def test_damage_is_named_and_the_one_before_used(tmp_path: Path, file: str, dama
     else:
         path.unlink()
     with pytest.raises(CheckpointError, match="is not a usable training checkpoint"):
-        checkpoint.read_info(tmp_path / "step-00000002")
+        checkpoint.check(tmp_path / "step-00000002")
     found, said = latest(tmp_path)
     assert found == tmp_path / "step-00000001"
     assert len(said) == 1

@@ -145,6 +145,19 @@ def test_folders_of_others_are_not_replaced(corpus: Corpus, tokenizer: Tokenizer
     assert read_index(tmp_path / "scratch") == read_index(made)
 
 
+def test_what_a_killed_process_left_is_not_in_the_way(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokenize_corpus(corpus, tokenizer, tokens)
+    (tokens / ".baselines.json.4242").write_text("half")
+    tokenize_corpus(corpus, tokenizer, tokens)
+    assert not (tokens / ".baselines.json.4242").exists()
+    tokens.rename(tmp_path / ".tokens.replaced")
+    (tmp_path / "tokens.txt").write_text("not in the way")
+    with pytest.raises(FileNotFoundError):
+        tokenize_corpus(dataclasses.replace(corpus, files=(corpus.root / "gone.py",)), tokenizer, tokens)
+    assert read_index(tokens).vocab_size == tokenizer.get_vocab_size()
+
+
 def test_a_failure_leaves_the_old_folder(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     before = (tmp_path / "tokens" / "train.bin").read_bytes()

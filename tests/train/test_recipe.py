@@ -88,10 +88,10 @@ def test_token_files_are_memory_mapped(token_folder: Path) -> None:
 def test_the_cache_holds_576_values_a_token_in_pages_of_64() -> None:
     config = Config.preset("671b")
     assert (PAGE, config.latent_dim) == (64, 576)
-    cache = allocate_cache(config, 3, layers=config.num_cache_layers, device=torch.device("meta"), dtype=torch.bfloat16)
+    cache = allocate_cache(config, 3, layers=config.num_blocks, device=torch.device("meta"), dtype=torch.bfloat16)
     assert [tuple(c.shape) for c in cache] == [(3, 64, 1, 576)] * 62  # 61 layers and MTP's
     assert sum(c[0, 0].nbytes for c in cache[:61]) == 70272  # bytes a token, as published
-    cache = allocate_cache(config, 3, layers=config.num_cache_layers, device=torch.device("meta"), dtype="fp8")
+    cache = allocate_cache(config, 3, layers=config.num_blocks, device=torch.device("meta"), dtype="fp8")
     assert [(tuple(c.shape), c.dtype) for c in cache] == [((3, 64, 1, 656), torch.uint8)] * 62
 
 

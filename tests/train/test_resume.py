@@ -344,6 +344,40 @@ def test_a_resume_command_works_whatever_the_folder_is_called(
     assert f"export '{out}' '{out}-hf'" in capsys.readouterr().out
 
 
+def test_what_ranks_opened_is_closed_however_a_run_ends(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(DataParallel, "close", lambda self: closed.append("closed"))
+    assert train.run(micro(token_folder, tmp_path / "a", max_steps=3), callbacks=[Interrupt(1)]) == 130
+    assert train.run(micro(token_folder, tmp_path / "a", max_steps=3), resume=True) == 0
+    assert train.run(micro(token_folder, tmp_path / "b", lr=1e30, warmup_steps=0, max_skips=2)) == 1
+    assert closed == ["closed"] * 3
+
+
+def test_a_checkpoint_is_read_once_to_check_it(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold terabytes."""
+    checked: list[Path] = []
+    problem = checkpoint.problem
+    monkeypatch.setattr(checkpoint, "problem", lambda found: checked.append(found) or problem(found))
+    assert train.run(micro(token_folder, tmp_path / "a", max_steps=2)) == 0
+    assert train.run(micro(token_folder, tmp_path / "a", max_steps=3), resume=True) == 0
+    assert train.run(micro(token_folder, tmp_path / "b", max_steps=1, init_from=str(tmp_path / "a"), model={})) == 0
+    assert checked == [tmp_path / "a" / "step-00000002", tmp_path / "a" / "step-00000003"]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 2', '{"step": 2}'])
+def test_a_line_cut_short_does_not_join_the_next(cut: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + cut)
+    metrics = MetricsFile(path, resume_after=2)
+    metrics.on_eval(EvalReport(2, 1.0, 1.0, 7, True))
+    metrics.on_end(None)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
 def test_metrics_are_json_whatever_the_numbers_are(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.on_eval(EvalReport(3, float("nan"), float("inf"), 7, True))

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsv3.tokenizer import load_tokenizer
+from dsv3.train import tokenizer as tokenizer_module
+from dsv3.train.corpus import open_corpus
 from dsv3.train.tokenizer import (
     SPECIAL_TOKENS,
     joined_tokens,
     save_tokenizer,
     special_ids,
     tokenizer_sha,
+    train_on_corpus,
     train_tokenizer,
 )
 
@@ -107,3 +110,28 @@ def test_joined_tokens_spell_the_same(tokenizer: Tokenizer) -> None:
     for token, (first, second) in joined.items():
         assert tokenizer.decode([token]) == tokenizer.decode([first, second])
         assert tokenizer.decode([second])[0] == "\n"
+
+
+def test_joined_tokens_are_told_by_what_they_spell() -> None:
+    """Byte-level vocabularies spell blanks, carriage returns and all but ASCII as letters."""
+    split = {" {\n": (" {", "\n"), ";\r\n": (";", "\r\n"), "。\n  ": ("。", "\n  "), "):\n": ("):", "\n")}
+    whole = [" \n", "\r\n", "a\n", "é\n", "\n", "x:\n", "?\n"]  # the last without the ? alone
+    parts = {part for pair in split.values() for part in pair} | {" ", "\r", "a", "é", "x:"}
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    names = {"".join(name for name, _ in to_bytes.pre_tokenize_str(text)): text for text in {*split, *whole, *parts}}
+    names |= {"ãĢ": "\ufffd", "ãĢĊ": "\ufffd\n"}  # the first bytes of a character
+    ids = {name: i for i, name in enumerate(sorted(names))}
+    found = joined_tokens(Tokenizer(models.BPE(ids, [])))
+    by_id = {i: names[name] for name, i in ids.items()}
+    assert {by_id[token]: tuple(by_id[part] for part in pair) for token, pair in found.items()} == split
+
+
+def test_a_large_corpus_is_thinned_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(100):
+        (tmp_path / f"f{i}.txt").write_text(f"document number {i:02d}")
+    corpus = open_corpus(tmp_path)
+    monkeypatch.setattr(tokenizer_module, "MAX_BYTES", corpus.num_bytes // 2 + 1)
+    seen: list[str] = []
+    monkeypatch.setattr(tokenizer_module, "train_tokenizer", lambda texts, size: seen.extend(texts))
+    train_on_corpus(corpus, 300)
+    assert 0 < sum(map(len, seen)) <= tokenizer_module.MAX_BYTES

@@ -105,21 +105,22 @@ def latest(folder: Path, *, parallel: DataParallel, report: Callable[[str], None
     Leftovers of killed runs are removed. A damaged checkpoint is reported, naming the file, and put aside as
     `damaged-step-...`, so that it does not count as one of those to keep.
     """
-    found = None
-    if parallel.is_first and folder.is_dir():
-        for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
-            shutil.rmtree(leftover)
-        for checkpoint in complete(folder):
-            trouble = problem(checkpoint)
-            if trouble is None:
-                found = checkpoint
-                break
-            aside = folder / f"{_DAMAGED}{checkpoint.name}"
-            while aside.exists():  # of an earlier checkpoint of this step
-                aside = aside.with_name(f"{aside.name}-again")
-            checkpoint.rename(aside)
-            report(f"damaged checkpoint: {trouble}; put aside as {aside.name}, trying the one before it")
-    return parallel.gather(found)[0]
+    return parallel.first(lambda: _latest(folder, report))
+
+
+def _latest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
+        shutil.rmtree(leftover)
+    for checkpoint in complete(folder):
+        trouble = problem(checkpoint)
+        if trouble is None:
+            return checkpoint
+        aside = folder / f"{_DAMAGED}{checkpoint.name}"
+        while aside.exists():  # of an earlier checkpoint of this step
+            aside = aside.with_name(f"{aside.name}-again")
+        checkpoint.rename(aside)
+        report(f"damaged checkpoint: {trouble}; put aside as {aside.name}, trying the one before it")
+    return None
 
 
 def find(path: Path) -> Path:
@@ -132,14 +133,21 @@ def find(path: Path) -> Path:
     return found[0]
 
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The `info` of `save`. Raises CheckpointError if the folder is no intact checkpoint."""
+def check(checkpoint: Path) -> None:
+    """Reads all of a checkpoint. Raises CheckpointError, which names one beside it that is, if it is not intact."""
     trouble = problem(checkpoint)
     if trouble is not None:
         others = (c for c in complete(checkpoint.parent) if c != checkpoint and problem(c) is None)
         intact = next((f"; {other} is intact" for other in others), "")
         raise CheckpointError(f"{checkpoint} is not a usable training checkpoint: {trouble}{intact}")
-    return json.loads((checkpoint / _STATE).read_text())
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """The `info` of `save`, its file unchecked. Raises CheckpointError if there is none to read."""
+    try:
+        return json.loads((checkpoint / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} is not a usable training checkpoint: {error}") from error
 
 
 def load(checkpoint: Path, state: State, *, parallel: DataParallel) -> None:

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsv3.files import put_back, replace_folder
+from dsv3.files import leftover_of, put_back, replace_folder
 from dsv3.tokenizer import for_whole_texts
 from dsv3.train.corpus import Corpus, Document
 from dsv3.train.tokenizer import SpecialIds, joined_tokens, save_tokenizer, special_ids, tokenizer_sha
@@ -112,9 +112,10 @@ def _check_replaceable(folder: Path) -> None:
     """ValueError unless nothing is there, or a token folder and nothing else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    names = {"index.json", "tokenizer.json", "tokenizer_config.json", "baselines.json", ".baselines.json"}
+    names = {"index.json", "tokenizer.json", "tokenizer_config.json", "baselines.json"}
     names |= {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "offsets.npy")}
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in names) if folder.is_dir() else [folder.name]
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    foreign = sorted(name for name in found if (leftover_of(name) or name) not in names)
     if not foreign:
         try:
             read_index(folder)

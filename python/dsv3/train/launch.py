@@ -57,7 +57,7 @@ def run(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Callba
 
 def _run(config: TrainConfig, parallel: DataParallel, resume: bool, callbacks: Sequence[Callback]) -> int:
     out = Path(config.out)
-    held, begun = parallel.gather((checkpoint.holds_any(out), checkpoint.model_config(out)))[0]
+    held, begun = parallel.first(lambda: (checkpoint.holds_any(out), checkpoint.model_config(out)))
     if not resume and held:
         raise ValueError(f"{out} already holds checkpoints: pass --resume to continue them, or choose another out")
     _seed(config, parallel)
@@ -72,21 +72,19 @@ def _run(config: TrainConfig, parallel: DataParallel, resume: bool, callbacks: S
         trainer.say(f"no checkpoint in {out} yet: starting from the beginning")
     if config.init_from and not resumed:
         trainer.start_from(Path(config.init_from), keep_optimizer=config.init_optimizer == "keep")
-    if parallel.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
-        _keep_tokenizer(Path(config.data), out)
-        trainer.callbacks[:0] = _records(config, trainer)
+    parallel.first(lambda: _begin_records(config, trainer))
+    code = 0
     try:
         trainer.train()
     except Diverged as error:
         trainer.say(str(error))
-        return 1
+        code = 1
     if trainer.interrupted:
         again = f"{_launcher(parallel)} train {shlex.quote(str(out / CONFIG_FILE))} --resume"
         trainer.say(f"saved {trainer.last_checkpoint}; resume with: {again}")
-        return 130
-    return 0
+        code = 130
+    trainer.parallel.close()
+    return code
 
 
 def _launcher(parallel: DataParallel) -> str:
@@ -105,6 +103,7 @@ def export(checkpoint_dir: str | Path, out: str | Path, *, ema: bool = False, to
     damaged checkpoint, a tokenizer that is not the run's, or if no average was kept.
     """
     found = checkpoint.find(Path(checkpoint_dir))
+    checkpoint.check(found)
     info = checkpoint.read_info(found)
     config = Config.from_dict(info["config"])
     if tokenizer_dir and tokenizer_sha(load_tokenizer(tokenizer_dir)) != info["data"]["tokenizer_sha"]:
@@ -173,8 +172,7 @@ def _trainer(
         if reason is not None:
             raise ValueError(f"cuda_graphs needs a Hopper GPU, precision bf16 or fp8, and ep 1: {reason}")
     if config.ep > 1:
-        layers = model_config.num_hidden_layers + model_config.num_nextn_predict_layers
-        if not any(map(model_config.is_moe, range(layers))):
+        if not any(map(model_config.is_moe, range(model_config.num_blocks))):
             raise ValueError(f"ep {config.ep} splits routed experts, and no layer of this model has any")
         wire = _wire_dtype(config, model_config)
         parallel = ExpertParallel.split(
@@ -225,16 +223,19 @@ def _model_config(config: TrainConfig, begun: dict[str, Any] | None = None) -> C
     return dataclasses.replace(base, **{**given, **config.model})
 
 
-def _records(config: TrainConfig, trainer: Trainer) -> list[Callback]:
+def _begin_records(config: TrainConfig, trainer: Trainer) -> None:
     """The files that every run leaves beside its checkpoints."""
     out, step = Path(config.out), trainer.step
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / CONFIG_FILE, json.dumps(config.to_dict(), indent=1) + "\n")
+    _keep_tokenizer(Path(config.data), out)
     records: list[Callback] = [MetricsFile(out / "metrics.jsonl", resume_after=step, load_every=config.log_load_every)]
     if config.tensorboard:
         try:
             records.append(TensorBoard(out / "tensorboard", resume_after=step))
         except ImportError:
             trainer.say("no TensorBoard events: the tensorboard package is not installed")
-    return records
+    trainer.callbacks[:0] = records
 
 
 def _seed(config: TrainConfig, parallel: DataParallel) -> None:

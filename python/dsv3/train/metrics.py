@@ -147,7 +147,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if path.is_file():
         for line in path.read_text().splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] > step:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
                     break
             except ValueError:  # cut short
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +84,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def train_on_corpus(corpus: Corpus, vocab_size: int) -> Tokenizer:
     """Train on the training documents of a corpus, or on every n-th where they are more than MAX_BYTES."""
-    every = max(corpus.num_bytes // MAX_BYTES, 1)
+    every = max(-(-corpus.num_bytes // MAX_BYTES), 1)
     return train_tokenizer((d.text for d in islice(corpus.documents("train"), 0, None, every)), vocab_size)
 
 
@@ -125,13 +126,16 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def joined_tokens(tokenizer: Tokenizer) -> dict[int, tuple[int, int]]:
-    """Tokens of punctuation followed by a line break (and indentation), and the two tokens that spell the same."""
+    """Tokens of punctuation (with blanks around it) followed by a line break (and indentation), and the two tokens that spell
+    the same; of byte-level vocabularies."""
     found = {}
-    names = tokenizer.get_vocab()
+    names, decoder = tokenizer.get_vocab(), decoders.ByteLevel()
     for name, token in names.items():
-        punctuation, line_break, rest = name.partition("Ċ")  # how byte-level vocabularies spell a line feed
-        if punctuation and line_break and not any(c.isalnum() for c in punctuation):
-            parts = names.get(punctuation), names.get(line_break + rest)
-            if None not in parts:
-                found[token] = parts
+        joined = re.fullmatch(r"(.+?)(č?Ċ.*)", name)  # how they spell a line feed, and a carriage return before it
+        if joined is None:
+            continue
+        punctuation, parts = decoder.decode([joined[1]]), (names.get(joined[1]), names.get(joined[2]))
+        is_text = punctuation.strip() and "\ufffd" not in punctuation  # no blanks alone, no part of a character
+        if is_text and not any(c.isalnum() for c in punctuation) and None not in parts:
+            found[token] = parts
     return found

@@ -317,7 +317,7 @@ class Trainer:
     def start_from(self, path: Path, *, keep_optimizer: bool = True) -> None:
         """Takes weights, routing bias and, if wanted, optimizer state of a checkpoint; steps and data begin anew."""
         found = checkpoint.find(path)
-        checkpoint.read_info(found)
+        self.parallel.first(lambda: checkpoint.check(found))
         names = ["master", "expert_bias", *(["exp_avg", "exp_avg_sq", "optimizer"] if keep_optimizer else [])]
         state = self._state()
         checkpoint.load(found, {name: state[name] for name in names if name in state}, parallel=self.parallel)

@@ -187,7 +187,7 @@ def plan(config: Config, local: Local = Local()) -> dict[str, Source]:
 
     Raises ValueError for ranges outside the model.
     """
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    layers = config.num_blocks
     limits = {"layers": layers, "experts": config.n_routed_experts, "heads": config.num_attention_heads}
     for what, limit in limits.items():
         held = getattr(local, what)
