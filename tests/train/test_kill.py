@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.torchrun import ROOT
+from bench.results import ROOT
 from tests.train.test_data_parallel import rows
 from tests.train.test_resume import tensors
 
