@@ -46,9 +46,8 @@ def _kinds() -> list[dict[str, Any]]:
     kinds += [{"transport": "ipc", "mode": "low_latency", "wire": wire} for wire in WIRES]
     if _several_gpus() and torch.cuda.device_count() % 2:
         return kinds
-    nodes = {"transport": "nvshmem", "nodes": 2, "mode": "static"}
-    shared = {} if _several_gpus() else {"num_sms": SHARED_SMS}
-    return [*kinds, *({**nodes, **shared, "wire": wire} for wire in WIRES)]
+    nodes = {"transport": "nvshmem", "nodes": 2} | ({} if _several_gpus() else {"num_sms": SHARED_SMS})
+    return [*kinds, *({**nodes, "mode": mode, "wire": wire} for mode in ("static", "low_latency") for wire in WIRES)]
 
 
 def _peer(kind: dict[str, Any]) -> dict[str, Any]:

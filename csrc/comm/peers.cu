@@ -25,8 +25,8 @@ Peers::Peers(int device, int rank, int ranks, int node, int nodes, int channels,
   rings_.nodes = nodes;
   rings_.channels = channels;
   rings_.slots = slots;
-  DSV3_CHECK(window_tokens >= 0 && window_tokens <= (nodes == 1 ? kMaxWindowTokens : 0) && window_pieces >= 0,
-             "window_tokens must be at most ", kMaxWindowTokens, ", and none of several nodes, got ", window_tokens);
+  DSV3_CHECK(window_tokens >= 0 && window_tokens <= kMaxWindowTokens && window_pieces >= 0,
+             "window_tokens must be at most ", kMaxWindowTokens, ", got ", window_tokens);
   rings_.window_tokens = window_tokens;
   rings_.window_pieces = window_pieces;
   rings_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);

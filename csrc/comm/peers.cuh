@@ -122,14 +122,17 @@ __host__ __device__ inline int64_t slots_begin(const Rings& r) {
 __host__ __device__ inline int64_t windows_begin(const Rings& r) {
   return slots_begin(r) + ring_flags(r) * static_cast<int64_t>(sizeof(Slot));
 }
-// A rank's windows: [way][epoch % 2][rank of the other side][token][piece].
+// A rank's windows: [way][epoch % 2][rank of the other side][token][piece]. Those of several nodes lie elsewhere.
+template <bool kNodes = true>
 __host__ __device__ inline int64_t window_index(const Rings& r, int way, int parity, int other, int token, int piece) {
-  const int64_t row = (static_cast<int64_t>(way * 2 + parity) * r.ranks + other) * r.window_tokens + token;
+  const int64_t row =
+      (static_cast<int64_t>(way * 2 + parity) * group_size<kNodes>(r) + other) * r.window_tokens + token;
   return row * r.window_pieces + piece;
 }
-inline int64_t peer_bytes(const Rings& r) {
-  return windows_begin(r) + window_index(r, 2, 0, 0, 0, 0) * static_cast<int64_t>(sizeof(Slot));
+__host__ __device__ inline int64_t window_bytes(const Rings& r) {
+  return window_index(r, 2, 0, 0, 0, 0) * static_cast<int64_t>(sizeof(Slot));
 }
+inline int64_t peer_bytes(const Rings& r) { return windows_begin(r) + (r.nodes == 1 ? window_bytes(r) : 0); }
 
 __device__ __forceinline__ Local* local_of(const Rings& r, int rank) { return reinterpret_cast<Local*>(r.base[rank]); }
 __device__ __forceinline__ int64_t ring_index(const Rings& r, int ring, int channel, uint32_t item) {
@@ -148,7 +151,8 @@ __device__ __forceinline__ Slot* ring_slot(const Rings& r, int owner, int ring, 
 
 __device__ __forceinline__ Slot* window_slot(const Rings& r, int owner, int way, int parity, int other, int token,
                                              int piece) {
-  return reinterpret_cast<Slot*>(r.base[owner] + windows_begin(r)) + window_index(r, way, parity, other, token, piece);
+  return reinterpret_cast<Slot*>(r.base[owner] + windows_begin(r)) +
+         window_index<false>(r, way, parity, other, token, piece);
 }
 
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
@@ -271,6 +275,13 @@ struct OwnTokens {
   __device__ __forceinline__ unsigned ways(const Rings& r, int64_t token) const {
     unsigned found = 0;
     for (int j = 0; j < topk; ++j) found |= 1u << way_to<kNodes>(r, expert(token * topk + j));
+    return found;
+  }
+  // A bit for every rank of the group that a token goes to.
+  template <class Mask>
+  __device__ __forceinline__ Mask ranks(int64_t token) const {
+    Mask found = 0;
+    for (int j = 0; j < topk; ++j) found |= static_cast<Mask>(Mask{1} << rank_of(expert(token * topk + j)));
     return found;
   }
 };

@@ -34,7 +34,7 @@ struct Rings {
 class Peers {
  public:
   // rank, ranks: of the node. window_tokens: most tokens of a rank in a call of low-latency mode; window_pieces: most pieces
-  // of a row there; of one node alone.
+  // of a row there. Windows of several nodes lie elsewhere (nvshmem/network.h).
   Peers(int device, int rank, int ranks, int node, int nodes, int channels, int slots, int window_tokens,
         int window_pieces, double timeout_seconds);
   virtual ~Peers() { Peers::disconnect(); }

@@ -150,22 +150,32 @@ __device__ __forceinline__ void sum_rows(Out* out, int columns, const In* row, i
   }
 }
 
-// The slots of the ranks in `mask` as sum_rows wants them: in lane i that of the i-th.
+__device__ __forceinline__ int first_bit(unsigned mask) { return __ffs(mask) - 1; }  // -1 of none
+__device__ __forceinline__ int first_bit(uint64_t mask) { return __ffsll(mask) - 1; }
+
+// The slots of the ranks in `mask` as sum_rows wants them: in lane i that of the i-th, which slot_of(rank) tells all lanes.
 struct Parts {
   const Slot* slot;
   unsigned ends;
 };
-__device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, const Slot* slot) {
+template <class Mask, class F>
+__device__ __forceinline__ Parts parts_of(int ranks_per_node, Mask mask, F&& slot_of) {
   const int lane = threadIdx.x % kWarpSize;
-  Parts parts{slot, 0};
+  Parts parts{nullptr, 0};
   int place = 0;
-  for (unsigned left = mask; left != 0; left &= left - 1, ++place) {
-    const int rank = __ffs(left) - 1, next = __ffs(left & (left - 1)) - 1;
-    const auto of_rank = __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank);
-    if (lane == place) parts.slot = reinterpret_cast<const Slot*>(of_rank);
+  for (Mask left = mask; left != 0; left &= left - 1, ++place) {
+    const int rank = first_bit(left), next = first_bit(left & (left - 1));
+    const Slot* const slot = slot_of(rank);
+    if (lane == place) parts.slot = slot;
     if (next < 0 || next / ranks_per_node != rank / ranks_per_node) parts.ends |= 1u << place;
   }
   return parts;
+}
+// The same where lane r has the slot of rank r.
+__device__ __forceinline__ Parts parts_of(int ranks_per_node, unsigned mask, const Slot* slot) {
+  return parts_of(ranks_per_node, mask, [slot](int rank) {
+    return reinterpret_cast<const Slot*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(slot), rank));
+  });
 }
 
 // The slots of the ways in `mask`, by node: those of the own node's ranks make one sum, those of other nodes are sums.

@@ -1,5 +1,6 @@
 // What the kernels of low-latency mode share. Windows take turns (peers.cuh): a call may be sent while the one before is still
-// received, but no two.
+// received, but no two. Where they lie, and how ranks tell each other of them, is a class: NearWindows here, FarWindows in
+// nvshmem/network.cuh.
 #pragma once
 
 #include "../common/launch.cuh"
@@ -12,28 +13,77 @@ constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
 // One half of a call: what it found of the windows when it began.
 struct Half {
   WindowState* state;
-  int half;  // 0 sends, 1 receives
+  int way, half;  // kThere, kBack; 0 sends, 1 receives
   uint32_t epoch;
   __device__ __forceinline__ Half(const Rings& r, int way, int which)
-      : state(&local_of(r, r.rank)->windows[way]), half(which), epoch(state->epoch[which]) {}
+      : state(&local_of(r, r.rank)->windows[way]), way(way), half(which), epoch(state->epoch[which]) {}
   __device__ __forceinline__ int parity() const { return epoch % 2; }
 };
 
-// All of the block waits until every rank's flag has reached `value`.
-__device__ __forceinline__ bool block_wait(const Rings& r, const uint32_t* flags, uint32_t value) {
+// Windows of ranks that write into each other's memory.
+struct NearWindows {
+  static constexpr int kMost = kMaxRanks;  // ranks
+  using Mask = uint16_t;                   // a bit for every rank
+  static_assert(kMost <= 8 * sizeof(Mask));
+
+  static __device__ __forceinline__ int self(const Rings& r) { return r.rank; }
+  static __device__ __forceinline__ int ranks(const Rings& r) { return r.ranks; }
+  // Flags in the own memory, which a rank sets: all that it sends is there; it has taken all that was sent to it.
+  __device__ __forceinline__ const uint32_t* arrived(const Rings& r, const Half& call, int rank) const {
+    return &call.state->arrived[call.parity()][rank];
+  }
+  __device__ __forceinline__ const uint32_t* taken(const Rings& r, const Half& call, int rank) const {
+    return &call.state->taken[call.parity()][rank];
+  }
+  // The number that came with the first.
+  __device__ __forceinline__ int count(const Rings& r, const Half& call, int rank) const {
+    return __ldcg(&call.state->counts[call.parity()][rank]);
+  }
+  __device__ __forceinline__ void tell_arrived(const Rings& r, const Half& call, int rank, int count) const {
+    WindowState& there = local_of(r, rank)->windows[call.way];
+    there.counts[call.parity()][r.rank] = count;
+    store_release(&there.arrived[call.parity()][r.rank], call.epoch + 1);
+  }
+  __device__ __forceinline__ void tell_taken(const Rings& r, const Half& call, int rank) const {
+    store_release(&local_of(r, rank)->windows[call.way].taken[call.parity()][r.rank], call.epoch + 1);
+  }
+  // What has come from a rank, and where to write what is to go to it.
+  __device__ __forceinline__ Slot* inbox(const Rings& r, const Half& call, int rank, int token, int piece) const {
+    return window_slot(r, r.rank, call.way, call.parity(), rank, token, piece);
+  }
+  __device__ __forceinline__ Slot* outbox(const Rings& r, const Half& call, int rank, int token, int piece) const {
+    return window_slot(r, rank, call.way, call.parity(), r.rank, token, piece);
+  }
+  // By a whole warp, which has written it: what is in the outbox to its rank, from the slot's first byte on. The mask's ranks,
+  // whose tokens place_of(rank) has.
+  template <class F>
+  __device__ __forceinline__ void put(const Rings& r, const Half& call, Mask mask, F&& place_of, int piece,
+                                      int bytes) const {}
+  // By a warp: all that was put has arrived.
+  __device__ __forceinline__ void settle(const Rings& r) const {}
+};
+
+// All of the block waits until every rank's flag, flag_of(rank), has reached `value`.
+template <class Net, class F>
+__device__ __forceinline__ bool block_wait(const Rings& r, F&& flag_of, uint32_t value) {
   __shared__ bool there;
   if (threadIdx.x < kWarpSize) {
-    const int rank = threadIdx.x;
-    const bool all = warp_wait(r, rank < r.ranks, flags + rank, value, rank);
-    if (rank == 0) there = all;
+    bool all = true;
+#pragma unroll
+    for (int first = 0; first < Net::kMost; first += kWarpSize) {
+      const int rank = first + static_cast<int>(threadIdx.x);
+      const bool wants = rank < Net::ranks(r);
+      all = all && warp_wait(r, wants, flag_of(wants ? rank : 0), value, rank);
+    }
+    if (threadIdx.x == 0) there = all;
   }
   __syncthreads();
   return there;
 }
 
-// Calls tell(rank) in a thread for every rank once all blocks are here: what any of them wrote is seen with a release of it.
-template <class F>
-__device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tell) {
+// Calls tell(rank) in a thread for every rank once all blocks are here: what any of them wrote is seen with what it tells.
+template <class Net, class F>
+__device__ __forceinline__ void finish(const Rings& r, const Net& net, const Half& call, F&& tell) {
   __syncthreads();
   if (threadIdx.x >= kWarpSize) return;
   bool last = false;
@@ -44,7 +94,8 @@ __device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tel
   }
   if (!__shfl_sync(kAllLanes, last, 0)) return;
   __syncwarp();
-  if (threadIdx.x < r.ranks) tell(static_cast<int>(threadIdx.x));
+  if (call.half == 0) net.settle(r);
+  for (int rank = threadIdx.x; rank < Net::ranks(r); rank += kWarpSize) tell(rank);
   if (threadIdx.x == 0) {
     call.state->blocks[call.half] = 0;
     call.state->epoch[call.half] = call.epoch + 1;
@@ -52,18 +103,25 @@ __device__ __forceinline__ void finish(const Rings& r, const Half& call, F&& tel
 }
 
 // The entries that came, all ranks' one after the other.
+template <class Net>
 struct Entries {
-  int starts[kMaxRanks + 1];
-  __device__ __forceinline__ void add_up(int ranks, int count_of_lane) {  // by a warp
+  int starts[Net::kMost + 1];
+  template <class F>
+  __device__ __forceinline__ void add_up(int ranks, F&& count_of) {  // by a warp
     const int lane = threadIdx.x % kWarpSize;
-    int end = lane < ranks ? count_of_lane : 0;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, step);
-      if (lane >= step) end += before;
-    }
+    int before = 0;
     if (lane == 0) starts[0] = 0;
-    if (lane < ranks) starts[lane + 1] = end;
+#pragma unroll
+    for (int first = 0; first < Net::kMost; first += kWarpSize) {
+      int end = first + lane < ranks ? count_of(first + lane) : 0;
+#pragma unroll
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int further = __shfl_up_sync(kAllLanes, end, step);
+        if (lane >= step) end += further;
+      }
+      if (first + lane < ranks) starts[first + lane + 1] = before + end;
+      before += __shfl_sync(kAllLanes, end, kWarpSize - 1);
+    }
   }
   __device__ __forceinline__ int source_of(int entry, int ranks) const {
     int source = 0;
@@ -89,7 +147,7 @@ inline OwnTokens own_tokens(const Rings& r, const Tensor& topk_idx, int64_t num_
   return {.topk_idx = topk_idx.data<int64_t>(),
           .tokens = static_cast<int>(topk_idx.size(0)),
           .topk = static_cast<int>(topk_idx.size(1)),
-          .local_experts = static_cast<int>(num_experts / r.ranks),
+          .local_experts = static_cast<int>(num_experts / group_size(r)),
           .experts = static_cast<int>(num_experts)};
 }
 

@@ -3,11 +3,12 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <tuple>
 
 #include "../combine.cuh"
 #include "../dispatch.cuh"
 #include "../exchange.cuh"
+#include "../low_latency.cuh"
+#include "../low_latency_sums.cuh"
 
 namespace dsv3 {
 namespace {
@@ -19,6 +20,7 @@ struct Arena {
 Arena arena;  // of the process
 
 Far far_of(const Network& network) { return Far{network.network()}; }
+FarWindows windows_of(const Network& network) { return FarWindows{network.network()}; }
 
 }  // namespace
 
@@ -53,9 +55,9 @@ void nvshmem_start(int device, int rank, int ranks, const std::string& id, int64
   arena.bytes = bytes;
 }
 
-Network::Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, double timeout_seconds,
-                 bool direct, int64_t offset, const std::vector<int>& pes)
-    : Peers(device, rank, ranks, node, nodes, channels, slots, 0, 0, timeout_seconds) {
+Network::Network(int device, int rank, int ranks, int node, int nodes, int channels, int slots, int window_tokens,
+                 int window_pieces, double timeout_seconds, bool direct, int64_t offset, const std::vector<int>& pes)
+    : Peers(device, rank, ranks, node, nodes, channels, slots, window_tokens, window_pieces, timeout_seconds) {
   try {
     open(direct, offset, pes);
   } catch (...) {
@@ -65,27 +67,34 @@ Network::Network(int device, int rank, int ranks, int node, int nodes, int chann
 }
 
 void Network::open(bool direct, int64_t offset, const std::vector<int>& pes) {
-  const auto& [node, nodes, rank, ranks] = std::tie(rings().node, rings().nodes, rings().rank, rings().ranks);
-  const int64_t bytes = symmetric_bytes(nodes, rings().channels, rings().slots);
+  const Rings& r = rings();
+  const int self = own_rank(r);
+  const int64_t bytes = symmetric_bytes(r.ranks, r.nodes, r.channels, r.slots, r.window_tokens, r.window_pieces);
   const Current guard(device());
-  DSV3_CHECK(nodes > 1, "nodes must be several");
+  DSV3_CHECK(r.nodes > 1, "nodes must be several");
   DSV3_CHECK(arena.base != nullptr, "NVSHMEM has not been started");
   DSV3_CHECK(offset >= 0 && offset % alignof(SymmetricLocal) == 0 && offset + bytes <= arena.bytes, "a part of ", bytes,
              " bytes at ", offset, " does not fit the ", arena.bytes, " that there are");
-  DSV3_CHECK(static_cast<int>(pes.size()) == nodes * ranks, "pes must be those of ", nodes * ranks, " ranks");
+  DSV3_CHECK(static_cast<int>(pes.size()) == group_size(r), "pes must be those of ", group_size(r), " ranks");
   network_.base = arena.base + offset;
   for (size_t i = 0; i < pes.size(); ++i) network_.pes[i] = static_cast<int16_t>(pes[i]);
-  for (int other = 0; other < nodes && direct; ++other) {
-    if (other == node) continue;
-    network_.mapped[other] = static_cast<char*>(nvshmem_ptr(network_.base, pes[other * ranks + rank]));
+  for (int rank = 0; rank < group_size(r); ++rank) {
+    if (direct && rank != self) network_.mapped[rank] = static_cast<char*>(nvshmem_ptr(network_.base, pes[rank]));
   }
+  network_.mapped[self] = network_.base;
   check_cuda(cudaMemset(network_.base, 0, bytes), "cudaMemset of the symmetric memory");
   check_cuda(cudaDeviceSynchronize(), "cudaMemset of the symmetric memory");  // before another rank can write
 }
 
-int64_t Network::symmetric_bytes(int nodes, int channels, int slots) {
-  const int64_t flags = far_flags(nodes, channels, slots);
-  return far_slots_begin(flags) + 2 * flags * static_cast<int64_t>(sizeof(Slot));
+int64_t Network::symmetric_bytes(int ranks, int nodes, int channels, int slots, int window_tokens, int window_pieces) {
+  Rings r{};
+  r.ranks = ranks;
+  r.nodes = nodes;
+  r.channels = channels;
+  r.slots = slots;
+  r.window_tokens = window_tokens;
+  r.window_pieces = window_pieces;
+  return far_windows_begin(r) + 2 * window_bytes(r);  // and as much to put from
 }
 
 void Network::disconnect() {
@@ -122,6 +131,28 @@ void comm_combine(Tensor out, std::optional<Tensor> weights, Tensor rows, std::o
                   int64_t ranks_per_node, bool fp32_sums, const Network& network, cudaStream_t stream) {
   combining::combine({out, weights, rows, row_weights, topk_idx, position, relay}, num_experts, ranks_per_node,
                      fp32_sums, network.rings(), far_of(network), stream);
+}
+
+void comm_send(Tensor x, Tensor weights, Tensor topk_idx, int64_t num_experts, bool cast, double amax_floor,
+               const Network& network, cudaStream_t stream) {
+  windows::send(x, weights, topk_idx, num_experts, cast, amax_floor, network.rings(), windows_of(network), stream);
+}
+
+void comm_receive(Tensor rows, std::optional<Tensor> sf, Tensor row_weights, Tensor counts, Tensor arrived,
+                  Tensor tokens, Tensor entry_rows, const Network& network, cudaStream_t stream) {
+  windows::receive({rows, sf, row_weights, counts, arrived, tokens, entry_rows}, network.rings(), windows_of(network),
+                   stream);
+}
+
+void comm_send_sums(Tensor y, Tensor arrived, Tensor tokens, Tensor entry_rows, bool fp32_sums, const Network& network,
+                    cudaStream_t stream) {
+  windows::send_sums(y, arrived, tokens, entry_rows, fp32_sums, network.rings(), windows_of(network), stream);
+}
+
+void comm_receive_sums(Tensor out, Tensor topk_idx, int64_t num_experts, int64_t ranks_per_node, bool fp32_sums,
+                       const Network& network, cudaStream_t stream) {
+  windows::receive_sums(out, topk_idx, num_experts, ranks_per_node, fp32_sums, network.rings(), windows_of(network),
+                        stream);
 }
 
 }  // namespace dsv3

@@ -135,8 +135,9 @@ class ExpertBuffer:
         num_sms: multiprocessors that kernels of ipc take while rows move; None: 20, or fewer where ranks share a GPU. Ranks
             that share one leave 4 of it free, or a kernel that others wait for might never start. What finds the order of the
             pairs before takes all of them for some us.
-        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024; over nvshmem,
-            between several nodes, a call is a dispatch.
+        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024. Every token of
+            every rank has its place there and back, twice: 4 x ranks x low_latency x 4.3 x hidden bytes, between several
+            nodes twice that, of NVSHMEM's memory.
         hidden: H of what is sent; wanted with low_latency alone.
         timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
             and the next call raises. What NVSHMEM does where a network fails is its own: it may end the process.
@@ -325,7 +326,7 @@ class ExpertBuffer:
             raise ValueError("send: the buffer was made without low_latency")
         if x.dim() != 2 or x.shape[1] != hidden or x.shape[0] > most:
             raise ValueError(f"send: x must be at most {most} rows of {hidden}, got {tuple(x.shape)}")
-        if self._link is None or self._link.across:
+        if self._link is None:
             return low_latency.send(self, x, topk_idx, topk_weights, most * self.layout.ranks)
         self._link.raise_lost()
         cast = self.wire_dtype == FP8
@@ -344,7 +345,7 @@ class ExpertBuffer:
         if (y.shape, y.dtype) != (masked.x.shape, masked.dtype):
             found = f"{tuple(masked.x.shape)} {masked.dtype}, got {tuple(y.shape)} {y.dtype}".replace("torch.", "")
             raise ValueError(f"send_sums: y must be {found}")
-        if self._link is None or self._link.across:
+        if self._link is None:
             return low_latency.send_sums(self, y, masked)
         self._link.raise_lost()
         link, y, fp32 = self._link, y.detach(), self.wire_dtype == torch.float32

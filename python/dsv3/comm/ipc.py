@@ -102,7 +102,7 @@ class Link:
         self.num_sms = min(NUM_SMS, spare // sharing) if num_sms is None else num_sms
         if not 1 <= self.num_sms <= spare // sharing:
             raise ValueError(f"num_sms must be in 1..{spare // sharing} for {sharing} ranks a GPU, got {self.num_sms}")
-        tokens, row = (0, 0) if across or window is None else window
+        tokens, row = (0, 0) if window is None else window
         self.window = tokens, -(-row // PIECE_BYTES)
         self._peers: Any = None
         self._native = nvshmem.native() if across else registry.native()
@@ -129,13 +129,13 @@ class Link:
 
     @property
     def _symmetric_bytes(self) -> int:
-        return self._native.Network.symmetric_bytes(self.layout.nodes, self.num_sms, SLOTS)
+        return self._native.Network.symmetric_bytes(self._width, self.layout.nodes, self.num_sms, SLOTS, *self.window)
 
     def _connect(self) -> None:
         handle, reason = b"", None
         layout, width, nodes = self.layout, self._width, self.layout.ranks // self._width
         node, place = divmod(layout.rank, width)
-        sizes = self.device.index, place, width, node, nodes, self.num_sms, SLOTS
+        sizes = self.device.index, place, width, node, nodes, self.num_sms, SLOTS, *self.window, float(self.timeout)
         if self.across:
             ranks = dist.get_process_group_ranks(self.group)
             self._part = nvshmem.memory.take(
@@ -143,9 +143,9 @@ class Link:
             )
         try:
             if self.across:
-                self._peers = self._native.Network(*sizes, float(self.timeout), nvshmem.DIRECT, *self._part)
+                self._peers = self._native.Network(*sizes, nvshmem.DIRECT, *self._part)
             else:
-                self._peers = self._native.Peers(*sizes, *self.window, float(self.timeout))
+                self._peers = self._native.Peers(*sizes)
             handle = self._peers.handle
         except RuntimeError as error:
             reason = str(error)

@@ -1,8 +1,8 @@
 """Dispatch and combine for the few tokens of a decoding step: rows in the masked layout, as masked_grouped_fp8_gemm wants them,
 and each way in two halves, so that other work may run in between. Nothing here differentiates.
 
-Over ipc every token of every rank has its slot (csrc/comm/low_latency.cu): nobody is asked for counts and the host waits for
-nothing. The other transports do the same with what a dispatch gives them, at a dispatch's speed.
+Over ipc and nvshmem every token of every rank has its slot (csrc/comm/low_latency.cuh): nobody is asked for counts and the host
+waits for nothing. The other transports do the same with what a dispatch gives them, at a dispatch's speed.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from dsv3.comm.reach import Unreachable, raise_first
 
-ARENA_BYTES = 256 << 20  # of symmetric memory, or ROOM times what the first buffer takes
-ROOM = 4
+ARENA_BYTES = 256 << 20  # of symmetric memory, or what the first buffer takes and as much for each of ROOM - 1 more
+ROOM = 4  # buffers, of which later ones get no more than ARENA_BYTES
 ALIGNMENT = 128  # of a part
 DIRECT = True  # memory of other nodes that is mapped here is written to without NVSHMEM; tests have it both ways
 LIBRARY = "libnvshmem_host.so.3"
@@ -113,7 +113,7 @@ class Memory:
     def _start(
         self, ranks: list[int], rank: int, size: int, ask: Callable[[Any], list[Any]], device: int, *, alone: bool
     ) -> None:
-        room = -(-max(ARENA_BYTES, ROOM * size) // ALIGNMENT) * ALIGNMENT
+        room = -(-max(ARENA_BYTES, size + (ROOM - 1) * min(size, ARENA_BYTES)) // ALIGNMENT) * ALIGNMENT
         reason, made = None, b""
         try:
             made = native().nvshmem_id() if rank == 0 else b""
