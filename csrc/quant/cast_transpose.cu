@@ -9,7 +9,8 @@
 // group lengths on the device, so the host never waits for the counts. Rows past offsets[G] are not read.
 //
 // With source int64 [R] x is the tokens of which R rows were copies, row r of token source[r] / topk, and the rows are
-// transposed without being there: a token's 128 columns are a line, which the k experts mostly find in the L2 cache.
+// transposed without being there: a token's columns are read by k experts' tiles, which find them in the L2 cache, since tiles of
+// the same columns follow each other.
 //
 // With both casts also that of x in tiles of 1 x 128, as per_token_cast makes it, from the same read: what a gradient
 // needs, for dgrad and for wgrad. Rows past offsets[G] are not written there either.
@@ -18,8 +19,8 @@
 // columns): converting the 4 tokens of a column gives a word of the output, and the words leave through shared memory
 // as rows of 128 bytes.
 //
-// A block takes one tile. cast_transpose_kernel: 128 tokens by 128 bytes, of which a warp takes one pack of all tokens,
-// so that after the copy to shared memory no warp needs another. both_casts_kernel: both_casts.cuh.
+// A block takes one tile, or two of tokens that it has to look up. cast_transpose_kernel: 128 tokens by 128 bytes, of which a warp
+// takes one pack of all tokens, so that after the copy to shared memory no warp needs another. both_casts_kernel: both_casts.cuh.
 #include <cutlass/fast_math.h>
 
 #include "../ops.h"
@@ -42,11 +43,16 @@ struct CastTransposeParams {
   uint32_t column_tiles;
 };
 
-// The tile of a block, columns fastest.
+// The tiles of a block, columns fastest; of rows that are copies, tokens fastest.
 struct Place {
   uint32_t column, row;
 };
+template <bool kGathered = false>
 __device__ __forceinline__ Place place(const CastTransposeParams& p) {
+  if constexpr (kGathered) {
+    const uint32_t rows = gridDim.x / p.column_tiles;
+    return {blockIdx.x / rows, blockIdx.x % rows};
+  }
   return {blockIdx.x % p.column_tiles, blockIdx.x / p.column_tiles};
 }
 
@@ -59,10 +65,15 @@ constexpr int kBlocks = kIsCast<T> ? 6 : 4;
 // A tile: pack j of token t lies at [t][j ^ t / 4 % 8], so that the 8 packs of a token, which are copied together,
 // share a line, and the same pack of 8 quads, which are read together, lies in different banks.
 template <class T>
-struct Shared {
+struct SharedTile {
   uint4 packs[kTile][kLanePacks];
   float sf[kIsCast<T> ? kTile : 4];
-  int tokens[kIsCast<T> ? kTile : 4];        // where rows are copies of tokens
+};
+template <class T, bool kGathered>
+struct Shared {
+  static constexpr int kTiles = kGathered ? 2 : 1;  // one beside the other
+  SharedTile<T> tiles[kTiles];
+  int tokens[kGathered ? kTile : 1];         // that the rows are copies of
   float scales[kLanePacks][Pack<T>::kSize];  // of a warp's columns: maxima, then inverses
 };
 
@@ -73,52 +84,42 @@ __device__ __forceinline__ int token_of(const CastTransposeParams& p, const Rows
   return min(max(token, 0), p.tokens - 1);  // whatever source says, it is one of x
 }
 
-template <class T, bool kGathered>
-__device__ __forceinline__ void copy_tile(Shared<T>& shared, const CastTransposeParams& p, uint32_t column_tile,
-                                          const Rows& rows) {
+// Asks for a tile; row t of it is row_of(t) of x.
+template <class T, class F>
+__device__ __forceinline__ void copy_tile(SharedTile<T>& shared, const CastTransposeParams& p, uint32_t column_tile,
+                                          const Rows& rows, F&& row_of) {
   const int pack = threadIdx.x % kLanePacks, row = threadIdx.x / kLanePacks;
   const int column = (column_tile * kLanePacks + pack) * Pack<T>::kSize;
   const int live = column < p.hidden ? rows.count : 0;
   const T* const x = static_cast<const T*>(p.x) + column;
-  const int t = threadIdx.x;
-  if constexpr (kGathered) {
-    if (t < kTile) shared.tokens[t] = token_of(p, rows, t);
-    __syncthreads();
-  }
   constexpr int kStep = kThreads / kLanePacks;  // a multiple of 32 tokens: the place in the line stays the same
 #pragma unroll
   for (int i = 0; i < kTile; i += kStep) {
-    const int64_t from = kGathered ? shared.tokens[row + i] : rows.first + row + i;
+    const int64_t from = row_of(row + i);
     copy_async(shared_pointer(&shared.packs[row + i][pack ^ row / 4 % 8]), x + from * p.hidden, row + i < live);
   }
   if constexpr (kIsCast<T>) {
     static_assert(kLanePacks * Pack<T>::kSize == kTile && kThreads >= kTile);
+    const int t = threadIdx.x;
+    const bool exists = t < rows.count && column_tile * kTile < p.hidden;
     const float* const sf = p.x_sf + column_tile * p.x_sf_stride;
-    if (t < kTile)
-      copy_float_async(shared_pointer(&shared.sf[t]), sf + (kGathered ? shared.tokens[t] : rows.first + t),
-                       t < rows.count);
+    if (t < kTile) copy_float_async(shared_pointer(&shared.sf[t]), sf + row_of(t), exists);
   }
-  wait_for_copies();
-  __syncthreads();
+  commit_copies();
 }
 
-template <class T, bool kGathered>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(CastTransposeParams p) {
+// Casts a tile that is in shared memory; each warp for itself. scales: the warp's.
+template <class T>
+__device__ __forceinline__ void cast_tile(SharedTile<T>& shared, float (&scales)[Pack<T>::kSize],
+                                          const CastTransposeParams& p, uint32_t column_tile, uint32_t row_tile,
+                                          bool empty) {
   constexpr int kSize = Pack<T>::kSize;
-  __shared__ Shared<T> shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  wait_for_inputs();
-  release_dependents();
-  const Place at = place(p);
-  const Rows rows = p.groups.of_tile(at.row);
-  copy_tile<T, kGathered>(shared, p, at.column, rows);
-
   // Lane q has tokens 4 q to 4 q + 3 of the warp's pack.
   Piece<T> piece;
 #pragma unroll
   for (int r = 0; r < 4; ++r) piece.packs[r] = load_shared<T>(shared.packs[4 * lane + r][warp ^ lane % 8]);
   if constexpr (kIsCast<T>) reinterpret_cast<float4&>(piece.sf) = reinterpret_cast<const float4*>(shared.sf)[lane];
-  float* const scales = shared.scales[warp];
 #pragma unroll
   for (int c = 0; c < kSize; c += 4) {
     float x[4][4], max[4];
@@ -138,12 +139,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   }
   __syncwarp();
 
-  const int first = (at.column * kLanePacks + warp) * kSize;  // column; all of the warp's exist or none
+  const int first = (column_tile * kLanePacks + warp) * kSize;  // column; all of the warp's exist or none
   const bool live = first < p.hidden;
   if (lane < kSize) {
-    const float sf = rows.count == 0 ? 1.f : tile_scale(scales[lane], p.columns.rule);
+    const float sf = empty ? 1.f : tile_scale(scales[lane], p.columns.rule);
     scales[lane] = __frcp_rn(sf);
-    if (live) p.columns.sf[at.row * p.columns.sf_stride + first + lane] = sf;
+    if (live) p.columns.sf[row_tile * p.columns.sf_stride + first + lane] = sf;
   }
   __syncwarp();
 
@@ -161,10 +162,35 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(Ca
   if (!live) return;
   const int column = lane / 8, chunk = lane % 8;
   const int64_t slots = p.columns.slots;
-  uint8_t* out = p.columns.out + (first + column) * slots + at.row * kTile + chunk * 16;
+  uint8_t* out = p.columns.out + (first + column) * slots + row_tile * kTile + chunk * 16;
 #pragma unroll
   for (int c = 0; c < kSize; c += 4, out += 4 * slots)
     *reinterpret_cast<uint4*>(out) = shared.packs[8 * c + 4 * chunk + column][warp ^ chunk];
+}
+
+template <class T, bool kGathered>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) cast_transpose_kernel(CastTransposeParams p) {
+  using S = Shared<T, kGathered>;
+  extern __shared__ __align__(128) uint8_t memory[];
+  S& shared = *reinterpret_cast<S*>(memory);
+  wait_for_inputs();
+  release_dependents();
+  const Place at = place<kGathered>(p);
+  const Rows rows = p.groups.of_tile(at.row);
+  if constexpr (kGathered) {
+    if (threadIdx.x < kTile) shared.tokens[threadIdx.x] = token_of(p, rows, threadIdx.x);
+    __syncthreads();
+  }
+  const auto row_of = [&](int t) { return kGathered ? shared.tokens[t] : rows.first + t; };
+#pragma unroll
+  for (int i = 0; i < S::kTiles; ++i) copy_tile(shared.tiles[i], p, at.column * S::kTiles + i, rows, row_of);
+#pragma unroll 1
+  for (int i = 0; i < S::kTiles; ++i) {
+    i + 1 < S::kTiles ? wait_for_copies<1>() : wait_for_copies<0>();
+    __syncthreads();
+    cast_tile(shared.tiles[i], shared.scales[threadIdx.x / kWarpSize], p, at.column * S::kTiles + i, at.row,
+              rows.count == 0);
+  }
 }
 
 template <class T>
@@ -215,9 +241,11 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, Shape<T>::kBlocks) both_ca
 
 template <class T, bool kGathered = false>
 void launch_cast_transpose(CastTransposeParams p, cudaStream_t stream) {
-  p.column_tiles = ceil_div(p.hidden, kLanePacks * Pack<T>::kSize);
+  using S = Shared<T, kGathered>;
+  p.column_tiles = ceil_div(p.hidden, S::kTiles * kLanePacks * Pack<T>::kSize);
   launch("cast_transpose", cast_transpose_kernel<T, kGathered>,
-         {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(kThreads)}, stream, p);
+         {.grid = dim3(p.column_tiles * (p.columns.slots / kTile)), .block = dim3(kThreads), .smem = sizeof(S)}, stream,
+         p);
 }
 
 template <class T>

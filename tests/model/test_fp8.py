@@ -290,7 +290,7 @@ def test_sizes_that_do_not_fit_stay_as_they_are(device):
 
 
 def test_experts_keep_tokens_instead_of_their_rows(device, monkeypatch):
-    """For their weight gradients these are transposed from the tokens, to the same bits."""
+    """For their weight gradients these, and their gradients, are transposed from the tokens, to the same bits."""
     model, batch, taken = model_of("fp8", device), batch_of(device), []
 
     def spy(x, *args, source=None, **settings):
@@ -301,7 +301,7 @@ def test_experts_keep_tokens_instead_of_their_rows(device, monkeypatch):
     monkeypatch.setattr(sys.modules["dsv3.ops.fp8_linear"], "cast_transpose", spy)
     _, found = gradients(model, batch)
     experts = len(moes_of(model))
-    assert taken.count((4 * 64, True)) == experts
+    assert taken.count((4 * 64, True)) == 2 * experts
     monkeypatch.setattr(Gathered, "of", lambda cast: None)
     taken.clear()
     _, expected = gradients(model, batch)

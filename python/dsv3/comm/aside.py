@@ -38,7 +38,7 @@ class Aside:
             current.wait_event(done)
             tensors = result if isinstance(result, tuple) else (result,)
             gathered = [made for t in tensors if (made := getattr(t, "gathered", None)) is not None]
-            _keep([*tensors, *(t for made in gathered for t in (*made.tokens, made.source))], current)
+            _keep([*tensors, *(t for made in gathered for t in made.tensors)], current)
             return result
 
         return Pending(receive)

@@ -139,6 +139,14 @@ def _cast_gradient(dy: Tensor, offsets: Tensor | None, transpose: bool, pow2_sca
     return (data, sf), (data_t, sf_t)
 
 
+def _transpose_rows(dy: Cast, offsets: Tensor | None, pow2_scale: bool) -> Cast:
+    """dy, rows in tiles of 1x128, in tiles of 128x1; from what they are copies of, where that is known."""
+    made, settings = Gathered.of(dy), {"pow2_scale": pow2_scale, "amax_floor": GRADIENT_FLOOR}
+    if made is None:
+        return cast_transpose(dy, offsets, **settings)
+    return cast_transpose(made.tokens, offsets, source=made.source, topk=made.topk, **settings)
+
+
 class _Fp8Linear(Function):
     @staticmethod
     def forward(
@@ -227,7 +235,7 @@ def _cast_of(x: Tensor, *, pow2_scale: bool) -> Cast:
 @dataclass(frozen=True)
 class Gathered:
     """What rows in FP8 are copies of. Set as the codes' attribute `gathered`, it lets experts keep the tokens instead of the
-    rows, and transpose rows that are gone."""
+    rows, and transpose rows that are gone, or that are larger than the tokens."""
 
     tokens: Cast
     source: Tensor  # int64 [R]: row r is token source[r] // topk
@@ -246,6 +254,10 @@ class Gathered:
         """That of a cast that is as it was made; None for others."""
         made = getattr(cast[0], "gathered", None)
         return made if made is not None and cast[1] is made.sf and _versions(cast) == made.state else None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.tokens, self.source
 
 
 def _versions(cast: Cast) -> tuple[int | None, ...]:
@@ -273,7 +285,8 @@ class GradientCast:
         """What was left. Raises RuntimeError where dy is not what stands for it."""
         made, stand_in = self.made, self.stand_in
         self.made = self.stand_in = None
-        for t in made or ():
+        gathered = None if made is None else Gathered.of(made)
+        for t in (*(made or ()), *(() if gathered is None else gathered.tensors)):
             if t.is_cuda:  # made on another stream, perhaps, and autograd knows nothing of it
                 t.record_stream(torch.cuda.current_stream(t.device))
         if made is not None and dy.numel() and dy.data_ptr() != stand_in.data_ptr():
@@ -323,8 +336,7 @@ class _Fp8MLP(Function):
         if dy_cast is None:
             dy_cast, dy_t = _cast_gradient(dy, offsets, need_second, mlp.pow2_scale)
         else:
-            settings = {"pow2_scale": mlp.pow2_scale, "amax_floor": GRADIENT_FLOOR}
-            dy_t = cast_transpose(dy_cast, offsets, **settings) if need_second else None
+            dy_t = _transpose_rows(dy_cast, offsets, mlp.pow2_scale) if need_second else None
         da = _product(dy_cast, mlp.down.transposed, offsets, gate_up.dtype)
         del dy_cast
 
