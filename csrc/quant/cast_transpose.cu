@@ -73,8 +73,8 @@ template <class T, bool kGathered>
 struct Shared {
   static constexpr int kTiles = kGathered ? 2 : 1;  // one beside the other
   SharedTile<T> tiles[kTiles];
-  int tokens[kGathered ? kTile : 1];         // that the rows are copies of
-  float scales[kLanePacks][Pack<T>::kSize];  // of a warp's columns: maxima, then inverses
+  int tokens[kGathered ? kTile : 1];                     // that the rows are copies of
+  alignas(16) float scales[kLanePacks][Pack<T>::kSize];  // of a warp's columns: maxima, then inverses
 };
 
 // The row of x that row t of the tile is a copy of; any where there is none.
