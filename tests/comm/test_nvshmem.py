@@ -166,7 +166,9 @@ def test_ranks_per_machine(machines: str, expected: int | None, monkeypatch: pyt
 def test_the_module_loads_without_a_gpu() -> None:
     assert nvshmem.objection() is None
     module = nvshmem.native()
-    assert module.Network.symmetric_bytes(2, 20, 16) > 2 * 2 * 20 * 16 * 8192, "slots and what is staged"
+    rings, windows = (module.Network.symmetric_bytes(4, 2, 20, 16, *window) for window in ((0, 0), (128, 3)))
+    assert rings > 2 * 2 * 20 * 16 * 8192, "slots and what is staged"
+    assert windows - rings > 2 * 4 * 8 * 128 * 3 * 8192, "two ways, twice, of all ranks' tokens, and what is staged"
     with pytest.raises(ValueError, match=r"an id must have \d+ bytes, got 3"):
         module.nvshmem_start(0, 0, 1, b"bad", 1 << 20, True)
     with pytest.raises(ValueError, match="ranks must be"):
