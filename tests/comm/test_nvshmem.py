@@ -172,9 +172,9 @@ def test_the_module_loads_without_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"an id must have \d+ bytes, got 3"):
         module.nvshmem_start(0, 0, 1, b"bad", 1 << 20, True)
     with pytest.raises(ValueError, match="ranks must be"):
-        module.Network(0, 0, 17, 0, 2, 20, 16, 1.0, True, 0, [0, 1])
+        module.Network(0, 0, 17, 0, 2, 20, 16, 0, 0, 1.0, True, 0, [0, 1])
     with pytest.raises(ValueError, match=r"nodes must be 1\.\.8 and have at most 64 ranks, got 8 of 16"):
-        module.Network(0, 0, 16, 0, 8, 20, 16, 1.0, True, 0, list(range(128)))
+        module.Network(0, 0, 16, 0, 8, 20, 16, 0, 0, 1.0, True, 0, list(range(128)))
     with pytest.raises(RuntimeError, match="cuda"):
         module.nvshmem_start(1000, 0, 1, b"\0" * 128, 1 << 20, True)
 
