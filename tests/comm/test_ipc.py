@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from bench.shared_gpu import shared_gpu, torchrun
-from dsv3.comm import ExpertBuffer, ipc
+from dsv3.comm import ExpertBuffer, counts, ipc
 from dsv3.comm.alive import BEAT_SECONDS, SILENT_SECONDS, Heartbeat
 from dsv3.ops import registry
 
@@ -76,6 +76,14 @@ def test_memory_is_freed_at_exit(transport: str, tmp_path: Path) -> None:
         assert lost <= 2**26
 
 
+@pytest.mark.parametrize(
+    ("ranks", "experts", "most"), [(2, 64, 1024), (16, 512, 1024), (16, 1024, 717), (64, 256, 358), (64, 1024, 358)]
+)
+def test_tokens_of_low_latency_mode(ranks: int, experts: int, most: int) -> None:
+    """As many as a block has memory for."""
+    assert ipc.most_window_tokens(counts.Layout(experts, ranks, ranks, 0)) == most
+
+
 @pytest.fixture
 def group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, is_master=True), rank=0, world_size=1)
@@ -107,7 +115,7 @@ def test_a_rank_that_has_no_memory_leaves_all_to_collective(tmp_path: Path) -> N
     worker.write_text(
         """
 import torch, torch.distributed as dist
-from dsv3.comm import ExpertBuffer, ipc
+from dsv3.comm import ExpertBuffer, counts, ipc
 from dsv3.ops import registry
 dist.init_process_group("gloo")
 class Peers:

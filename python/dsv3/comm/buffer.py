@@ -104,8 +104,8 @@ class ExpertBuffer:
     """Moves tokens to their experts and back. Ranks hold equal runs of experts, the first rank the first ones.
 
     A token goes once to each rank that needs it. With several nodes it goes once to each node, to the rank that has there
-    the index which its own rank has here, and that one forwards it. No token is dropped. For the same number of ranks and
-    of ranks a node, results are the same bits run after run, whatever the transport.
+    the index which its own rank has here, and that one forwards it (`send`: to each rank). No token is dropped. For the same
+    number of ranks and of ranks a node, results are the same bits run after run, whatever the transport.
 
     All ranks of the group make the buffer together, with the same transport, and use it equally often, forward and
     backward; one that has no tokens dispatches none. Where a call fails on one rank alone, the others wait for it, until that
@@ -135,12 +135,14 @@ class ExpertBuffer:
         num_sms: multiprocessors that kernels of ipc take while rows move; None: 20, or fewer where ranks share a GPU. Ranks
             that share one leave 4 of it free, or a kernel that others wait for might never start. What finds the order of the
             pairs before takes all of them for some us.
-        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024. Every token of
-            every rank has its place there and back, twice: 4 x ranks x low_latency x 4.3 x hidden bytes, between several
-            nodes twice that, of NVSHMEM's memory.
+        low_latency: most tokens of a rank in a call of `send`; None where it is not used. Over ipc at most 1024, and at most
+            22975 / (ranks * ceil(local experts / 32)). Every token of every rank has its place there and back, twice: 4 x ranks
+            x low_latency x ceil(hidden / 2048) x 8.7 KB; between several nodes twice that, of NVSHMEM's memory, which has the
+            size of what the first buffer of the process takes and up to 768 MB more, at least 256: make the largest one first.
         hidden: H of what is sent; wanted with low_latency alone.
         timeout: seconds that a kernel of ipc waits for a rank that is alive (for one that is gone: some 7). It then gives up,
-            and the next call raises. What NVSHMEM does where a network fails is its own: it may end the process.
+            and the next call raises. What NVSHMEM does where a network fails is its own: it may end the process,
+            or have `send` wait for ever.
 
     In static mode the first dispatch logs, as "dsv3", what memory it takes (see Room.line). The exchanges of collective have
     room for ranks x max_tokens tokens and move all of it, and what must be the same on all ranks is not compared.

@@ -1,5 +1,5 @@
 """Transports "ipc" and "nvshmem": the ranks of a node write into each other's memory, which each maps (CUDA IPC), and over
-nvshmem a rank sends to those that have its place in other nodes; csrc/comm has the kernels.
+nvshmem a rank sends to those that have its place in other nodes, in low-latency mode to all; csrc/comm has the kernels.
 
 Rings of slots lead from every rank to every rank. Their size does not depend on the tokens, and what they count lies on the
 device: nothing is allocated after the start, and calls can be captured in a CUDA graph.
@@ -29,6 +29,10 @@ from dsv3.ops.quant import empty_per_token
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024  # ranks of a node
 MAX_NODES, MAX_GROUP = 8, 64  # ranks of all nodes
+MAX_WINDOW_TOKENS = 1024  # kMaxWindowTokens (csrc/comm/peers.cuh)
+WINDOW_WORDS = (
+    22975  # a block's, of 32 experts' bits for a token of any rank (receive_bytes in csrc/comm/low_latency.cuh)
+)
 VECTOR_BYTES = 16  # rows are whole vectors
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait
@@ -73,7 +77,8 @@ class Link:
 
     Raises:
         Unreachable: on all ranks.
-        ValueError: on all ranks, where those that share a GPU would take more multiprocessors than it can spare.
+        ValueError: on all ranks, where those that share a GPU would take more multiprocessors than it can spare, or a window
+            has more tokens than kernels take.
     """
 
     def __init__(
@@ -103,6 +108,9 @@ class Link:
         if not 1 <= self.num_sms <= spare // sharing:
             raise ValueError(f"num_sms must be in 1..{spare // sharing} for {sharing} ranks a GPU, got {self.num_sms}")
         tokens, row = (0, 0) if window is None else window
+        if tokens > (most := most_window_tokens(layout)):
+            experts = f"{layout.ranks} ranks of {layout.num_local_experts} experts"
+            raise ValueError(f"low_latency must be at most {most} for {experts}, got {tokens}")
         self.window = tokens, -(-row // PIECE_BYTES)
         self._peers: Any = None
         self._native = nvshmem.native() if across else registry.native()
@@ -164,6 +172,7 @@ class Link:
         return everyone
 
     def _release(self) -> None:
+        given_up = self._peers is not None and self._peers.lost >= 0
         if self._peers is not None:
             self._peers.disconnect()
         self._ask(None)  # nobody writes here any more; also of a rank that has nothing
@@ -171,7 +180,8 @@ class Link:
             self._peers.release()
             self._peers = None
         if self._part is not None:
-            nvshmem.memory.give_back(self._part)
+            if not given_up:  # else what a rank still sends may arrive there
+                nvshmem.memory.give_back(self._part)
             self._part = None
 
     def close(self) -> None:
@@ -382,6 +392,11 @@ def spread(x: Tensor, weights: Tensor, link: Link, told: Told, wire: torch.dtype
 def add_up(y: Tensor, link: Link, way: Way, position: Tensor, offsets: Tensor, wire: torch.dtype | None) -> Tensor:
     """The sum of every token's rows, differentiable in y."""
     return _Sum.apply(y, link, way, position, offsets, wire)
+
+
+def most_window_tokens(layout: counts.Layout) -> int:
+    """The most tokens of a rank that low-latency mode takes."""
+    return min(MAX_WINDOW_TOKENS, WINDOW_WORDS // (layout.ranks * -(-layout.num_local_experts // 32)))
 
 
 def _aligned(x: Tensor) -> Tensor:

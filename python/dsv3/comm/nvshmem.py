@@ -20,7 +20,7 @@ from dsv3.comm.reach import Unreachable, raise_first
 ARENA_BYTES = 256 << 20  # of symmetric memory, or what the first buffer takes and as much for each of ROOM - 1 more
 ROOM = 4  # buffers, of which later ones get no more than ARENA_BYTES
 ALIGNMENT = 128  # of a part
-DIRECT = True  # memory of other nodes that is mapped here is written to without NVSHMEM; tests have it both ways
+DIRECT = True  # memory of others that is mapped here is written to without NVSHMEM; tests have it both ways
 LIBRARY = "libnvshmem_host.so.3"
 
 log = logging.getLogger("dsv3")
@@ -95,7 +95,8 @@ class Memory:
         room = min(room for *_, room, _ in states)
         if offset + size > room:
             raise Unreachable(
-                f"of {room / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece"
+                f"of {room / 1e6:.0f} MB of symmetric memory no {size / 1e6:.0f} MB are left in one piece: "
+                "make the largest buffer first"
             )
         self.taken[offset] = size
         return Part(offset, [running.index(r) for r in ranks])
