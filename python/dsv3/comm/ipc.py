@@ -30,9 +30,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 MAX_RANKS, MAX_TOPK, MAX_EXPERTS = 16, 16, 1024  # ranks of a node
 MAX_NODES, MAX_GROUP = 8, 64  # ranks of all nodes
 MAX_WINDOW_TOKENS = 1024  # kMaxWindowTokens (csrc/comm/peers.cuh)
-WINDOW_WORDS = (
-    22975  # a block's, of 32 experts' bits for a token of any rank (receive_bytes in csrc/comm/low_latency.cuh)
-)
+WINDOW_WORDS = 22975  # of 32 experts' bits for a token, that a block has (receive_bytes in csrc/comm/low_latency.cuh)
 VECTOR_BYTES = 16  # rows are whole vectors
 NUM_SMS = 20  # the most that are taken unasked
 SPARE_SMS = 4  # of a GPU, left to kernels that do not wait

@@ -285,11 +285,13 @@ class GradientCast:
         """What was left. Raises RuntimeError where dy is not what stands for it."""
         made, stand_in = self.made, self.stand_in
         self.made = self.stand_in = None
-        gathered = None if made is None else Gathered.of(made)
-        for t in (*(made or ()), *(() if gathered is None else gathered.tensors)):
+        if made is None:
+            return None
+        gathered = Gathered.of(made)
+        for t in (*made, *(() if gathered is None else gathered.tensors)):
             if t.is_cuda:  # made on another stream, perhaps, and autograd knows nothing of it
                 t.record_stream(torch.cuda.current_stream(t.device))
-        if made is not None and dy.numel() and dy.data_ptr() != stand_in.data_ptr():
+        if dy.numel() and dy.data_ptr() != stand_in.data_ptr():
             raise RuntimeError(
                 "fp8_experts: the gradient came as FP8 and has been changed, by a second use of the result or by a hook: give "
                 "the buffer's combine a clone of the result, whose gradient has values"
@@ -321,7 +323,7 @@ class _Fp8MLP(Function):
         offsets: Tensor | None,
     ) -> Tensor:
         gate_up, made = _product(cast, mlp.gate_up.data, offsets, x.dtype), Gathered.of(cast)
-        kept = (*cast, None) if made is None else (*made.tokens, made.source)
+        kept = (*cast, None) if made is None else made.tensors
         kept = kept if ctx.needs_input_grad[2] else (None, None, None)
         ctx.save_for_backward(gate_up_param, down_param, *kept, gate_up, weights, offsets)
         ctx.mlp, ctx.gradient_cast, ctx.topk = mlp, mlp.gradient, 1 if made is None else made.topk
